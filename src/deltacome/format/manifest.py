@@ -1,0 +1,393 @@
+"""`delta_config.json`: what an artifact says about itself, and the strict reading of it.
+
+The manifest comes from outside, so every field is checked for type and range before anything uses
+it, and what it says must follow from its own numbers: a record names a plan, and the plan gives the
+bytes (`spec`). Unknown keys are refused within a known schema version; a newer schema is refused by
+name. It is written in one line of JSON with a fixed key order, so that equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deltacome.errors import ArtifactError, PlanError
+from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, codes_nbytes, rank
+
+SCHEMA = 1
+MANIFEST_FILE = "delta_config.json"
+MAX_DIM = 1 << 40
+DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+        *("int64", "int32", "int16", "int8", "uint8", "bool"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the artifact holds of one tensor of the tuned checkpoint.
+
+    The tuned value of the rows `[0, plan_rows)` is base + bands, that of `exact_rows` is stored as
+    it is, and a record with neither is the same as the base.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    base_name: str | None
+    """The base's tensor that the delta is taken against; None where the base has none."""
+    base_shape: tuple[int, ...] | None
+    base_sample: str | None
+    """Fingerprint of sampled values of the base's tensor (`arch.checkpoint.sample_digest`)."""
+    base_digest: str | None
+    """Fingerprint of all bytes of the base's tensor (`arch.checkpoint.full_digest`)."""
+    plan: Plan = ()
+    exact_rows: tuple[int, int] | None = None
+    """Rows stored as their tuned value, [start, stop); the whole of a 0-dimensional tensor is (0, 1)."""
+    error: float | None = None
+    """Relative error of the delta, `‖(D − D̂)X‖² / ‖DX‖²` (X: calibration inputs, or identity)."""
+
+    @property
+    def kind(self) -> str:
+        """`same`, `bands` or `exact`: the name of the term that stands for most of the tensor."""
+        if self.plan:
+            return "bands"
+        return "exact" if self.exact_rows else "same"
+
+    @property
+    def bands_shape(self) -> tuple[int, int]:
+        """(out, in) of the part that bands cover: the rows that base and tuned have in common."""
+        assert self.base_shape is not None
+        return min(self.shape[0], self.base_shape[0]), self.shape[1]
+
+    @property
+    def exact_shape(self) -> tuple[int, ...]:
+        """Shape of the part that is stored as it is."""
+        assert self.exact_rows is not None
+        start, stop = self.exact_rows
+        return (stop - start, *self.shape[1:]) if self.shape else ()
+
+    def entries(self, group: int = GROUP) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The safetensors entries that hold this tensor: key → (dtype, shape)."""
+        entries = {}
+        if self.plan:
+            nbytes = bands_nbytes(self.bands_shape, self.plan, group)
+            entries[f"{self.name}.bands"] = ("uint8", (nbytes,))
+        if self.exact_rows:
+            entries[f"{self.name}.exact"] = (self.dtype, self.exact_shape)
+        return entries
+
+    def nbytes(self, group: int = GROUP) -> int:
+        """Bytes of the stored terms, without what headers and the manifest take."""
+        return sum(entry_nbytes(*entry) for entry in self.entries(group).values())
+
+    def codes_nbytes(self) -> float:
+        """Bytes of codes alone, as papers count."""
+        return codes_nbytes(self.bands_shape, self.plan) if self.plan else 0.0
+
+    def tuned_nbytes(self) -> int:
+        """Bytes of the tuned tensor as if at 16 bit."""
+        return 2 * torch.Size(self.shape).numel()
+
+
+def entry_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of one safetensors entry."""
+    return torch.Size(shape).numel() * DTYPES[dtype].itemsize
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A weight file of the artifact."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of `delta_config.json`."""
+
+    base_name_or_path: str
+    base_revision: str | None
+    method: dict[str, Any]
+    """`{"name": …, **options}`."""
+    provenance: dict[str, Any]
+    """Calibration source and seed, library versions."""
+    records: dict[str, Record]
+    shards: dict[str, ShardInfo] = field(default_factory=dict)
+    group_size: int = GROUP
+
+    def tuned_nbytes(self) -> int:
+        """Bytes of the tuned model's weights as if at 16 bit."""
+        return sum(record.tuned_nbytes() for record in self.records.values())
+
+    def nominal_ratio(self) -> float | None:
+        """16-bit bytes ÷ bytes of codes, over the tensors held as bands: the ratio of papers."""
+        banded = [record for record in self.records.values() if record.plan]
+        if not banded:
+            return None
+        covered = sum(2 * record.bands_shape[0] * record.bands_shape[1] for record in banded)
+        return covered / sum(record.codes_nbytes() for record in banded)
+
+    def to_json(self) -> str:
+        """The text of the file, one line."""
+        document = {
+            "schema": SCHEMA,
+            "base": {"name_or_path": self.base_name_or_path, "revision": self.base_revision},
+            "method": self.method,
+            "group_size": self.group_size,
+            "provenance": self.provenance,
+            "shards": {
+                name: {"bytes": shard.nbytes, "sha256": shard.sha256}
+                for name, shard in sorted(self.shards.items())
+            },
+            "tensors": {name: record_to_json(r) for name, r in sorted(self.records.items())},
+        }
+        return json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parses and checks the text of a manifest.
+
+        Raises:
+            ArtifactError: not JSON, a newer schema, a missing or unknown field, a value of the
+                wrong type or out of range; the message names the field.
+        """
+        document = _parse(text)
+        schema = _take(document, "schema", _integer(1, MAX_DIM))
+        if schema != SCHEMA:
+            raise ArtifactError(
+                f"{MANIFEST_FILE}: schema: expected {SCHEMA}, got {schema}; "
+                "a newer deltacome wrote this artifact, upgrade to read it"
+            )
+        base = _take(document, "base", _dict)
+        manifest = cls(
+            base_name_or_path=_take(base, "name_or_path", _string),
+            base_revision=_take(base, "revision", _optional(_string)),
+            method=_take(document, "method", _dict),
+            group_size=_take(document, "group_size", _integer(1, 1 << 20)),
+            provenance=_take(document, "provenance", _dict),
+            shards={
+                name: _shard(name, value)
+                for name, value in _take(document, "shards", _dict).items()
+            },
+            records={
+                name: record_from_json(name, value)
+                for name, value in _take(document, "tensors", _dict).items()
+            },
+        )
+        _take(manifest.method, "name", _string, keep=True)
+        _no_more(base, "base")
+        _no_more(document, "the document")
+        return manifest
+
+
+def record_to_json(record: Record) -> dict[str, Any]:
+    """A record as JSON; fields that say nothing are left out (a manifest counts as bytes too)."""
+    value: dict[str, Any] = {"kind": record.kind, "shape": list(record.shape), "dtype": record.dtype}
+    if record.base_name is not None and record.base_name != record.name:
+        value["base_name"] = record.base_name
+    if record.base_shape is not None and record.base_shape != record.shape:
+        value["base_shape"] = list(record.base_shape)
+    if record.base_name is not None:
+        value["base_sample"] = record.base_sample
+        value["base_digest"] = record.base_digest
+    if record.plan:
+        value["plan"] = [[band.bits, band.count] for band in record.plan]
+    if record.exact_rows:
+        value["exact_rows"] = list(record.exact_rows)
+    if record.error is not None:
+        value["error"] = float(f"{record.error:.4g}")
+    return value
+
+
+def record_from_json(name: str, value: Any) -> Record:
+    """Inverse of `record_to_json`.
+
+    Raises:
+        ArtifactError: the value is not a consistent record.
+    """
+    where = f"tensors[{name!r}]"
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected an object, got {value!r:.80}")
+    value = dict(value)
+    kind = _take(value, "kind", _string, where)
+    shape = _take(value, "shape", _shape, where)
+    has_base = "base_digest" in value
+    record = Record(
+        name=name,
+        shape=shape,
+        dtype=_take(value, "dtype", _choice(DTYPES), where),
+        base_name=_take(value, "base_name", _string, where, default=name) if has_base else None,
+        base_shape=_take(value, "base_shape", _shape, where, default=shape) if has_base else None,
+        base_sample=_take(value, "base_sample", _string, where) if has_base else None,
+        base_digest=_take(value, "base_digest", _string, where) if has_base else None,
+        plan=_take(value, "plan", _plan, where, default=()),
+        exact_rows=_take(value, "exact_rows", _rows, where, default=None),
+        error=_take(value, "error", _number, where, default=None),
+    )
+    _no_more(value, where)
+    _check_record(record, kind, where)
+    return record
+
+
+def _check_record(record: Record, kind: str, where: str) -> None:
+    """What a record says must fit together: every row of the tensor has exactly one account."""
+
+    def refuse(expected: str, got: Any) -> None:
+        raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected {expected}, got {got}")
+
+    if kind != record.kind:
+        refuse(f"kind {record.kind!r} (from its terms)", repr(kind))
+    rows = record.shape[0] if record.shape else 1
+    covered = 0
+    if record.base_shape is not None and not (record.exact_rows and record.exact_rows[0] == 0):
+        if record.base_shape[1:] != record.shape[1:] or not record.shape and record.base_shape:
+            refuse(f"a base of row shape {record.shape[1:]}", record.base_shape)
+        covered = min(rows, record.base_shape[0] if record.base_shape else 1)
+    if record.plan:
+        if len(record.shape) != 2 or record.base_shape is None:
+            refuse("bands only on a matrix that the base has too", record.shape)
+        if covered == 0 or rank(record.plan) > min(record.bands_shape):
+            refuse(f"at most {min(record.bands_shape)} directions", rank(record.plan))
+    start, stop = record.exact_rows or (rows, rows)
+    if not (start == covered and stop == rows) or (record.exact_rows and start == stop and rows):
+        refuse(f"exact_rows [{covered}, {rows})", f"[{start}, {stop})")
+
+
+# --- strict JSON ---------------------------------------------------------------------------------
+
+_MISSING = object()
+Check = Callable[[Any], Any]
+
+
+def _parse(text: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        document = dict(pairs)
+        if len(document) != len(pairs):
+            raise ArtifactError(f"{MANIFEST_FILE}: a key appears twice in one object")
+        return document
+
+    def refuse_constant(constant: str) -> None:
+        raise ArtifactError(f"{MANIFEST_FILE}: expected finite numbers, got {constant}")
+
+    try:
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{MANIFEST_FILE}: not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{MANIFEST_FILE}: expected an object, got {type(document).__name__}")
+    return document
+
+
+def _take(
+    value: dict[str, Any],
+    key: str,
+    check: Check,
+    where: str = "the document",
+    default: Any = _MISSING,
+    keep: bool = False,
+) -> Any:
+    """Removes `key` from `value` and checks it, so that what is left over is unknown."""
+    if key not in value:
+        if default is _MISSING:
+            raise ArtifactError(f"{MANIFEST_FILE}: {where}: {key!r} is missing")
+        return default
+    item = value[key] if keep else value.pop(key)
+    try:
+        return check(item)
+    except (TypeError, ValueError, PlanError) as error:
+        raise ArtifactError(
+            f"{MANIFEST_FILE}: {where}: {key}: {error}, got {item!r:.80}"
+        ) from error
+
+
+def _no_more(value: dict[str, Any], where: str) -> None:
+    if value:
+        raise ArtifactError(f"{MANIFEST_FILE}: {where}: unknown fields {sorted(value)[:5]}")
+
+
+def _string(item: Any) -> str:
+    if not isinstance(item, str):
+        raise TypeError("expected a string")
+    return item
+
+
+def _dict(item: Any) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise TypeError("expected an object")
+    return dict(item)
+
+
+def _integer(low: int, high: int) -> Check:
+    def check(item: Any) -> int:
+        if type(item) is not int or not low <= item <= high:
+            raise ValueError(f"expected an integer in [{low}, {high}]")
+        return item
+
+    return check
+
+
+def _number(item: Any) -> float:
+    if type(item) not in (int, float) or not 0 <= item < float("inf"):
+        raise ValueError("expected a finite number ≥ 0")
+    return float(item)
+
+
+def _choice(allowed: dict[str, Any]) -> Check:
+    def check(item: Any) -> str:
+        if not isinstance(item, str) or item not in allowed:
+            raise ValueError(f"expected one of {sorted(allowed)}")
+        return item
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    return lambda item: None if item is None else check(item)
+
+
+def _shape(item: Any) -> tuple[int, ...]:
+    if not isinstance(item, list) or len(item) > 8:
+        raise TypeError("expected a list of at most 8 sizes")
+    shape = tuple(_integer(0, MAX_DIM)(size) for size in item)
+    if torch.Size(shape).numel() > MAX_DIM:
+        raise ValueError(f"expected at most {MAX_DIM} entries")
+    return shape
+
+
+def _rows(item: Any) -> tuple[int, int]:
+    if not isinstance(item, list) or len(item) != 2:
+        raise TypeError("expected [start, stop]")
+    start, stop = (_integer(0, MAX_DIM)(row) for row in item)
+    return start, stop
+
+
+def _plan(item: Any) -> Plan:
+    if not isinstance(item, list) or not 1 <= len(item) <= 64:
+        raise TypeError("expected a list of 1 to 64 bands")
+    bands = []
+    for band in item:
+        if not isinstance(band, list) or len(band) != 2:
+            raise TypeError("expected bands [bits, count]")
+        bands.append(Band(_integer(1, 16)(band[0]), _integer(1, MAX_DIM)(band[1])))
+    return tuple(bands)
+
+
+def _shard(name: str, item: Any) -> ShardInfo:
+    where = f"shards[{name!r}]"
+    if not isinstance(item, dict):
+        raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected an object, got {item!r:.80}")
+    item = dict(item)
+    shard = ShardInfo(
+        _take(item, "bytes", _integer(0, 1 << 50), where), _take(item, "sha256", _string, where)
+    )
+    _no_more(item, where)
+    return shard
