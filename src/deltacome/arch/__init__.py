@@ -1,0 +1,1 @@
+"""Checkpoints and model families, without importing transformers."""

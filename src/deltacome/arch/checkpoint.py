@@ -1,0 +1,230 @@
+"""Dense checkpoints as people have them: sharded safetensors, read tensor by tensor.
+
+A tensor is copied out of its file and the file is closed again, so that the memory of a run is what
+it holds and not what it once touched (a mapped file's pages stay in the resident set). Opening costs
+a header read for each access, which is small beside a matrix.
+
+Fingerprints say which base a delta belongs to. The *sample* is read when an artifact is attached:
+512 values of a tensor in eight runs, rounded to bfloat16 so that a base loaded at another precision
+still matches, under a second for 7B. The *digest* covers every byte and is for `verify` and `merge`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deltacome.errors import CheckpointError, MismatchError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A folder with `config.json` and safetensors weights (one file or shards).
+
+    Args:
+        name_or_path: a folder, or a repository on the Hub (downloaded to its cache).
+        revision: of the repository.
+
+    Raises:
+        CheckpointError: no weights, a shard missing or truncated, or only pickled weights.
+    """
+
+    def __init__(self, name_or_path: str | Path, revision: str | None = None) -> None:
+        self.name_or_path = str(name_or_path)
+        self.revision = revision
+        self.path = _local_folder(name_or_path, revision)
+        self.tensors = _list_tensors(self.path)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        file = self.path / "config.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: expected a model configuration: {error}") from error
+
+    def read(self, name: str) -> Tensor:
+        """A copy of a tensor, in the dtype of the file.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its bytes are not all there.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path}: no tensor named {name}")
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                return file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: {name} cannot be read: {error}") from error
+
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+
+
+def _local_folder(name_or_path: str | Path, revision: str | None) -> Path:
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(name_or_path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{name_or_path}: expected a checkpoint folder, found none")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(folder.as_posix(), revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{name_or_path}: neither a folder nor a repository that the Hub serves: {error}"
+        ) from error
+
+
+def _list_tensors(folder: Path) -> dict[str, TensorInfo]:
+    files, weight_map = _weight_files(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118
+                    tensors[name] = TensorInfo(file, tuple(shard.get_slice(name).get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: truncated or not a safetensors file: {error}") from error
+    for name, shard_name in weight_map.items():
+        got = tensors[name].file.name if name in tensors else "no shard"
+        if got != shard_name:
+            raise CheckpointError(f"{folder}: {name}: expected in {shard_name}, found in {got}")
+    return dict(sorted(tensors.items()))
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and the index's map where there is one."""
+    index_file = folder / INDEX_FILE
+    if index_file.is_file():
+        try:
+            weight_map = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index_file}: expected an index, got {error!r}") from error
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if file.parent != folder or not file.is_file():
+                raise CheckpointError(f"{folder}: shard {file.name} of the index is missing")
+        return files, weight_map
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE], {}
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
+        raise CheckpointError(
+            f"{folder}: only pickled weights found, which can run code when they are read; convert "
+            "them with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) first"
+        )
+    raise CheckpointError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
+
+
+def check_finite(name: str, tensor: Tensor, whose: str) -> None:
+    """Refuses NaN and Inf.
+
+    Raises:
+        CheckpointError: names the tensor, how many values are not finite, and the first of them.
+    """
+    if not tensor.is_floating_point():
+        return
+    bad = ~torch.isfinite(tensor.view(-1).float())
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise CheckpointError(
+            f"{name} of the {whose}: expected finite values, got {int(bad.sum())} that are not, "
+            f"the first is {tensor.view(-1)[first].item()} at flat index {first}"
+        )
+
+
+def sample_digest(tensor: Tensor) -> str:
+    """Fingerprint of a tensor's shape and 512 sampled values: 16 hex digits.
+
+    Floating-point values are rounded to bfloat16 first, so a base held at another precision than
+    its checkpoint has the same fingerprint.
+    """
+    flat = tensor.detach().reshape(-1)
+    run, runs = 64, 8
+    if flat.numel() <= run * runs:
+        sample = flat
+    else:
+        starts = [i * (flat.numel() - run) // (runs - 1) for i in range(runs)]
+        sample = torch.cat([flat[start : start + run] for start in starts])
+    if sample.is_floating_point():
+        sample = sample.to(torch.bfloat16)
+    digest = hashlib.blake2b(repr(tuple(tensor.shape)).encode(), digest_size=8)
+    digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def full_digest(tensor: Tensor) -> str:
+    """Fingerprint of a tensor's dtype, shape and every byte: 32 hex digits."""
+    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of the tuned checkpoint and the base's tensor that it came from."""
+
+    name: str
+    shape: tuple[int, ...]
+    base_name: str | None
+    base_shape: tuple[int, ...] | None
+
+
+def pair_tensors(base: Checkpoint, tuned: Checkpoint, head: str, embedding: str) -> list[Pair]:
+    """Matches every tensor of the tuned checkpoint with the base's.
+
+    Args:
+        head, embedding: names of the head's and the input embedding's weights. Where one side ties
+            them and does not store the head, the head's counterpart is the embedding.
+
+    Raises:
+        MismatchError: shapes differ in more than the number of rows, or the base has a tensor that
+            the tuned model lacks.
+    """
+    pairs = []
+    used = set()
+    for name, info in tuned.tensors.items():
+        base_name: str | None = name
+        if name not in base.tensors:
+            base_name = embedding if name == head and embedding in base.tensors else None
+        shape = base.tensors[base_name].shape if base_name else None
+        if shape is not None and (shape[1:] != info.shape[1:] or len(shape) != len(info.shape)):
+            raise MismatchError(
+                f"{name}: the base has shape {shape}, the tuned model {info.shape}; only the number "
+                "of rows may differ: is this a fine-tune of this base?"
+            )
+        used.add(base_name)
+        pairs.append(Pair(name, info.shape, base_name, shape))
+    missing = sorted(base.tensors.keys() - used - {head})
+    if missing:
+        raise MismatchError(
+            f"{tuned.path}: {len(missing)} tensors of the base are missing, the first is {missing[0]}: "
+            "is this a fine-tune of this base?"
+        )
+    return pairs

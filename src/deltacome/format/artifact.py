@@ -1,0 +1,403 @@
+"""The artifact folder: strict, lazy reading; atomic, resumable writing.
+
+Reading trusts nothing: the manifest decides which safetensors entries there must be, of which type
+and shape, and the folder must hold exactly those. `Artifact.open` costs header reads only; checksums
+over all bytes are `Artifact.verify_bytes`, because a 7B artifact is most of a gigabyte.
+
+Writing goes to `OUT.partial`. Finished units (a decoder block each) lie there as complete files, so
+that a crash loses the unit in work and nothing else; the artifact itself is assembled last and
+renamed into place. An artifact is therefore whole or absent. Assembling copies the bytes once more;
+appending to growing shards would save that copy and cost the guarantee.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltacome.errors import ArtifactError, DeltaError
+from deltacome.format.codec import BandTensors, read_bands
+from deltacome.format.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Record,
+    ShardInfo,
+    entry_nbytes,
+    record_from_json,
+    record_to_json,
+)
+
+INDEX_FILE = "delta.safetensors.index.json"
+TUNED_CONFIG_FILE = "tuned_config.json"
+SHARD_NAME = re.compile(r"delta-\d{5}-of-\d{5}\.safetensors")
+MAX_SHARD_BYTES = 4 << 30
+MAX_JSON_BYTES = 256 << 20
+
+
+class Artifact:
+    """An opened artifact. Tensors are read when asked for.
+
+    Attributes:
+        path: the folder.
+        manifest: what the artifact says of itself.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, where: dict[str, str]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._where = where
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artifact:
+        """Opens a folder and checks that it holds exactly what its manifest says.
+
+        Args:
+            path: an artifact folder.
+
+        Raises:
+            ArtifactError: not an artifact, a file missing or of the wrong size, an entry missing,
+                unknown, or of another type or shape than the manifest's plan gives.
+        """
+        path = Path(path)
+        manifest = Manifest.from_json(_read_text(path, MANIFEST_FILE))
+        for name, shard in manifest.shards.items():
+            _check_shard_file(path, name, shard)
+        where = _check_entries(path, manifest)
+        return cls(path, manifest, where)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> Artifact:
+        """Opens a local folder, or an artifact on the Hub (downloaded to its cache).
+
+        Raises:
+            ArtifactError: as `open`, or the Hub has no such repository.
+        """
+        if Path(name_or_path).is_dir():
+            return cls.open(name_or_path)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            return cls.open(snapshot_download(str(name_or_path), revision=revision))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ArtifactError(
+                f"{name_or_path}: neither a folder nor a repository that the Hub serves: {error}"
+            ) from error
+
+    def bands(self, name: str) -> list[BandTensors]:
+        """The packed bands of a tensor (views of the file, no copy)."""
+        record = self.manifest.records[name]
+        blob = self._read(f"{name}.bands")
+        return read_bands(blob, record.bands_shape, record.plan, self.manifest.group_size)
+
+    def exact(self, name: str) -> Tensor:
+        """The exact rows of a tensor, in the tuned model's dtype."""
+        return self._read(f"{name}.exact")
+
+    def bytes_on_disk(self) -> int:
+        """Bytes of the weight files, the index and the manifest: what `ratio` divides by."""
+        names = [MANIFEST_FILE, INDEX_FILE, *self.manifest.shards]
+        return sum((self.path / name).stat().st_size for name in names)
+
+    def ratio(self) -> float:
+        """Bytes of the tuned model's weights (as if at 16 bit) ÷ bytes on disk."""
+        return self.manifest.tuned_nbytes() / self.bytes_on_disk()
+
+    def verify_bytes(self) -> None:
+        """Reads every byte of the weight files and compares checksums.
+
+        Raises:
+            ArtifactError: a file's SHA-256 is not the manifest's.
+        """
+        for name, shard in self.manifest.shards.items():
+            got = file_sha256(self.path / name)
+            if got != shard.sha256:
+                raise ArtifactError(f"{self.path / name}: expected SHA-256 {shard.sha256}, got {got}")
+
+    def _read(self, key: str) -> Tensor:
+        with safe_open(self.path / self._where[key], framework="pt") as shard:
+            return shard.get_tensor(key)
+
+    def __repr__(self) -> str:
+        method = self.manifest.method["name"]
+        return f"Artifact({str(self.path)!r}, method={method!r}, ratio={self.ratio():.2f})"
+
+
+def _read_text(folder: Path, name: str) -> str:
+    file = folder / name
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: not an artifact: expected a file {name}, found none")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ArtifactError(f"{file}: expected at most {MAX_JSON_BYTES} bytes, got more")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{file}: not valid UTF-8: {error}") from error
+
+
+def _check_shard_file(folder: Path, name: str, shard: ShardInfo) -> None:
+    # The pattern keeps a manifest from naming files outside of its folder.
+    if not SHARD_NAME.fullmatch(name):
+        raise ArtifactError(f"{folder}: expected shards named like {SHARD_NAME.pattern}, got {name!r}")
+    file = folder / name
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: shard {name} is missing")
+    if file.stat().st_size != shard.nbytes:
+        raise ArtifactError(f"{file}: expected {shard.nbytes} bytes, got {file.stat().st_size}")
+
+
+def _check_entries(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Compares the shards' headers with the manifest; returns key → shard."""
+    expected = {}
+    for record in manifest.records.values():
+        expected |= record.entries(manifest.group_size)
+    where = {}
+    for name in manifest.shards:
+        for key, got in _header(folder / name).items():
+            if key in where:
+                raise ArtifactError(f"{folder}: {key} is in both {where[key]} and {name}")
+            if expected.get(key) != got:
+                raise ArtifactError(f"{folder / name}: {key}: expected {expected.get(key)}, got {got}")
+            where[key] = name
+    missing = sorted(expected.keys() - where.keys())
+    if missing:
+        raise ArtifactError(f"{folder}: {len(missing)} entries are missing, the first is {missing[0]}")
+    index = _read_index(folder)
+    if index != where:
+        odd = sorted(key for key in where.keys() | index.keys() if where.get(key) != index.get(key))
+        raise ArtifactError(f"{folder / INDEX_FILE}: disagrees with the shards on {odd[0]}")
+    return where
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    try:
+        return json.loads(_read_text(folder, INDEX_FILE))["weight_map"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtifactError(f"{folder / INDEX_FILE}: expected an index, got {error!r}") from error
+
+
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Entries of a safetensors file: key → (torch dtype name, shape)."""
+    names = {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+    names |= {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+    names |= {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+    try:
+        with safe_open(file, framework="pt") as shard:
+            slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
+            return {
+                key: (names.get(view.get_dtype(), view.get_dtype()), tuple(view.get_shape()))
+                for key, view in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{file}: not a whole safetensors file: {error}") from error
+
+
+def file_sha256(file: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What one step of compression finished: some tensors' records and their stored entries."""
+
+    records: tuple[Record, ...]
+    entries: dict[str, Tensor]
+
+
+class ArtifactWriter:
+    """Writes an artifact unit by unit, so that a run can be interrupted and continued.
+
+    Args:
+        output: the artifact's folder; must not exist yet.
+        identity: what the result depends on (inputs, options). A resumed run must have the same.
+        resume: continue `OUT.partial` if there is one.
+
+    Raises:
+        ArtifactError: the output exists; an unfinished run exists and `resume` is off, or was made
+            from something else; another process writes here.
+    """
+
+    def __init__(self, output: str | Path, identity: dict[str, Any], *, resume: bool) -> None:
+        self.output = Path(output)
+        self.partial = self.output.with_name(self.output.name + ".partial")
+        if self.output.exists():
+            raise ArtifactError(f"{self.output}: the output exists already; remove it or name another")
+        identity_file = self.partial / "run.json"
+        if identity_file.exists():
+            if not resume:
+                raise ArtifactError(
+                    f"{self.partial}: holds an unfinished run; continue it with --resume or remove it"
+                )
+            _check_identity(identity_file, identity)
+        with _disk_errors(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.partial)
+            write_atomic(identity_file, json.dumps(identity, indent=1, sort_keys=True))
+
+    def load(self, name: str) -> Unit | None:
+        """A unit that an earlier run finished, or None."""
+        records_file = self.partial / f"{name}.json"
+        if not records_file.exists():
+            return None
+        values = json.loads(records_file.read_text())
+        records = tuple(record_from_json(key, value) for key, value in values.items())
+        with safe_open(self.partial / f"{name}.safetensors", framework="pt") as file:
+            entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return Unit(records, entries)
+
+    def save(self, name: str, unit: Unit) -> None:
+        """Stores a finished unit; its tensors first, the list of records that makes it count last."""
+        with _disk_errors(self.partial):
+            temporary = self.partial / f"{name}.safetensors.tmp"
+            save_file({key: t.contiguous() for key, t in unit.entries.items()}, temporary)
+            os.replace(temporary, self.partial / f"{name}.safetensors")
+            text = json.dumps({record.name: record_to_json(record) for record in unit.records})
+            write_atomic(self.partial / f"{name}.json", text)
+
+    def finish(self, names: list[str], manifest: Manifest, extra_files: dict[str, bytes]) -> Path:
+        """Assembles the artifact from its units and moves it into place.
+
+        Args:
+            names: the units, in the order of their bytes.
+            manifest: without shards and records.
+            extra_files: tokenizer, model card and so on: name → content.
+        """
+        final = self.partial / "final"
+        with _disk_errors(self.partial):
+            shutil.rmtree(final, ignore_errors=True)
+            final.mkdir()
+            records = {}
+            for name in names:
+                unit_records = json.loads((self.partial / f"{name}.json").read_text())
+                records |= {key: record_from_json(key, v) for key, v in unit_records.items()}
+            shards = self._write_shards(final, names)
+            manifest = dataclasses.replace(manifest, records=records, shards=shards)
+            write_atomic(final / MANIFEST_FILE, manifest.to_json())
+            for name, content in extra_files.items():
+                (final / name).write_bytes(content)
+            Artifact.open(final)  # what is about to be published must be readable
+            for file in final.iterdir():
+                _sync(file)
+            os.replace(final, self.output)
+        self.close()
+        shutil.rmtree(self.partial)
+        return self.output
+
+    def close(self) -> None:
+        """Lets another process continue this run."""
+        self._lock.close()
+
+    def _write_shards(self, final: Path, names: list[str]) -> dict[str, ShardInfo]:
+        groups = list(self._grouped(names))
+        weight_map, shards = {}, {}
+        for number, group in enumerate(groups, 1):
+            shard = f"delta-{number:05}-of-{len(groups):05}.safetensors"
+            entries: dict[str, Tensor] = {}
+            for name in group:
+                unit = self.load(name)
+                assert unit is not None, name
+                entries |= unit.entries
+            save_file(entries, final / shard, metadata={"format": "deltacome"})
+            weight_map |= dict.fromkeys(sorted(entries), shard)
+            file = final / shard
+            shards[shard] = ShardInfo(file.stat().st_size, file_sha256(file))
+        index = {"metadata": {}, "weight_map": weight_map}
+        write_atomic(final / INDEX_FILE, json.dumps(index, separators=(",", ":")) + "\n")
+        return shards
+
+    def _grouped(self, names: list[str]) -> Iterator[list[str]]:
+        """Runs of units whose files together stay below the size of a shard."""
+        group: list[str] = []
+        size = 0
+        for name in names:
+            unit_size = (self.partial / f"{name}.safetensors").stat().st_size
+            if group and size + unit_size > MAX_SHARD_BYTES:
+                yield group
+                group, size = [], 0
+            group.append(name)
+            size += unit_size
+        yield group
+
+
+def overhead_nbytes(manifest: Manifest) -> int:
+    """Bytes on disk beside the terms: headers, index, manifest, of an artifact with these records.
+
+    Exact for one shard up to the digits of errors and the alignment of the header; a plan that must
+    meet a ratio needs it before anything is written.
+    """
+    header, index = 64, 64
+    for record in manifest.records.values():
+        for key, (dtype, shape) in record.entries(manifest.group_size).items():
+            span = entry_nbytes(dtype, shape)
+            entry = {key: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**8, 10**8 + span]}}
+            header += len(json.dumps(entry, separators=(",", ":"))) - 1
+            index += len(key) + len('"":"delta-00001-of-00001.safetensors",')
+    return header + index + len(manifest.to_json())
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Writes a small text file so that it is there as a whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, file)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _lock(folder: Path):
+    stream = (folder / "lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise ArtifactError(f"{folder}: another process is writing here") from error
+    return stream
+
+
+def _check_identity(file: Path, identity: dict[str, Any]) -> None:
+    before = json.loads(file.read_text())
+    now = json.loads(json.dumps(identity))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ArtifactError(
+                f"{file.parent}: cannot be resumed: {key} was {before.get(key)!r}, "
+                f"is now {now.get(key)!r}; remove the folder to start anew"
+            )
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Disk full, read-only and the like are refusals with a reason, not tracebacks."""
+    try:
+        yield
+    except DeltaError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{folder}: cannot be written: {error}; what was finished stays for --resume"
+        ) from error
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
