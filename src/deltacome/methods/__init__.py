@@ -1,0 +1,1 @@
+"""Methods of delta compression: one paper, one file."""

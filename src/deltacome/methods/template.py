@@ -1,0 +1,128 @@
+"""Plans with a hole: `8:2,3:1/128,2:*`, filled to a number of bytes.
+
+A template is what one says once for a whole model; the shape of a weight and its share of the bytes
+turn it into a plan. A count is a number, a fraction of the weight's smaller side (the paper's 32
+directions at 3 bits of 4096 are `1/128`), or `*`: as many as fit.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from deltacome.errors import PlanError
+from deltacome.format.spec import WIDTHS, Band, Plan, bands_nbytes, rank
+
+Shape = tuple[int, int]
+
+PRECISIONS = {"single": "2:*", "double": "8:2,2:*", "triple": "8:2,3:1/128,2:*"}
+"""Delta-CoMe's precision strategies (section 4.1, table 2) at a given number of bytes."""
+
+_ENTRY = re.compile(r"(\d+):(\*|\d+(?:/\d+)?)")
+
+
+@dataclass(frozen=True)
+class Template:
+    """Entries (bits, count); a `Fraction` is of the smaller side, None is the hole."""
+
+    entries: tuple[tuple[int, int | Fraction | None], ...]
+
+    @property
+    def has_hole(self) -> bool:
+        """Whether the plan adapts to a number of bytes."""
+        return any(count is None for _, count in self.entries)
+
+    def __str__(self) -> str:
+        return ",".join(f"{bits}:{'*' if count is None else count}" for bits, count in self.entries)
+
+    def fill(self, shape: Shape, nbytes: float) -> Plan:
+        """The plan for a weight (out, in) that takes at most `nbytes` bytes on disk.
+
+        Where the fixed counts do not fit, directions are given up from the end. Without a hole
+        `nbytes` is not looked at.
+
+        Returns:
+            The plan; empty if not even one direction fits.
+        """
+        if not self.has_hole:
+            return _clip([Band(b, n) for b, n in self._counts(shape, 0)], min(shape))
+        most = _largest(lambda n: self._fits(shape, n, nbytes), min(shape))
+        if most >= 0:
+            return _clip([Band(b, n) for b, n in self._counts(shape, most)], min(shape))
+        fixed = tuple(Band(b, n) for b, n in self._counts(shape, 0))
+        keep = _largest(lambda n: bands_nbytes(shape, _clip(fixed, n)) <= nbytes, rank(fixed))
+        return _clip(fixed, keep)
+
+    def grow(self, shape: Shape, plan: Plan) -> Plan | None:
+        """The plan with one more direction at its end, or None if the rank is full."""
+        if not self.has_hole or not plan or rank(plan) >= min(shape):
+            return None
+        bits = next(bits for bits, count in self.entries if count is None)
+        if plan[-1].bits == bits:
+            return (*plan[:-1], replace(plan[-1], count=plan[-1].count + 1))
+        return None
+
+    def _counts(self, shape: Shape, hole: int) -> list[tuple[int, int]]:
+        counts = []
+        for bits, count in self.entries:
+            if count is None:
+                count = hole
+            elif isinstance(count, Fraction):
+                count = max(1, round(count * min(shape)))
+            if count:
+                counts.append((bits, count))
+        return counts
+
+    def _fits(self, shape: Shape, hole: int, nbytes: float) -> bool:
+        plan = tuple(Band(b, n) for b, n in self._counts(shape, hole))
+        return bands_nbytes(shape, plan) <= nbytes if plan else nbytes >= 0
+
+
+def parse_template(text: str) -> Template:
+    """Parses `8:2,3:32,2:*`.
+
+    Raises:
+        PlanError: not of the form bits:count, an unknown width, two holes, a hole that is not last,
+            or widths that rise (larger singular values come first and get more bits).
+    """
+    entries: list[tuple[int, int | Fraction | None]] = []
+    for part in text.split(","):
+        match = _ENTRY.fullmatch(part.strip())
+        if not match or int(match[1]) not in WIDTHS:
+            raise PlanError(f"plan {text!r}: expected bits:count with bits in {WIDTHS}, got {part!r}")
+        bits, count = int(match[1]), match[2]
+        if entries and entries[-1][1] is None:
+            raise PlanError(f"plan {text!r}: expected the hole * in the last band, got it before")
+        if entries and entries[-1][0] < bits:
+            raise PlanError(f"plan {text!r}: expected widths that fall, got {bits} after lower ones")
+        if count != "*" and ("/0" in count or Fraction(count) <= 0):
+            raise PlanError(f"plan {text!r}: expected a count above 0, got {count!r}")
+        entries.append((bits, None if count == "*" else _number(count)))
+    return Template(tuple(entries))
+
+
+def _number(count: str) -> int | Fraction:
+    return Fraction(count) if "/" in count else int(count)
+
+
+def _clip(bands: list[Band] | Plan, directions: int) -> Plan:
+    """The first `directions` directions of a plan."""
+    clipped = []
+    for band in bands:
+        count = min(band.count, directions - sum(b.count for b in clipped))
+        if count > 0:
+            clipped.append(Band(band.bits, count))
+    return tuple(clipped)
+
+
+def _largest(fits, limit: int) -> int:
+    """The largest n ≤ limit with fits(n), for a monotone `fits`; −1 if there is none."""
+    low, high = -1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
