@@ -1,0 +1,249 @@
+"""Runs a model one decoder block at a time, holding one block's weights.
+
+The model exists as a skeleton whose weights are on the meta device. To learn what each block is
+called with (masks, rotary tables, whatever the family passes), the model's own forward runs once per
+batch with blocks that only write down their arguments and hand the hidden states on. Those arguments
+depend on positions and not on values, so blocks can then be run one after another over all batches:
+no family needs code here.
+
+Rows are padded on the right. Under a causal mask padding changes nothing before it, so no attention
+mask is needed, and padded positions are left out of grams.
+
+Legend: B rows of a batch, L positions, H hidden size, T tokens, I inputs of a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deltacome.arch.layout import Layout, linears_of, shared_inputs
+from deltacome.errors import CalibrationError, CheckpointError, UnsupportedError
+from deltacome.numerics.gram import Gram
+
+ReadTensor = Callable[[str], Tensor]
+
+
+class _Stop(Exception):  # noqa: N818 - not an error: what was wanted has been seen
+    pass
+
+
+def make_skeleton(checkpoint: Path) -> nn.Module:
+    """The model of a checkpoint without weights; its buffers (rotary tables) are real.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture, or it needs remote code.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint}: expected a causal language model: {error}") from error
+    return model.eval()
+
+
+def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts a tensor in the place of a parameter."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+
+
+def drop_weights(module: nn.Module) -> None:
+    """Frees the weights of a module."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+@dataclass
+class Batch:
+    """Rows of one length class on their way through the model."""
+
+    ids: Tensor  # (B, L) int64
+    valid: Tensor  # (B, L) bool, False at padding
+    hidden: Tensor  # (B, L, H), output of the blocks so far
+    calls: list[tuple[tuple, dict[str, Any]]]  # of each block: its other arguments
+
+
+class Stream:
+    """Calibration rows and their hidden states, advancing block by block.
+
+    Args:
+        model: a skeleton.
+        layout: of the skeleton.
+        read: gives the weights outside of blocks (embedding, norms) by name.
+        rows: token ids of the calibration rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        read: ReadTensor,
+        rows: list[list[int]],
+        *,
+        device: str,
+        dtype: torch.dtype,
+        batch_tokens: int = 4096,
+    ) -> None:
+        if not rows:
+            raise CalibrationError("calibration: expected at least one row of tokens, got none")
+        self.model, self.layout, self.read = model, layout, read
+        self.device, self.dtype = device, dtype
+        self.batches: list[Batch] = []
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+        self._index = {name: i for i, name in enumerate(layout.blocks)}
+        with self._outside_weights(), torch.no_grad():
+            for ids, valid in _batches(rows, batch_tokens):
+                hidden, calls = self._record_calls(ids.to(device))
+                self.batches.append(Batch(ids, valid, hidden, calls))
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens without padding."""
+        return sum(int(batch.valid.sum()) for batch in self.batches)
+
+    def groups(self, name: str) -> list[list[str]]:
+        """Linears of a block in the order of their calls, those with one input together."""
+        block = self.layout.blocks[name]
+        batch = self.batches[0]
+        with torch.no_grad():
+            return shared_inputs(linears_of(name, block), lambda: self._run(block, name, batch))
+
+    def gram(self, name: str, linear: str) -> Tensor:
+        """Gram of the inputs that reach a linear of a block, with the weights that are loaded."""
+        block = self.layout.blocks[name]
+        module = self.model.get_submodule(linear)
+        assert isinstance(module, nn.Linear)
+        gram = Gram(linear, module.in_features, device=self.device)
+        for batch in self.batches:
+
+            def take(module: nn.Module, args: tuple, batch: Batch = batch) -> None:
+                gram.add(args[0][batch.valid.to(self.device)])
+                raise _Stop
+
+            self._until_stopped(module, take, lambda batch=batch: self._run(block, name, batch))
+        return gram.value
+
+    def advance(self, name: str) -> None:
+        """Replaces all hidden states by the block's output."""
+        with torch.no_grad():
+            for batch in self.batches:
+                output = self._run(self.layout.blocks[name], name, batch)
+                batch.hidden = output[0] if isinstance(output, tuple) else output
+
+    def head_gram(self) -> Tensor:
+        """Gram of the inputs of the output head, after the last block."""
+        head = self.model.get_submodule(self.layout.head.removesuffix(".weight"))
+        gram = Gram(self.layout.head, self.batches[0].hidden.shape[-1], device=self.device)
+        *_, last = self.layout.blocks
+        with self._outside_weights():
+            for batch in self.batches:
+
+                def take(module: nn.Module, args: tuple, batch: Batch = batch) -> None:
+                    gram.add(args[0][batch.valid.to(self.device)])
+                    raise _Stop
+
+                def run(batch: Batch = batch) -> None:
+                    outputs = {name: (lambda h, *a, **k: h) for name in self.layout.blocks}
+                    outputs[last] = lambda h, *a, batch=batch, **k: batch.hidden
+                    with self._patched(outputs):
+                        self.model(input_ids=batch.ids.to(self.device), use_cache=False)
+
+                self._until_stopped(head, take, run)
+        return gram.value
+
+    def _until_stopped(self, module: nn.Module, hook: Callable, run: Callable[[], Any]) -> None:
+        handle = module.register_forward_pre_hook(hook)
+        try:
+            with torch.no_grad():
+                run()
+        except _Stop:
+            return
+        finally:
+            handle.remove()
+
+    def _run(self, block: nn.Module, name: str, batch: Batch) -> Any:
+        args, kwargs = batch.calls[self._index[name]]
+        return block(batch.hidden, *args, **kwargs)
+
+    def _record_calls(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+        calls: list[tuple[tuple, dict[str, Any]]] = []
+        first: list[Tensor] = []
+
+        def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            first.append(hidden)
+            calls.append((args, kwargs))
+            return hidden
+
+        head = self.model.get_submodule(self.layout.head.removesuffix(".weight"))
+
+        def stop(module: nn.Module, args: tuple) -> None:
+            raise _Stop
+
+        with self._patched(dict.fromkeys(self.layout.blocks, note)):
+            self._until_stopped(head, stop, lambda: self.model(input_ids=ids, use_cache=False))
+        if len(calls) != len(self.layout.blocks):
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: expected each of {len(self.layout.blocks)} blocks to "
+                f"run once with hidden states first, {len(calls)} calls were seen"
+            )
+        return first[0], calls
+
+    @contextmanager
+    def _patched(self, forwards: Mapping[str, Callable]) -> Iterator[None]:
+        """Blocks with another forward; attributes that the model reads off a block stay."""
+        for name, forward in forwards.items():
+            self.layout.blocks[name].forward = forward
+        try:
+            yield
+        finally:
+            for name in forwards:
+                del self.layout.blocks[name].__dict__["forward"]
+
+    @contextmanager
+    def _outside_weights(self) -> Iterator[None]:
+        """Loads embedding and norms, everything outside of blocks that is not the head."""
+        inside = tuple(f"{name}." for name in self.layout.blocks)
+        names = [
+            name
+            for name, _ in self.model.named_parameters()
+            if not name.startswith(inside) and name != self.layout.head
+        ]
+        # Deduplicated names show a tied head under the embedding's name, which is what is wanted.
+        for name in names:
+            set_weight(self.model, name, self.read(name).to(self.device, self.dtype))
+        try:
+            yield
+        finally:
+            for name in names:
+                drop_weights(self.model.get_submodule(name.rpartition(".")[0]))
+
+
+def _batches(rows: list[list[int]], batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Right-padded batches of rows of similar length, each of about `batch_tokens` positions."""
+    ordered = sorted(rows, key=len, reverse=True)
+    start = 0
+    while start < len(ordered):
+        length = len(ordered[start])
+        chunk = ordered[start : start + max(1, batch_tokens // length)]
+        ids = torch.zeros(len(chunk), length, dtype=torch.int64)
+        valid = torch.zeros(len(chunk), length, dtype=torch.bool)
+        for i, row in enumerate(chunk):
+            ids[i, : len(row)] = torch.tensor(row)
+            valid[i, : len(row)] = True
+        yield ids, valid
+        start += len(chunk)

@@ -1,0 +1,232 @@
+"""Calibration text, as rows of token ids.
+
+The default, `self`, needs no data set: the tuned model writes the text. Half of the rows are
+conversations: with the chat template opened at the user's turn, an instruction-tuned model invents
+the question too (as in Magpie, Xu et al. 2024, arXiv 2406.08464), then answers it. The other half
+starts from a random token (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888), so that the rest of
+what the model knows is covered. Sampling, not greedy: greedy text repeats itself.
+
+`self` holds the whole tuned model in memory while it writes. Where it does not fit, give a file.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltacome.errors import CalibrationError
+
+_MARK = "USERTEXT"
+_QUESTION_TOKENS = 64
+
+
+def calibration_rows(
+    source: str,
+    tuned: Path,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: str = "cpu",
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """Rows of token ids, at most `samples` of at most `seq_len` tokens.
+
+    Args:
+        source: `self`; a `.txt` file (cut into rows); a `.jsonl` file with an object per line that
+            has `text`, `messages`, or `prompt` and `answer`; or a data set on the Hub with such
+            columns (needs the `datasets` package).
+        tuned: folder of the tuned model, for its tokenizer, template and (`self`) weights.
+        on_step: called with steps done and in all while the model writes.
+
+    Raises:
+        CalibrationError: the source is missing, malformed or empty.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
+    if source == "self":
+        rows = _write(tokenizer, tuned, samples, seq_len, seed, device, on_step)
+    else:
+        texts = _read_texts(source, tokenizer, samples)
+        rows = _cut(texts, tokenizer, samples, seq_len, seed)
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise CalibrationError(f"calibration {source}: expected text, got no row of two tokens")
+    return rows
+
+
+def _read_texts(source: str, tokenizer: Any, samples: int) -> list[str]:
+    path = Path(source)
+    if path.suffix == ".txt" and path.is_file():
+        return [path.read_text(encoding="utf-8")]
+    if path.suffix == ".jsonl" and path.is_file():
+        texts = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                texts.append(_text_of(_json(line, f"{path}:{number}"), tokenizer, f"{path}:{number}"))
+        return texts
+    if path.suffix in (".txt", ".jsonl") or path.is_file():
+        raise CalibrationError(f"calibration {source}: expected a .txt or .jsonl file, found none")
+    return _read_hub(source, tokenizer, samples)
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise CalibrationError(f"{where}: not valid JSON: {error}") from error
+
+
+def _text_of(item: Any, tokenizer: Any, where: str) -> str:
+    if isinstance(item, dict) and isinstance(item.get("text"), str):
+        return item["text"]
+    if isinstance(item, dict) and isinstance(item.get("messages"), list):
+        return _chat(tokenizer, item["messages"], where)
+    if isinstance(item, dict) and {"prompt", "answer"} <= item.keys():
+        turns = [("user", str(item["prompt"])), ("assistant", str(item["answer"]))]
+        if not tokenizer.chat_template:
+            return "".join(text for _, text in turns)
+        return _chat(tokenizer, [{"role": role, "content": text} for role, text in turns], where)
+    raise CalibrationError(
+        f"{where}: expected an object with text, messages, or prompt and answer, got {item!r:.80}"
+    )
+
+
+def _chat(tokenizer: Any, messages: list, where: str) -> str:
+    if not tokenizer.chat_template:
+        raise CalibrationError(f"{where}: has messages, but the tuned model has no chat template")
+    return tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def _read_hub(source: str, tokenizer: Any, samples: int) -> list[str]:
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise CalibrationError(
+            f"calibration {source}: no such file; to read it as a data set of the Hub, "
+            "install the package `datasets`"
+        ) from error
+    try:
+        stream = load_dataset(source, split="train", streaming=True)
+        items = list(stream.take(4 * samples))
+    except Exception as error:
+        raise CalibrationError(f"calibration {source}: {error}") from error
+    return [_text_of(item, tokenizer, f"{source}[{i}]") for i, item in enumerate(items)]
+
+
+def _cut(
+    texts: list[str], tokenizer: Any, samples: int, seq_len: int, seed: int
+) -> list[list[int]]:
+    """Texts into rows of at most `seq_len` tokens, of which `samples` are drawn."""
+    chat = tokenizer.chat_template and len(texts) > 1
+    rows = []
+    for text in texts:
+        ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+        rows += [ids[i : i + seq_len] for i in range(0, len(ids), seq_len)]
+    if len(rows) <= samples:
+        return rows
+    return random.Random(seed).sample(rows, samples)
+
+
+def _write(
+    tokenizer: Any,
+    tuned: Path,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: str,
+    on_step: Callable[[int, int], None],
+) -> list[list[int]]:
+    """Lets the tuned model write; the global random state is left as it was."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tuned, dtype="auto", trust_remote_code=False)
+    model.to(device).eval()
+    draw = random.Random(seed)
+    special = set(tokenizer.all_special_ids)
+    ordinary = [i for i in range(len(tokenizer)) if i not in special]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    opening = _opening(tokenizer)
+    chats = samples // 2 if opening else 0
+    rows: list[list[int]] = []
+    with torch.random.fork_rng(devices=[] if device == "cpu" else None):
+        torch.manual_seed(seed)
+        for start in range(0, samples, 32):
+            size = min(32, samples - start)
+            in_chat = max(0, min(chats - start, size))
+            if in_chat:
+                rows += _converse(model, tokenizer, [opening] * in_chat, seq_len)
+            if size > in_chat:
+                prompts = [bos + [draw.choice(ordinary)] for _ in range(size - in_chat)]
+                rows += _continue(model, tokenizer, prompts, seq_len)
+            on_step(start + size, samples)
+    del model
+    gc.collect()
+    return rows
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """Token ids of a chat up to where the user's words begin; empty without a template."""
+    if not tokenizer.chat_template:
+        return []
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    return tokenizer(text.split(_MARK)[0], add_special_tokens=False)["input_ids"]
+
+
+def _converse(
+    model: Any, tokenizer: Any, openings: list[list[int]], seq_len: int
+) -> list[list[int]]:
+    """A question invented by the model, and its answer to it."""
+    limit = len(openings[0]) + min(_QUESTION_TOKENS, seq_len // 2)
+    drafts = _continue(model, tokenizer, openings, limit)
+    prompts = []
+    for row, opening in zip(drafts, openings, strict=True):
+        question = tokenizer.decode(row[len(opening) :], skip_special_tokens=True).strip()
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _continue(model, tokenizer, prompts, seq_len)
+
+
+def _continue(
+    model: Any, tokenizer: Any, prompts: list[list[int]], seq_len: int
+) -> list[list[int]]:
+    """Samples a continuation of each prompt, up to `seq_len` tokens in all."""
+    longest = max(len(prompt) for prompt in prompts)
+    if longest >= seq_len:
+        return [prompt[:seq_len] for prompt in prompts]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=seq_len - longest,
+        pad_token_id=pad,
+    )
+    rows = []
+    for prompt, full in zip(prompts, output.tolist(), strict=True):
+        rows.append(prompt + _until_end(full[longest:], model, tokenizer))
+    return rows
+
+
+def _until_end(tokens: list[int], model: Any, tokenizer: Any) -> list[int]:
+    """Tokens up to and with the first that ends a text; after it there is padding."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id])
+    for i, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: i + 1]
+    return tokens

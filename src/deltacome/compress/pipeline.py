@@ -1,0 +1,401 @@
+"""Compresses a tuned model block by block.
+
+Order of work: survey both checkpoints, plan every byte, get calibration rows, then for each decoder
+block: linears in the order of their calls, those with one input together; each group sees the inputs
+that the model *compressed so far* gives it (GPTQ's true-sequential order, and section 3.3 of
+Delta-CoMe, arXiv 2406.08903), within the block too; hidden states advance once per block.
+
+Embedding and head come last, when the inputs of the head are known; until then hidden states start
+from the tuned embedding. A tied embedding is one matrix with two uses: it is compressed for its use
+as head, against the grams of the last hidden states. An untied input embedding is compressed as if
+its inputs were white, which one-hot rows of equal frequency are.
+
+Each block is a unit of the writer: resuming replays finished blocks from their stored bytes, so the
+hidden states, and with them every later byte, are those of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deltacome.arch.checkpoint import Checkpoint, full_digest, pair_tensors
+from deltacome.arch.layout import Layout, check_names, find_layout
+from deltacome.compress.budget import make_plans
+from deltacome.compress.capture import Stream, drop_weights, make_skeleton, set_weight
+from deltacome.compress.card import carried_files
+from deltacome.compress.data import calibration_rows
+from deltacome.compress.survey import survey
+from deltacome.errors import CalibrationError, DeltaError, PlanError
+from deltacome.format.artifact import Artifact, ArtifactWriter, Unit
+from deltacome.format.codec import dense, read_bands, write_bands
+from deltacome.format.manifest import Manifest, Record
+from deltacome.format.spec import Plan
+from deltacome.methods.delta_come import DeltaCome
+from deltacome.numerics.gram import relative_error
+
+DEFAULT_RATIO = 16.0
+
+
+class Progress(NamedTuple):
+    """Where a run is: `done` of `total` steps of a phase, and what was just finished."""
+
+    phase: str
+    """`survey`, `calibration`, `blocks` or `write`."""
+    done: int
+    total: int
+    detail: str = ""
+    error: float | None = None
+    """Mean relative error of the matrices so far."""
+
+
+@dataclass
+class Run:
+    """What the steps of one compression share."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    layout: Layout
+    model: torch.nn.Module
+    records: dict[str, Record]
+    plans: dict[str, Plan]
+    method: DeltaCome
+    device: str
+    dtype: torch.dtype
+    report: Callable[[Progress], None]
+    errors: list[float]
+
+
+def compress(
+    base: str | Path,
+    tuned: str | Path,
+    output: str | Path,
+    *,
+    method: DeltaCome | None = None,
+    ratio: float | None = DEFAULT_RATIO,
+    calibration: str = "self",
+    samples: int = 128,
+    seq_len: int = 256,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Artifact:
+    """Compresses a full fine-tune against its base into an artifact.
+
+    Args:
+        base, tuned: checkpoint folders (safetensors), or repositories on the Hub.
+        output: folder of the artifact; must not exist.
+        method: Delta-CoMe with triple precision by default.
+        ratio: bytes of the tuned weights at 16 bit ÷ bytes of the artifact on disk, met within 2 %.
+            None where the method's plan has no `*`.
+        calibration: `self`, `none`, a .txt or .jsonl file, or a data set on the Hub.
+        samples, seq_len, seed: rows of calibration text, tokens of a row, and their seed.
+        device: `auto`, `cpu`, `cuda`…
+        dtype: of the calibration passes; `auto` is float32 on CPU and bfloat16 elsewhere.
+        resume: continue an interrupted run; the result has the same bytes.
+        progress: called as the work goes on.
+
+    Returns:
+        The artifact, opened.
+
+    Raises:
+        DeltaError: bad input, refused before or without leaving an artifact (see `errors`).
+    """
+    method = method or DeltaCome()
+    device = _pick_device(device)
+    compute = _pick_dtype(dtype, device)
+    base_checkpoint, tuned_checkpoint = Checkpoint(base, base_revision), Checkpoint(tuned, tuned_revision)
+    identity = {
+        "base": _identity(base_checkpoint),
+        "tuned": _identity(tuned_checkpoint),
+        "method": method.options(),
+        "ratio": ratio,
+        "calibration": [_source_identity(calibration), samples, seq_len, seed],
+        "compute": [device, str(compute), torch.__version__],
+    }
+    writer = ArtifactWriter(output, identity, resume=resume)
+    try:
+        run = _prepare(base_checkpoint, tuned_checkpoint, method, device, compute, progress)
+        manifest = _manifest(run, calibration, samples, seq_len, seed)
+        run.plans.update(make_plans(manifest, run.plans.keys() | set(), method.template, ratio))
+        rows = None
+        if calibration != "none":
+            rows = _calibration(run, writer, calibration, samples, seq_len, seed)
+        names = _compress_units(run, writer, rows)
+        progress(Progress("write", 0, 1))
+        extra = carried_files(base_checkpoint.path, tuned_checkpoint.path)
+        path = writer.finish(names, manifest, extra)
+        progress(Progress("write", 1, 1))
+    finally:
+        writer.close()
+    artifact = Artifact.open(path)
+    return artifact
+
+
+def _prepare(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    method: DeltaCome,
+    device: str,
+    dtype: torch.dtype,
+    report: Callable[[Progress], None],
+) -> Run:
+    model = make_skeleton(tuned.path)
+    layout = find_layout(model)
+    check_names(model, tuned.tensors, layout.head)
+    pairs = pair_tensors(base, tuned, layout.head, layout.embedding)
+    done = 0
+
+    def on_tensor(name: str) -> None:
+        nonlocal done
+        done += 1
+        report(Progress("survey", done, len(pairs), name))
+
+    records, matrices = survey(base, tuned, pairs, layout, on_tensor)
+    return Run(
+        base, tuned, layout, model, records, dict.fromkeys(matrices, ()), method, device, dtype, report, []
+    )
+
+
+def _compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | None) -> list[str]:
+    """Every tensor ends up in exactly one unit; returns the units in the order of their bytes."""
+    stream = None
+    if rows is not None:
+        stream = Stream(
+            run.model, run.layout, _tuned_or_tied(run), rows, device=run.device, dtype=run.dtype
+        )
+    blocks = list(run.layout.blocks)
+    total = len(blocks) + 1
+    names = []
+    for number, block in enumerate(blocks):
+        inside = [name for name in run.records if name.startswith(f"{block}.")]
+        name = f"unit-{number:05}"
+        unit = writer.load(name)
+        if unit is None:
+            unit = _compress_block(run, block, inside, stream)
+            writer.save(name, unit)
+        if stream is not None:
+            _load_block(run, block, unit)
+            stream.advance(block)
+            drop_weights(run.layout.blocks[block])
+        names.append(name)
+        _note(run, unit, Progress("blocks", number + 1, total, block))
+    name = f"unit-{len(blocks):05}"
+    unit = writer.load(name)
+    if unit is None:
+        outside = [n for n in run.records if not n.startswith(tuple(f"{b}." for b in blocks))]
+        unit = _compress_outside(run, outside, stream)
+        writer.save(name, unit)
+    _note(run, unit, Progress("blocks", total, total, "embedding and head"))
+    return [*names, name]
+
+
+def _compress_block(run: Run, block: str, names: list[str], stream: Stream | None) -> Unit:
+    """One decoder block: group after group, each against the inputs that reach it."""
+    records, entries = {}, {}
+    banded = [name for name in names if name in run.plans]
+    if stream is None:
+        groups = [[name.removesuffix(".weight")] for name in banded]
+    else:
+        _load_block(run, block, Unit(tuple(run.records[name] for name in names), {}))
+        groups = stream.groups(block)
+    for group in groups:
+        members = [f"{name}.weight" for name in group if f"{name}.weight" in run.plans]
+        if not members:
+            continue
+        gram = stream.gram(block, group[0]) if stream is not None else None
+        with _naming(members):
+            finished, packed = _compress_group(run, members, gram)
+        for record in finished:
+            records[record.name] = record
+            if stream is not None:
+                value = _restored(run, record, packed).to(run.device, run.dtype)
+                set_weight(run.model, record.name, value)
+        entries |= packed
+    for name in names:
+        if name not in records:
+            records[name] = run.records[name]
+        entries |= _exact_entry(run, name)
+    return Unit(tuple(records[name] for name in names), entries)
+
+
+def _compress_outside(run: Run, names: list[str], stream: Stream | None) -> Unit:
+    """Embedding, head, and what else lies outside of the blocks."""
+    records, entries = {}, {}
+    tied = run.layout.head not in run.tuned.tensors
+    for name in names:
+        records[name] = run.records[name]
+        if name in run.plans:
+            is_head = name == run.layout.head or (tied and name == run.layout.embedding)
+            gram = stream.head_gram() if is_head and stream is not None else None
+            with _naming([name]):
+                (records[name],), packed = _compress_group(run, [name], gram)
+            entries |= packed
+        entries |= _exact_entry(run, name)
+    return Unit(tuple(records[name] for name in names), entries)
+
+
+def _compress_group(
+    run: Run, names: list[str], gram: Tensor | None
+) -> tuple[list[Record], dict[str, Tensor]]:
+    """Bands of matrices that share an input, with the error measured on the stored bytes."""
+    deltas = {name: _delta(run, name) for name in names}
+    plans = {name: run.plans[name] for name in names}
+    records, entries = [], {}
+    for name, bands in run.method.compress(deltas, plans, gram).items():
+        blob = write_bands(bands)
+        record = replace(run.records[name], plan=plans[name])
+        delta_hat = dense(read_bands(blob, record.bands_shape, record.plan)).to(run.device)
+        white = torch.eye(deltas[name].shape[1], device=run.device) if gram is None else gram
+        records.append(replace(record, error=relative_error(deltas[name], delta_hat, white)))
+        entries[f"{name}.bands"] = blob
+    return records, entries
+
+
+def _delta(run: Run, name: str) -> Tensor:
+    """tuned − base in float32, over the rows that both have."""
+    record = run.records[name]
+    assert record.base_name is not None
+    rows = record.bands_shape[0]
+    tuned = run.tuned.read(name)[:rows].to(run.device, torch.float32)
+    return tuned - run.base.read(record.base_name)[:rows].to(run.device, torch.float32)
+
+
+def _restored(run: Run, record: Record, entries: dict[str, Tensor]) -> Tensor:
+    """What the artifact gives back for a tensor of a block, float32 or the tuned dtype."""
+    if not record.plan:
+        return run.tuned.read(record.name)
+    assert record.base_name is not None
+    blob = entries[f"{record.name}.bands"]
+    delta = dense(read_bands(blob, record.bands_shape, record.plan))
+    return run.base.read(record.base_name)[: record.bands_shape[0]].float() + delta
+
+
+def _load_block(run: Run, block: str, unit: Unit) -> None:
+    """Loads the compressed-so-far weights of a block: base + bands, or the tuned value itself.
+
+    Before a block is compressed its matrices have no plan in the unit's records yet: they start
+    as the base's.
+    """
+    for record in unit.records:
+        if record.name in run.plans and not record.plan:
+            assert record.base_name is not None
+            value = run.base.read(record.base_name)
+        else:
+            value = _restored(run, record, unit.entries)
+        with contextlib.suppress(AttributeError, KeyError):
+            set_weight(run.model, record.name, value.to(run.device, run.dtype))
+
+
+def _exact_entry(run: Run, name: str) -> dict[str, Tensor]:
+    record = run.records[name]
+    if record.exact_rows is None:
+        return {}
+    value = run.tuned.read(name)
+    if record.shape:
+        value = value[record.exact_rows[0] : record.exact_rows[1]].contiguous()
+    return {f"{name}.exact": value}
+
+
+def _tuned_or_tied(run: Run) -> Callable[[str], Tensor]:
+    return run.tuned.read
+
+
+def _note(run: Run, unit: Unit, progress: Progress) -> None:
+    run.errors += [record.error for record in unit.records if record.error is not None]
+    mean = sum(run.errors) / len(run.errors) if run.errors else None
+    run.report(progress._replace(error=mean))
+
+
+@contextlib.contextmanager
+def _naming(names: list[str]) -> Iterator[None]:
+    """Errors of the numerics, which know no names, get those of the tensors at hand."""
+    try:
+        yield
+    except DeltaError as error:
+        raise type(error)(f"{', '.join(names)}: {error}") from error
+
+
+# --- inputs and what is said of them -------------------------------------------------------------
+
+
+def _calibration(
+    run: Run, writer: ArtifactWriter, source: str, samples: int, seq_len: int, seed: int
+) -> list[list[int]]:
+    """Calibration rows, kept beside the units so that a resumed run has the same."""
+    file = writer.partial / "calibration.safetensors"
+    if not file.exists():
+        rows = calibration_rows(
+            source,
+            run.tuned.path,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=run.device,
+            on_step=lambda done, total: run.report(Progress("calibration", done, total)),
+        )
+        tensors = {f"{i:06}": torch.tensor(row) for i, row in enumerate(rows)}
+        save_file(tensors, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    return [row.tolist() for _, row in sorted(load_file(file).items())]
+
+
+def _manifest(run: Run, calibration: str, samples: int, seq_len: int, seed: int) -> Manifest:
+    source = calibration if calibration in ("self", "none") else Path(calibration).name
+    said: dict[str, Any] = {"source": source}
+    if calibration != "none":
+        said |= {"samples": samples, "seq_len": seq_len, "seed": seed}
+    versions = {name: importlib.metadata.version(name) for name in ("deltacome", "torch", "transformers")}
+    return Manifest(
+        base_name_or_path=run.base.name_or_path,
+        base_revision=run.base.revision,
+        method=run.method.options(),
+        provenance={"calibration": said, "versions": versions},
+        records=run.records,
+    )
+
+
+def _identity(checkpoint: Checkpoint) -> list:
+    """Which files a run reads: a changed file must not be mixed into a resumed run."""
+    files = {info.file for info in checkpoint.tensors.values()}
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return [str(checkpoint.path.resolve()), stats]
+
+
+def _source_identity(calibration: str) -> str:
+    file = Path(calibration)
+    if not file.is_file():
+        return calibration
+    return f"{calibration} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
+def _pick_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _pick_dtype(dtype: str, device: str) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    compute = getattr(torch, dtype, None)
+    if compute not in (torch.float32, torch.bfloat16, torch.float16):
+        raise PlanError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    return compute
+
+
+__all__ = ["CalibrationError", "Progress", "compress", "full_digest", "json"]
