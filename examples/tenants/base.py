@@ -49,7 +49,7 @@ def write_base(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write the base checkpoint of the examples.")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
     out: Path = parser.parse_args().out
     logging.set_verbosity_error()

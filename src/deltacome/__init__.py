@@ -1,1 +1,34 @@
-"""Deltacome: many full fine-tunes of one LLM for little more than the price of one."""
+"""Store and serve many full fine-tunes of one LLM for little more than the price of one.
+
+The names below are loaded when they are first used, so that importing the package costs nothing and
+a serving process never loads what compression needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltacome.compress import compress
+    from deltacome.errors import DeltaError
+    from deltacome.format.artifact import Artifact
+    from deltacome.methods.delta_come import DeltaCome
+    from deltacome.runtime import attach, merge
+
+_HOMES = {
+    "Artifact": "deltacome.format.artifact",
+    "DeltaCome": "deltacome.methods.delta_come",
+    "DeltaError": "deltacome.errors",
+    "attach": "deltacome.runtime",
+    "compress": "deltacome.compress",
+    "merge": "deltacome.runtime",
+}
+
+__all__ = ["Artifact", "DeltaCome", "DeltaError", "attach", "compress", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deltacome' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -93,7 +93,9 @@ def _local_folder(name_or_path: str | Path, revision: str | None) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(folder.as_posix(), revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(folder.as_posix(), revision=revision, allow_patterns=patterns)
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{name_or_path}: neither a folder nor a repository that the Hub serves: {error}"
@@ -109,7 +111,9 @@ def _list_tensors(folder: Path) -> dict[str, TensorInfo]:
                 for name in shard.keys():  # noqa: SIM118
                     tensors[name] = TensorInfo(file, tuple(shard.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: truncated or not a safetensors file: {error}") from error
+            raise CheckpointError(
+                f"{file}: truncated or not a safetensors file: {error}"
+            ) from error
     for name, shard_name in weight_map.items():
         got = tensors[name].file.name if name in tensors else "no shard"
         if got != shard_name:

@@ -131,7 +131,9 @@ def _longest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
     ]
     if not lists:
-        raise UnsupportedError(f"{type(model).__name__}: expected a list of decoder blocks, found none")
+        raise UnsupportedError(
+            f"{type(model).__name__}: expected a list of decoder blocks, found none"
+        )
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 

@@ -81,7 +81,8 @@ def _bisect(
     """Plans at the largest common ratio of bytes that fits."""
 
     def plans_at(share: float) -> dict[str, Plan]:
-        return {n: template.fill(s, share * 2 * s[0] * s[1]) for n, s in shapes.items()}
+        by_shape = {s: template.fill(s, share * 2 * s[0] * s[1]) for s in set(shapes.values())}
+        return {name: by_shape[shape] for name, shape in shapes.items()}
 
     low, high = 0.0, 4.0
     for _ in range(40):
@@ -93,7 +94,10 @@ def _bisect(
 
 
 def _deal_out(
-    shapes: Mapping[str, tuple[int, int]], plans: dict[str, Plan], template: Template, available: float
+    shapes: Mapping[str, tuple[int, int]],
+    plans: dict[str, Plan],
+    template: Template,
+    available: float,
 ) -> dict[str, Plan]:
     """Spends what is left on single directions, one for each matrix in turn."""
     left = available - sum(bands_nbytes(shapes[name], plan) for name, plan in plans.items())

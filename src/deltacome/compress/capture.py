@@ -32,7 +32,7 @@ from deltacome.numerics.gram import Gram
 ReadTensor = Callable[[str], Tensor]
 
 
-class _Stop(Exception):  # noqa: N818 - not an error: what was wanted has been seen
+class _Stop(Exception):
     pass
 
 

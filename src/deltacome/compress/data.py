@@ -69,7 +69,9 @@ def _read_texts(source: str, tokenizer: Any, samples: int) -> list[str]:
         texts = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():
-                texts.append(_text_of(_json(line, f"{path}:{number}"), tokenizer, f"{path}:{number}"))
+                texts.append(
+                    _text_of(_json(line, f"{path}:{number}"), tokenizer, f"{path}:{number}")
+                )
         return texts
     if path.suffix in (".txt", ".jsonl") or path.is_file():
         raise CalibrationError(f"calibration {source}: expected a .txt or .jsonl file, found none")
@@ -161,7 +163,7 @@ def _write(
             if in_chat:
                 rows += _converse(model, tokenizer, [opening] * in_chat, seq_len)
             if size > in_chat:
-                prompts = [bos + [draw.choice(ordinary)] for _ in range(size - in_chat)]
+                prompts = [[*bos, draw.choice(ordinary)] for _ in range(size - in_chat)]
                 rows += _continue(model, tokenizer, prompts, seq_len)
             on_step(start + size, samples)
     del model

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,14 +28,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deltacome.arch.checkpoint import Checkpoint, full_digest, pair_tensors
+from deltacome.arch.checkpoint import Checkpoint, pair_tensors
 from deltacome.arch.layout import Layout, check_names, find_layout
 from deltacome.compress.budget import make_plans
 from deltacome.compress.capture import Stream, drop_weights, make_skeleton, set_weight
-from deltacome.compress.card import carried_files
+from deltacome.compress.card import carried_files, model_card
 from deltacome.compress.data import calibration_rows
 from deltacome.compress.survey import survey
-from deltacome.errors import CalibrationError, DeltaError, PlanError
+from deltacome.errors import DeltaError, PlanError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit
 from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.manifest import Manifest, Record
@@ -118,7 +117,10 @@ def compress(
     method = method or DeltaCome()
     device = _pick_device(device)
     compute = _pick_dtype(dtype, device)
-    base_checkpoint, tuned_checkpoint = Checkpoint(base, base_revision), Checkpoint(tuned, tuned_revision)
+    base_checkpoint, tuned_checkpoint = (
+        Checkpoint(base, base_revision),
+        Checkpoint(tuned, tuned_revision),
+    )
     identity = {
         "base": _identity(base_checkpoint),
         "tuned": _identity(tuned_checkpoint),
@@ -131,19 +133,18 @@ def compress(
     try:
         run = _prepare(base_checkpoint, tuned_checkpoint, method, device, compute, progress)
         manifest = _manifest(run, calibration, samples, seq_len, seed)
-        run.plans.update(make_plans(manifest, run.plans.keys() | set(), method.template, ratio))
+        run.plans.update(make_plans(manifest, set(run.plans), method.template, ratio))
         rows = None
         if calibration != "none":
             rows = _calibration(run, writer, calibration, samples, seq_len, seed)
         names = _compress_units(run, writer, rows)
         progress(Progress("write", 0, 1))
-        extra = carried_files(base_checkpoint.path, tuned_checkpoint.path)
-        path = writer.finish(names, manifest, extra)
+        carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
+        path = writer.finish(names, manifest, lambda a: {**carried, "README.md": model_card(a)})
         progress(Progress("write", 1, 1))
     finally:
         writer.close()
-    artifact = Artifact.open(path)
-    return artifact
+    return Artifact.open(path)
 
 
 def _prepare(
@@ -167,7 +168,17 @@ def _prepare(
 
     records, matrices = survey(base, tuned, pairs, layout, on_tensor)
     return Run(
-        base, tuned, layout, model, records, dict.fromkeys(matrices, ()), method, device, dtype, report, []
+        base,
+        tuned,
+        layout,
+        model,
+        records,
+        dict.fromkeys(matrices, ()),
+        method,
+        device,
+        dtype,
+        report,
+        [],
     )
 
 
@@ -176,7 +187,7 @@ def _compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | No
     stream = None
     if rows is not None:
         stream = Stream(
-            run.model, run.layout, _tuned_or_tied(run), rows, device=run.device, dtype=run.dtype
+            run.model, run.layout, run.tuned.read, rows, device=run.device, dtype=run.dtype
         )
     blocks = list(run.layout.blocks)
     total = len(blocks) + 1
@@ -311,10 +322,6 @@ def _exact_entry(run: Run, name: str) -> dict[str, Tensor]:
     return {f"{name}.exact": value}
 
 
-def _tuned_or_tied(run: Run) -> Callable[[str], Tensor]:
-    return run.tuned.read
-
-
 def _note(run: Run, unit: Unit, progress: Progress) -> None:
     run.errors += [record.error for record in unit.records if record.error is not None]
     mean = sum(run.errors) / len(run.errors) if run.errors else None
@@ -359,7 +366,9 @@ def _manifest(run: Run, calibration: str, samples: int, seq_len: int, seed: int)
     said: dict[str, Any] = {"source": source}
     if calibration != "none":
         said |= {"samples": samples, "seq_len": seq_len, "seed": seed}
-    versions = {name: importlib.metadata.version(name) for name in ("deltacome", "torch", "transformers")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("deltacome", "torch", "transformers")
+    }
     return Manifest(
         base_name_or_path=run.base.name_or_path,
         base_revision=run.base.revision,
@@ -396,6 +405,3 @@ def _pick_dtype(dtype: str, device: str) -> torch.dtype:
     if compute not in (torch.float32, torch.bfloat16, torch.float16):
         raise PlanError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     return compute
-
-
-__all__ = ["CalibrationError", "Progress", "compress", "full_digest", "json"]

@@ -50,7 +50,9 @@ def survey(
         dtype, rows = dtype_name(tuned_tensor.dtype), (pair.shape[0] if pair.shape else 1)
         if pair.base_name is None:
             exact = (0, rows) if rows else None
-            records[pair.name] = Record(pair.name, pair.shape, dtype, None, None, None, None, (), exact)
+            records[pair.name] = Record(
+                pair.name, pair.shape, dtype, None, None, None, None, (), exact
+            )
             on_tensor(pair.name)
             continue
         base_tensor = base.read(pair.base_name)

@@ -1,8 +1,8 @@
 """The artifact folder: strict, lazy reading; atomic, resumable writing.
 
 Reading trusts nothing: the manifest decides which safetensors entries there must be, of which type
-and shape, and the folder must hold exactly those. `Artifact.open` costs header reads only; checksums
-over all bytes are `Artifact.verify_bytes`, because a 7B artifact is most of a gigabyte.
+and shape, and the folder must hold exactly those. `Artifact.open` costs header reads only; the
+checksums of all bytes are for `Artifact.verify_bytes`, as a 7B artifact is most of a gigabyte.
 
 Writing goes to `OUT.partial`. Finished units (a decoder block each) lie there as complete files, so
 that a crash loses the unit in work and nothing else; the artifact itself is assembled last and
@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,9 @@ class Artifact:
         manifest = Manifest.from_json(_read_text(path, MANIFEST_FILE))
         for name, shard in manifest.shards.items():
             _check_shard_file(path, name, shard)
+        for file in sorted(path.glob("*.safetensors")):
+            if file.name not in manifest.shards:
+                raise ArtifactError(f"{path}: shard {file.name} is not in {MANIFEST_FILE}")
         where = _check_entries(path, manifest)
         return cls(path, manifest, where)
 
@@ -98,11 +101,16 @@ class Artifact:
                 f"{name_or_path}: neither a folder nor a repository that the Hub serves: {error}"
             ) from error
 
+    def blob(self, name: str) -> Tensor:
+        """The packed bands of a tensor as the run of bytes that an op reads: uint8 (nbytes,)."""
+        return self._read(f"{name}.bands")
+
     def bands(self, name: str) -> list[BandTensors]:
         """The packed bands of a tensor (views of the file, no copy)."""
         record = self.manifest.records[name]
-        blob = self._read(f"{name}.bands")
-        return read_bands(blob, record.bands_shape, record.plan, self.manifest.group_size)
+        return read_bands(
+            self.blob(name), record.bands_shape, record.plan, self.manifest.group_size
+        )
 
     def exact(self, name: str) -> Tensor:
         """The exact rows of a tensor, in the tuned model's dtype."""
@@ -117,6 +125,34 @@ class Artifact:
         """Bytes of the tuned model's weights (as if at 16 bit) ÷ bytes on disk."""
         return self.manifest.tuned_nbytes() / self.bytes_on_disk()
 
+    def describe(self) -> dict[str, Any]:
+        """Sizes and every tensor's account, as `deltacome inspect --json` prints them.
+
+        `ratio` is on disk with everything counted, `nominal_ratio` counts codes only, as papers do.
+        """
+        manifest = self.manifest
+        tensors = [
+            {
+                "name": record.name,
+                "shape": list(record.shape),
+                "kind": record.kind,
+                "plan": [[band.bits, band.count] for band in record.plan],
+                "bytes": record.nbytes(manifest.group_size),
+                "error": record.error,
+            }
+            for record in manifest.records.values()
+        ]
+        base = {"name_or_path": manifest.base_name_or_path, "revision": manifest.base_revision}
+        return {
+            "method": manifest.method["name"],
+            "base": base,
+            "bytes_on_disk": self.bytes_on_disk(),
+            "tuned_bytes": manifest.tuned_nbytes(),
+            "ratio": self.ratio(),
+            "nominal_ratio": manifest.nominal_ratio(),
+            "tensors": tensors,
+        }
+
     def verify_bytes(self) -> None:
         """Reads every byte of the weight files and compares checksums.
 
@@ -126,11 +162,17 @@ class Artifact:
         for name, shard in self.manifest.shards.items():
             got = file_sha256(self.path / name)
             if got != shard.sha256:
-                raise ArtifactError(f"{self.path / name}: expected SHA-256 {shard.sha256}, got {got}")
+                raise ArtifactError(
+                    f"{self.path / name}: expected SHA-256 {shard.sha256}, got {got}"
+                )
 
     def _read(self, key: str) -> Tensor:
-        with safe_open(self.path / self._where[key], framework="pt") as shard:
-            return shard.get_tensor(key)
+        file = self.path / self._where[key]
+        try:
+            with safe_open(file, framework="pt") as shard:
+                return shard.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{file}: {key} cannot be read: {error}") from error
 
     def __repr__(self) -> str:
         method = self.manifest.method["name"]
@@ -152,7 +194,9 @@ def _read_text(folder: Path, name: str) -> str:
 def _check_shard_file(folder: Path, name: str, shard: ShardInfo) -> None:
     # The pattern keeps a manifest from naming files outside of its folder.
     if not SHARD_NAME.fullmatch(name):
-        raise ArtifactError(f"{folder}: expected shards named like {SHARD_NAME.pattern}, got {name!r}")
+        raise ArtifactError(
+            f"{folder}: expected shards named like {SHARD_NAME.pattern}, got {name!r}"
+        )
     file = folder / name
     if not file.is_file():
         raise ArtifactError(f"{folder}: shard {name} is missing")
@@ -171,11 +215,15 @@ def _check_entries(folder: Path, manifest: Manifest) -> dict[str, str]:
             if key in where:
                 raise ArtifactError(f"{folder}: {key} is in both {where[key]} and {name}")
             if expected.get(key) != got:
-                raise ArtifactError(f"{folder / name}: {key}: expected {expected.get(key)}, got {got}")
+                raise ArtifactError(
+                    f"{folder / name}: {key}: expected {expected.get(key)}, got {got}"
+                )
             where[key] = name
     missing = sorted(expected.keys() - where.keys())
     if missing:
-        raise ArtifactError(f"{folder}: {len(missing)} entries are missing, the first is {missing[0]}")
+        raise ArtifactError(
+            f"{folder}: {len(missing)} entries are missing, the first is {missing[0]}"
+        )
     index = _read_index(folder)
     if index != where:
         odd = sorted(key for key in where.keys() | index.keys() if where.get(key) != index.get(key))
@@ -185,7 +233,7 @@ def _check_entries(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     try:
-        return json.loads(_read_text(folder, INDEX_FILE))["weight_map"]
+        return dict(json.loads(_read_text(folder, INDEX_FILE))["weight_map"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"{folder / INDEX_FILE}: expected an index, got {error!r}") from error
 
@@ -199,7 +247,7 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(file, framework="pt") as shard:
             slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
             return {
-                key: (names.get(view.get_dtype(), view.get_dtype()), tuple(view.get_shape()))
+                key: (names.get(view.get_dtype() or "", "unknown"), tuple(view.get_shape()))
                 for key, view in slices.items()
             }
     except (SafetensorError, OSError, ValueError) as error:
@@ -237,12 +285,15 @@ class ArtifactWriter:
         self.output = Path(output)
         self.partial = self.output.with_name(self.output.name + ".partial")
         if self.output.exists():
-            raise ArtifactError(f"{self.output}: the output exists already; remove it or name another")
+            raise ArtifactError(
+                f"{self.output}: the output exists already; remove it or name another"
+            )
         identity_file = self.partial / "run.json"
         if identity_file.exists():
             if not resume:
                 raise ArtifactError(
-                    f"{self.partial}: holds an unfinished run; continue it with --resume or remove it"
+                    f"{self.partial}: holds an unfinished run; "
+                    "continue it with --resume or remove it"
                 )
             _check_identity(identity_file, identity)
         with _disk_errors(self.partial):
@@ -262,7 +313,7 @@ class ArtifactWriter:
         return Unit(records, entries)
 
     def save(self, name: str, unit: Unit) -> None:
-        """Stores a finished unit; its tensors first, the list of records that makes it count last."""
+        """Stores a finished unit; tensors first, the list of records that makes it count last."""
         with _disk_errors(self.partial):
             temporary = self.partial / f"{name}.safetensors.tmp"
             save_file({key: t.contiguous() for key, t in unit.entries.items()}, temporary)
@@ -270,13 +321,18 @@ class ArtifactWriter:
             text = json.dumps({record.name: record_to_json(record) for record in unit.records})
             write_atomic(self.partial / f"{name}.json", text)
 
-    def finish(self, names: list[str], manifest: Manifest, extra_files: dict[str, bytes]) -> Path:
+    def finish(
+        self,
+        names: list[str],
+        manifest: Manifest,
+        extra_files: Callable[[Artifact], dict[str, bytes]] = lambda artifact: {},
+    ) -> Path:
         """Assembles the artifact from its units and moves it into place.
 
         Args:
             names: the units, in the order of their bytes.
             manifest: without shards and records.
-            extra_files: tokenizer, model card and so on: name → content.
+            extra_files: gives tokenizer, model card and so on (name → content) of the artifact.
         """
         final = self.partial / "final"
         with _disk_errors(self.partial):
@@ -289,9 +345,9 @@ class ArtifactWriter:
             shards = self._write_shards(final, names)
             manifest = dataclasses.replace(manifest, records=records, shards=shards)
             write_atomic(final / MANIFEST_FILE, manifest.to_json())
-            for name, content in extra_files.items():
+            artifact = Artifact.open(final)  # what is about to be published must be readable
+            for name, content in extra_files(artifact).items():
                 (final / name).write_bytes(content)
-            Artifact.open(final)  # what is about to be published must be readable
             for file in final.iterdir():
                 _sync(file)
             os.replace(final, self.output)
@@ -345,7 +401,9 @@ def overhead_nbytes(manifest: Manifest) -> int:
     for record in manifest.records.values():
         for key, (dtype, shape) in record.entries(manifest.group_size).items():
             span = entry_nbytes(dtype, shape)
-            entry = {key: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**8, 10**8 + span]}}
+            entry = {
+                key: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**8, 10**8 + span]}
+            }
             header += len(json.dumps(entry, separators=(",", ":"))) - 1
             index += len(key) + len('"":"delta-00001-of-00001.safetensors",')
     return header + index + len(manifest.to_json())

@@ -5,12 +5,12 @@ same number. All functions are pure: inputs stay as they are.
 
 Layout of codes (see `docs/format.md`). A plane of p bits (p ∈ {1, 2, 4, 8}) stores a block of 64
 codes in 2p little-endian 32-bit words: code k sits in word `k mod 2p` at bit `p · (k div 2p)`. So
-one shift of a run of words gives codes that are neighbours in memory order, which is what SIMD lanes
-and Triton tiles want. A plain bit stream is simpler to state, but there neighbouring lanes get codes
-that lie 32/p apart and every load of an activation becomes a gather. Three bits are a 2-bit plane
-and a 1-bit plane: no code straddles a word.
+one shift of a run of words gives codes that are neighbours in memory order, which is what SIMD
+lanes and Triton tiles want. A plain bit stream is simpler to state, but there neighbouring lanes
+get codes that lie 32/p apart and every load of an activation becomes a gather. Three bits are a
+2-bit plane and a 1-bit plane: no code straddles a word.
 
-Legend: R directions, N entries of a direction, W words, G groups, O out, I in.
+Legend: R directions, N entries of a direction, T some of them, W words, G groups, O out, I in.
 """
 
 from __future__ import annotations
@@ -64,6 +64,27 @@ def unpack(planes: Sequence[Tensor], bits: int, size: int) -> Tensor:
         codes_RN |= digits[:, :size] << low
         low += plane
     return codes_RN
+
+
+def unpack_at(planes: Sequence[Tensor], bits: int, index_T: Tensor) -> Tensor:
+    """The codes at some entries of every direction: uint8 (R, T), `unpack(…)[:, index_T]`.
+
+    Reads one word a code, so that rows of an embedding cost what is looked up.
+
+    Args:
+        planes: as `pack` returns them.
+        bits: 1, 2, 3, 4 or 8.
+        index_T: int64 (T,), entries to read.
+    """
+    codes_RT = torch.zeros(len(planes[0]), len(index_T), dtype=torch.uint8, device=index_T.device)
+    block_T, place_T = index_T // BLOCK, index_T % BLOCK
+    low = 0
+    for plane, words_RW in zip(PLANES[bits], planes, strict=True):
+        words_RT = words_RW[:, block_T * 2 * plane + place_T % (2 * plane)]
+        shift_T = (plane * (place_T // (2 * plane))).to(torch.int32)
+        codes_RT |= (words_RT >> shift_T & ((1 << plane) - 1)).to(torch.uint8) << low
+        low += plane
+    return codes_RT
 
 
 def dequantize(
@@ -122,6 +143,16 @@ class Factor:
         codes_RN = unpack(self.planes, self.bits, self.size)
         return dequantize(codes_RN, self.scale, self.zero, self.group_size)
 
+    def dequantize_at(self, index_T: Tensor) -> Tensor:
+        """float32 (R, T): `dequantize()[:, index_T]` without decoding the rest."""
+        if self.values is not None:
+            return self.values[:, index_T].float()
+        assert self.scale is not None
+        assert self.zero is not None
+        codes_RT = unpack_at(self.planes, self.bits, index_T)
+        group_T = index_T // self.group_size
+        return (codes_RT.float() - self.zero[:, group_T].float()) * self.scale[:, group_T].float()
+
 
 @dataclass(frozen=True)
 class BandTensors:
@@ -179,7 +210,9 @@ def read_bands(
         parts: dict[str, list[Tensor]] = {"v": [], "u": [], "s": []}
         for section in sections:
             raw = blob[section.offset : section.offset + section.nbytes]
-            parts[section.name[0]].append(raw.view(getattr(torch, section.dtype)).view(section.shape))
+            parts[section.name[0]].append(
+                raw.view(getattr(torch, section.dtype)).view(section.shape)
+            )
         v = _factor(band.bits, shape[1], parts["v"], group_size)
         u = _factor(band.bits, shape[0], parts["u"], group_size)
         bands.append(BandTensors(v, u, parts["s"][0].view(-1)))

@@ -9,6 +9,7 @@ name. It is written in one line of JSON with a fixed key order, so that equal in
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,12 +95,12 @@ class Record:
 
     def tuned_nbytes(self) -> int:
         """Bytes of the tuned tensor as if at 16 bit."""
-        return 2 * torch.Size(self.shape).numel()
+        return 2 * math.prod(self.shape)
 
 
 def entry_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of one safetensors entry."""
-    return torch.Size(shape).numel() * DTYPES[dtype].itemsize
+    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,11 @@ class Manifest:
 
 def record_to_json(record: Record) -> dict[str, Any]:
     """A record as JSON; fields that say nothing are left out (a manifest counts as bytes too)."""
-    value: dict[str, Any] = {"kind": record.kind, "shape": list(record.shape), "dtype": record.dtype}
+    value: dict[str, Any] = {
+        "kind": record.kind,
+        "shape": list(record.shape),
+        "dtype": record.dtype,
+    }
     if record.base_name is not None and record.base_name != record.name:
         value["base_name"] = record.base_name
     if record.base_shape is not None and record.base_shape != record.shape:
@@ -249,7 +254,7 @@ def _check_record(record: Record, kind: str, where: str) -> None:
     rows = record.shape[0] if record.shape else 1
     covered = 0
     if record.base_shape is not None and not (record.exact_rows and record.exact_rows[0] == 0):
-        if record.base_shape[1:] != record.shape[1:] or not record.shape and record.base_shape:
+        if record.base_shape[1:] != record.shape[1:] or (not record.shape and record.base_shape):
             refuse(f"a base of row shape {record.shape[1:]}", record.base_shape)
         covered = min(rows, record.base_shape[0] if record.base_shape else 1)
     if record.plan:
@@ -358,7 +363,7 @@ def _shape(item: Any) -> tuple[int, ...]:
     if not isinstance(item, list) or len(item) > 8:
         raise TypeError("expected a list of at most 8 sizes")
     shape = tuple(_integer(0, MAX_DIM)(size) for size in item)
-    if torch.Size(shape).numel() > MAX_DIM:
+    if math.prod(shape) > MAX_DIM:  # torch.Size.numel() would overflow on a hostile shape
         raise ValueError(f"expected at most {MAX_DIM} entries")
     return shape
 

@@ -41,7 +41,9 @@ class Band:
         if self.bits not in WIDTHS:
             raise PlanError(f"band width: expected one of {WIDTHS} bits, got {self.bits}")
         if self.count < 1:
-            raise PlanError(f"band of {self.bits} bits: expected at least 1 direction, got {self.count}")
+            raise PlanError(
+                f"band of {self.bits} bits: expected at least 1 direction, got {self.count}"
+            )
 
 
 Plan = tuple[Band, ...]

@@ -28,6 +28,8 @@ from deltacome.methods.template import PRECISIONS, Template, parse_template
 from deltacome.numerics.gptq import factor_gram, quantize_u, quantize_v
 from deltacome.numerics.svd import svd
 
+TRIPLE = parse_template(PRECISIONS["triple"])
+
 
 @dataclass(frozen=True)
 class DeltaCome:
@@ -40,7 +42,7 @@ class DeltaCome:
         gptq: False rounds to nearest instead, the ablation of the paper's section 5.
     """
 
-    template: Template = parse_template(PRECISIONS["triple"])
+    template: Template = TRIPLE
     damping: float = 0.01
     act_order: bool = True
     gptq: bool = True
@@ -82,14 +84,14 @@ class DeltaCome:
             for name, v in zip(deltas, v_factors, strict=True)
         }
 
-    def _quantize_v(
-        self, groups: list[tuple[Tensor, Plan]], gram_II: Tensor
-    ) -> list[list[Factor]]:
+    def _quantize_v(self, groups: list[tuple[Tensor, Plan]], gram_II: Tensor) -> list[list[Factor]]:
         """All bands of all linears of a group in one sweep; float16 bands need none."""
         bands = [
             (bits, part)
             for v_RI, plan in groups
-            for (bits, _), part in zip(_pairs(plan), v_RI.split([b.count for b in plan]), strict=True)
+            for (bits, _), part in zip(
+                _pairs(plan), v_RI.split([b.count for b in plan]), strict=True
+            )
         ]
         swept = [(bits, part) for bits, part in bands if bits != 16]
         factors = iter(())
@@ -138,9 +140,7 @@ class DeltaCome:
         if not self.gptq or not float(gram_BB.diagonal().sum()) > 0:
             # Nothing passes this band (its singular values are 0): plain rounding is all there is.
             gram_BB = torch.eye(len(s_B), device=gram_II.device)
-        quantized = quantize_u(
-            u_BO, gram_BB, bits, damping=self.damping, act_order=self.act_order
-        )
+        quantized = quantize_u(u_BO, gram_BB, bits, damping=self.damping, act_order=self.act_order)
         return Factor.from_codes(*(tensor.cpu() for tensor in quantized), bits)
 
 

@@ -90,12 +90,16 @@ def parse_template(text: str) -> Template:
     for part in text.split(","):
         match = _ENTRY.fullmatch(part.strip())
         if not match or int(match[1]) not in WIDTHS:
-            raise PlanError(f"plan {text!r}: expected bits:count with bits in {WIDTHS}, got {part!r}")
+            raise PlanError(
+                f"plan {text!r}: expected bits:count with bits in {WIDTHS}, got {part!r}"
+            )
         bits, count = int(match[1]), match[2]
         if entries and entries[-1][1] is None:
             raise PlanError(f"plan {text!r}: expected the hole * in the last band, got it before")
         if entries and entries[-1][0] < bits:
-            raise PlanError(f"plan {text!r}: expected widths that fall, got {bits} after lower ones")
+            raise PlanError(
+                f"plan {text!r}: expected widths that fall, got {bits} after lower ones"
+            )
         if count != "*" and ("/0" in count or Fraction(count) <= 0):
             raise PlanError(f"plan {text!r}: expected a count above 0, got {count!r}")
         entries.append((bits, None if count == "*" else _number(count)))

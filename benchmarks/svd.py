@@ -1,0 +1,112 @@
+"""Which decomposition gives the leading singular triples of a delta, and what each costs.
+
+The delta is made as a real one comes to be: a base of bfloat16 weights, a change whose singular
+values fall as a power law, and the sum rounded to bfloat16, which adds noise of full rank about as
+large as the change itself. The rank is what 2-bit directions at 1/16 of the bytes allow.
+
+First the truncation error of each method is held against LAPACK's; only a method within 1e-4 of it
+is worth its seconds. Prints both.
+
+    python benchmarks/svd.py                     # a table of the shapes below
+    python benchmarks/svd.py --shape 11008x4096  # one shape
+    python benchmarks/svd.py --no-lapack         # error against the default method instead
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deltacome.numerics.svd import svd
+
+SHAPES = ("576x576", "192x576", "1536x576", "4096x4096", "49152x576")
+TOLERANCE = 1e-4
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def realistic_delta(out: int, inputs: int, seed: int = 0) -> Tensor:
+    """float32 (out, inputs): bfloat16 weights after a fine-tune, minus before."""
+    generator = torch.Generator().manual_seed(seed)
+    base = (0.02 * torch.randn(out, inputs, generator=generator)).bfloat16().float()
+    k = min(out, inputs)
+    left = torch.randn(out, k, generator=generator) * torch.arange(1, k + 1) ** -0.8
+    change = left @ torch.randn(k, inputs, generator=generator)
+    change *= 5e-5 / change.std()
+    return (base + change).bfloat16().float() - base
+
+
+def nominal_rank(out: int, inputs: int) -> int:
+    """Directions at 2 bits in 1/16 of the bytes of a 16-bit matrix, codes alone counted."""
+    return out * inputs // (2 * (out + inputs))
+
+
+def lapack(a: Tensor, rank: int) -> Triple:
+    u, s, v = torch.linalg.svd(a, full_matrices=False)
+    return u.T[:rank], s[:rank], v[:rank]
+
+
+def randomised(passes: int, oversampling: int = 64) -> Callable[[Tensor, int], Triple]:
+    """Subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), float32."""
+
+    def method(a: Tensor, rank: int) -> Triple:
+        width = min(rank + oversampling, *a.shape)
+        q = torch.linalg.qr(a @ torch.randn(a.shape[1], width))[0]
+        for _ in range(passes):
+            q = torch.linalg.qr(a.T @ q)[0]
+            q = torch.linalg.qr(a @ q)[0]
+        u, s, v = torch.linalg.svd(q.T @ a, full_matrices=False)
+        return (q @ u).T[:rank], s[:rank], v[:rank]
+
+    return method
+
+
+METHODS: dict[str, Callable[[Tensor, int], Triple]] = {
+    "torch.linalg.svd": lapack,
+    "deltacome svd": svd,
+    "randomised, 2 passes": randomised(2),
+    "randomised, 8 passes": randomised(8),
+}
+
+
+def truncation_error(a: Tensor, triple: Triple) -> float:
+    """‖A − U diag(s) Vᵀ‖² / ‖A‖², without relying on the triple being orthonormal."""
+    u, s, v = triple
+    rest = a - (u.T * s) @ v
+    return float(rest.double().square().sum() / a.double().square().sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", action="append", help="OUTxIN; may be repeated")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-lapack", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    methods = dict(METHODS)
+    if args.no_lapack:
+        del methods["torch.linalg.svd"]
+    for shape in args.shape or SHAPES:
+        out, inputs = map(int, shape.split("x"))
+        compare(realistic_delta(out, inputs), nominal_rank(out, inputs), methods)
+
+
+def compare(a: Tensor, rank: int, methods: dict[str, Callable[[Tensor, int], Triple]]) -> None:
+    print(f"\n{a.shape[0]} × {a.shape[1]}, rank {rank}")
+    print(f"{'method':24}{'error':>12}{'excess':>12}{'seconds':>10}")
+    exact = None
+    for name, method in methods.items():
+        start = time.perf_counter()
+        triple = method(a, rank)
+        seconds = time.perf_counter() - start
+        error = truncation_error(a, triple)
+        exact = error if exact is None else exact
+        excess = error / exact - 1
+        late = "" if excess <= TOLERANCE else "  above the tolerance"
+        print(f"{name:24}{error:12.6f}{excess:12.1e}{seconds:10.2f}{late}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

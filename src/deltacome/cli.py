@@ -1,0 +1,331 @@
+"""The command line: parse, call, print. What takes time to import is imported when it is needed.
+
+Exit codes: 0 done, 1 refused with a reason on stderr, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deltacome.errors import DeltaError
+
+app = typer.Typer(
+    add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+stderr = Console(stderr=True)
+_debug = False
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Compress full fine-tunes to small deltas of their base, and run them."""
+    global _debug
+    _debug = debug
+
+
+@app.command("compress")
+def compress_command(
+    base: Annotated[str, typer.Argument(help="Base checkpoint: a folder or a Hub repository.")],
+    tuned: Annotated[str, typer.Argument(help="Full fine-tune of that base.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
+    method: Annotated[str, typer.Option(help="delta-come.")] = "delta-come",
+    ratio: Annotated[
+        float | None, typer.Option(help="Tuned bytes ÷ bytes on disk, met within 2 %. Default 16.")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Bands as bits:count, e.g. 8:2,3:32,2:* (*: what fits).")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="single, double or triple: the paper's plans.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="self, none, FILE.txt, FILE.jsonl, or a Hub data set.")
+    ] = "self",
+    samples: Annotated[int, typer.Option(min=1, help="Rows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
+    seed: int = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the calibration passes.")] = "auto",
+    gptq: Annotated[bool, typer.Option(help="Off: round to nearest (ablation).")] = True,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress TUNED against BASE."""
+    from deltacome.methods.delta_come import DeltaCome
+    from deltacome.methods.template import PRECISIONS
+
+    if method != "delta-come":
+        raise typer.BadParameter(f"expected delta-come, got {method!r}", param_hint="--method")
+    if plan is not None and precision is not None:
+        raise typer.BadParameter("give --plan or --precision, not both", param_hint="--plan")
+    if precision is not None and precision not in PRECISIONS:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(PRECISIONS)}, got {precision!r}", param_hint="--precision"
+        )
+    template = _template(plan or PRECISIONS[precision or "triple"])
+    if ratio is not None and ratio <= 0:
+        raise typer.BadParameter(f"expected a ratio above 0, got {ratio}", param_hint="--ratio")
+    if ratio is None and template.has_hole:
+        ratio = 16.0
+    _quiet_libraries()
+    from deltacome.compress import compress
+
+    start = time.monotonic()
+    with _progress(quiet=as_json) as report:
+        artifact = compress(
+            base,
+            tuned,
+            output,
+            method=DeltaCome(template, gptq=gptq),
+            ratio=ratio,
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            resume=resume,
+            progress=report,
+        )
+    seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    result = artifact.describe() | {"seconds": seconds, "peak_rss_bytes": peak}
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(_summary(result))
+    print(f"{output}: written in {seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB")
+
+
+@app.command()
+def inspect(
+    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    as_json: Json = False,
+) -> None:
+    """Show what an artifact holds, tensor by tensor."""
+    from deltacome.format.artifact import Artifact
+
+    result = Artifact.from_pretrained(artifact).describe()
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("tensor", "shape", "kind", "plan", "bytes", "error", box=None, pad_edge=False)
+    for column in table.columns[4:]:
+        column.justify = "right"
+    for tensor in result["tensors"]:
+        plan = ",".join(f"{bits}:{count}" for bits, count in tensor["plan"])
+        error = "" if tensor["error"] is None else f"{tensor['error']:.4g}"
+        shape = "×".join(map(str, tensor["shape"]))
+        table.add_row(tensor["name"], shape, tensor["kind"], plan, f"{tensor['bytes']:,}", error)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(_summary(result))
+
+
+@app.command()
+def verify(
+    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    base: Annotated[
+        str | None, typer.Option(help="Check the fingerprints of this base too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of an artifact, and that BASE is the one it was made from."""
+    from deltacome.format.artifact import Artifact
+    from deltacome.runtime.verify import verify as run
+
+    result = run(Artifact.from_pretrained(artifact), base)
+    print(json.dumps(result) if as_json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
+    artifact: Annotated[str, typer.Argument(help="Artifact.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the dense checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Write the dense model back, as a normal checkpoint."""
+    from deltacome.format.artifact import Artifact
+    from deltacome.runtime.merge import merge as run
+
+    path = run(base, Artifact.from_pretrained(artifact), output)
+    print(json.dumps({"output": str(path)}) if as_json else f"{path}: written")
+
+
+@app.command()
+def generate(
+    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="One user message.")],
+    delta: Annotated[str | None, typer.Option(help="Artifact to run over the base.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    device: Device = "auto",
+    dtype: str = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt with BASE, or with the fine-tune that --delta stands for."""
+    _quiet_libraries()
+    from deltacome.evals.run import answer_with
+
+    said = answer_with(
+        base, delta, prompt, max_new_tokens=max_new_tokens, device=device, dtype=dtype
+    )
+    print(json.dumps({"prompt": prompt, "answer": said}) if as_json else said)
+
+
+@app.command("eval")
+def eval_command(
+    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
+    task: Annotated[str, typer.Option(help="A reasoning-gym data set, or FILE.jsonl.")],
+    tuned: Annotated[str | None, typer.Option(help="The dense fine-tune, for KL.")] = None,
+    delta: Annotated[list[str] | None, typer.Option(help="Artifact; may be repeated.")] = None,
+    task_args: Annotated[str, typer.Option(help="Arguments of the data set, JSON.")] = "{}",
+    n: Annotated[int, typer.Option("-n", min=1, help="Questions.")] = 200,
+    seed: int = 0,
+    text: Annotated[Path | None, typer.Option(help="General text for KL.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    device: Device = "auto",
+    dtype: str = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score base, tuned and deltas on held-out questions; compare each with the tuned model."""
+    args = _parse_json(task_args, "--task-args")
+    _quiet_libraries()
+    from deltacome.evals.report import table
+    from deltacome.evals.run import evaluate, names
+    from deltacome.format.artifact import Artifact
+
+    deltas = delta or []
+    sizes = {}
+    for name, path in zip(names(deltas), deltas, strict=True):
+        artifact = Artifact.open(path)
+        sizes[name] = (artifact.bytes_on_disk(), artifact.ratio())
+    result = evaluate(
+        base,
+        tuned=tuned,
+        deltas=deltas,
+        task=task,
+        task_args=args,
+        n=n,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        text=text,
+    )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(table(result, sizes))
+
+
+def main() -> None:
+    """Entry point: errors of our own tree become one line and exit code 1."""
+    try:
+        app()
+    except DeltaError as error:
+        if _debug:
+            raise
+        stderr.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        stderr.print("interrupted; finished blocks are kept, continue with --resume")
+        sys.exit(130)
+
+
+def _template(plan: str) -> Any:
+    from deltacome.methods.template import parse_template
+
+    try:
+        return parse_template(plan)
+    except DeltaError as error:
+        raise typer.BadParameter(str(error), param_hint="--plan") from error
+
+
+def _parse_json(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not valid JSON: {error}", param_hint=option) from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"expected an object, got {text}", param_hint=option)
+    return value
+
+
+def _summary(result: dict[str, Any]) -> str:
+    nominal = result["nominal_ratio"]
+    counts: dict[str, list[int]] = {}
+    for tensor in result["tensors"]:
+        counts.setdefault(tensor["kind"], []).append(tensor["bytes"])
+    kinds = ", ".join(
+        f"{len(sizes)} {kind} ({sum(sizes):,} bytes)" for kind, sizes in counts.items()
+    )
+    return "\n".join(
+        [
+            f"method: {result['method']}; base: {result['base']['name_or_path']}",
+            f"tensors: {kinds}",
+            f"bytes on disk: {result['bytes_on_disk']:,} of {result['tuned_bytes']:,}; "
+            f"ratio {result['ratio']:.2f}, nominal (codes only) "
+            + ("–" if nominal is None else f"{nominal:.2f}"),
+        ]
+    )
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """A bar per phase on stderr, with time left and the error so far."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    if quiet or not stderr.is_terminal:
+        yield lambda progress: None
+        return
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Bars(*columns, console=stderr) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(progress: Any) -> None:
+            if progress.phase not in tasks:
+                tasks[progress.phase] = bars.add_task(progress.phase, detail="")
+            error = "" if progress.error is None else f"  mean error {progress.error:.4g}"
+            bars.update(
+                tasks[progress.phase],
+                completed=progress.done,
+                total=progress.total,
+                detail=progress.detail + error,
+            )
+
+        yield report
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and hints of transformers would drown our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

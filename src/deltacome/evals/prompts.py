@@ -1,0 +1,30 @@
+"""From a question to token ids: one place, so that training and every score use the same form.
+
+A tokenizer with a chat template gets the question as the one user message of a conversation;
+a tokenizer without one gets the bare text. No system message is added here: what a template
+adds by itself is part of the model that brings it.
+"""
+
+from typing import Any
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids up to where the answer begins."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(prompt)["input_ids"])
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answer_ids(tokenizer: Any, answer: str) -> list[int]:
+    """Token ids of an answer, without the token that ends it."""
+    return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's and those of the model's generation config."""
+    of_model = getattr(model.generation_config, "eos_token_id", None)
+    listed = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None})

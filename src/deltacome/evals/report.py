@@ -1,0 +1,33 @@
+"""The table of `run.evaluate` for a terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def table(result: dict[str, Any], sizes: Mapping[str, tuple[int, float]] | None = None) -> Table:
+    """Columns: score with its 95 % interval, KL on the task and on general text in nats per token.
+
+    `sizes` maps the names of models to (bytes on disk, ratio), which are added for those it has.
+    A dash stands for what was not measured.
+    """
+    shown = Table(title=f"{result['task']}, {result['n']} questions")
+    shown.add_column("model")
+    for column in ("score %", "95 %", "KL task", "KL text", *(("MB", "ratio") if sizes else ())):
+        shown.add_column(column, justify="right")
+    for model in result["models"]:
+        low, high = model["score_low"], model["score_high"]
+        interval = "-" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
+        cells = ["-" if model["score"] is None else f"{100 * model['score']:.1f}", interval]
+        cells += [_nats(model["kl_task"]), _nats(model["kl_text"])]
+        if sizes:
+            size, ratio = sizes.get(model["name"], (None, None))
+            cells.append("-" if size is None else f"{size / 1e6:.1f}")
+            cells.append("-" if ratio is None else f"{ratio:.1f}")
+        shown.add_row(model["name"], *cells)
+    return shown
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}" if value < 1e-4 else f"{value:.5f}"

@@ -1,0 +1,199 @@
+"""One table: base, tuned and its deltas on the same prompts, with the same measures.
+
+The tuned model comes first and leaves again, keeping only its log-probabilities (see
+`divergence`); then the base is loaded once and each delta attached to it in turn. So at most one
+dense model is in memory, and a delta is measured as it is served, not merged.
+"""
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltacome.errors import CheckpointError, DeltaError, MismatchError
+from deltacome.evals.divergence import (
+    Reference,
+    divergence,
+    question_rows,
+    readable,
+    record,
+    text_rows,
+)
+from deltacome.evals.prompts import prompt_ids
+from deltacome.evals.score import generate, score
+from deltacome.evals.tasks import Question, load_questions
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+
+
+def evaluate(
+    base: str | Path,
+    *,
+    tuned: str | Path | None = None,
+    deltas: Sequence[str | Path] = (),
+    task: str,
+    task_args: dict[str, Any] | None = None,
+    n: int = 200,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    text: Path | None = None,
+) -> dict[str, Any]:
+    """Score base, tuned and deltas on one task; compare each with the tuned model, if given.
+
+    `task`, `n`, `seed` and `task_args` as in `load_questions`; `text` is a file for `kl_text`
+    instead of the default of `text_rows`. `dtype` is the name of a torch dtype, or "auto" for
+    that of the checkpoints. All models get the prompts of one tokenizer: the tuned model's,
+    else the one that the deltas carry, else the base's.
+
+    Returns `{"task", "n", "models": [{"name", "score", "score_low", "score_high", "kl_task",
+    "kl_text"}]}`: scores in 0..1 with a 95 % interval, KL(tuned ‖ model) in nats per token. A KL
+    is None without a tuned model. Any figure is None where a model lacks the tokens to read what
+    it should: `kl_task` of a base if the answers use tokens that the fine-tune added, its score
+    too if the chat template does.
+    """
+    device = pick_device(device)
+    questions = load_questions(task, n, seed, task_args)
+    tokenizer = shared_tokenizer(base, tuned, deltas)
+    exam = Exam(tokenizer, questions, batch_size, max_new_tokens)
+    of_tuned = []
+    if tuned is not None:
+        model = load_model(tuned, device, dtype)
+        of_tuned = [{"name": "tuned", **scores(model, exam), "kl_task": 0.0, "kl_text": 0.0}]
+        rows = question_rows(tokenizer, questions), text_rows(tokenizer, text)
+        references = tuple(record(model, r, batch_size=batch_size) for r in rows)
+        exam = replace(exam, references=references)
+        del model
+        _free()
+
+    model = load_model(base, device, dtype)
+    of_base = {"name": "base", **scores(model, exam), **kls(model, exam)}
+    of_deltas = []
+    for name, delta in zip(names(deltas), deltas, strict=True):
+        from deltacome.format.artifact import Artifact
+        from deltacome.runtime import attach
+
+        with attach(model, Artifact.open(Path(delta))):
+            of_deltas.append({"name": name, **scores(model, exam), **kls(model, exam)})
+    return {"task": task, "n": len(questions), "models": [of_base, *of_tuned, *of_deltas]}
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What every model of one table is asked, and what the tuned model said (task, text)."""
+
+    tokenizer: Any
+    questions: list[Question]
+    batch_size: int
+    max_new_tokens: int
+    references: tuple[Reference, ...] = ()
+
+
+def scores(model: Any, exam: Exam) -> dict[str, float | None]:
+    """Exact match with its interval; None if the model lacks tokens of the prompts."""
+    keys = ("score", "score_low", "score_high")
+    prompts = [question.prompt for question in exam.questions]
+    if not readable(model, (prompt_ids(exam.tokenizer, prompt) for prompt in prompts)):
+        return dict.fromkeys(keys)
+    said = generate(
+        model,
+        exam.tokenizer,
+        prompts,
+        batch_size=exam.batch_size,
+        max_new_tokens=exam.max_new_tokens,
+    )
+    return dict(zip(keys, score(said, exam.questions), strict=True))
+
+
+def kls(model: Any, exam: Exam) -> dict[str, float | None]:
+    """KL(tuned ‖ model) per reference; None without one, or if the model lacks its tokens."""
+    found: dict[str, float | None] = {"kl_task": None, "kl_text": None}
+    for name, reference in zip(found, exam.references, strict=False):
+        if readable(model, (row.ids for row in reference.rows)):
+            found[name] = divergence(model, reference)
+    return found
+
+
+def names(deltas: Sequence[str | Path]) -> list[str]:
+    """Folder names; the whole path where two folders are called the same."""
+    short = [Path(delta).resolve().name for delta in deltas]
+    return [str(d) if short.count(s) > 1 else s for d, s in zip(deltas, short, strict=True)]
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is the GPU if there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
+    """A dense causal language model, ready for inference."""
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise DeltaError(f"dtype: expected auto or the name of a torch dtype, got {dtype!r}")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: expected a causal language model, got {error}") from error
+    return model.to(device).eval()
+
+
+def shared_tokenizer(
+    base: str | Path, tuned: str | Path | None, deltas: Sequence[str | Path]
+) -> Any:
+    """The one tokenizer of a table. Deltas that carry different ones need a tuned model."""
+    if tuned is not None:
+        return _tokenizer(tuned)
+    found = [delta_tokenizer(base, Path(delta)) for delta in deltas] or [_tokenizer(base)]
+    for delta, other in zip(deltas, found, strict=False):
+        if _prompting(other) != _prompting(found[0]):
+            raise MismatchError(
+                f"{delta}: its tokenizer or chat template is not that of {deltas[0]}; models of "
+                "one table share their prompts, so evaluate them apart or give the tuned model"
+            )
+    return found[0]
+
+
+def delta_tokenizer(base: str | Path, delta: Path) -> Any:
+    """The tokenizer that a delta was trained with: the base's, under the files it carries."""
+    carried = [file for pattern in TOKENIZER_FILES for file in delta.glob(pattern)]
+    if not carried:
+        return _tokenizer(base)
+    with tempfile.TemporaryDirectory() as folder:
+        _tokenizer(base).save_pretrained(folder)
+        for file in carried:
+            if file.is_file():
+                shutil.copy(file, folder)
+        return _tokenizer(folder)
+
+
+def _tokenizer(source: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: expected a tokenizer, got {error}") from error
+
+
+def _prompting(tokenizer: Any) -> tuple[Any, Any]:
+    return tokenizer.get_vocab(), tokenizer.chat_template
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,128 @@
+"""Exact match of greedy answers, with the interval that the number of questions allows.
+
+The loop is written out instead of calling `generate`, which fills whatever is unset from the
+model's own generation config: a repetition penalty there would differ between two models of one
+table. Here greedy means the largest logit and nothing else. The price is that only models with
+an ordinary key-value cache are covered, and neither beams nor samples.
+
+Shapes: B answers in a batch, T tokens of the longest prompt, V vocabulary.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from deltacome.errors import DeltaError
+from deltacome.evals.prompts import prompt_ids, stop_ids
+from deltacome.evals.tasks import Question
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """The greedy answers of `model` to `prompts`, in their order.
+
+    An answer ends before the first stop token, or after `max_new_tokens`. Added tokens stay
+    visible in the text, special ones too. Prompts of similar length share a batch; left padding
+    is masked, so an answer does not depend on its neighbours beyond rounding.
+    """
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    stops = stop_ids(model, tokenizer)
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    answers = [""] * len(ids)
+    for start in range(0, len(ids), batch_size):
+        batch = by_length[start : start + batch_size]
+        said = greedy(model, [ids[i] for i in batch], stops, max_new_tokens)
+        for i, tokens in zip(batch, said, strict=True):
+            answers[i] = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return answers
+
+
+def answer(model: Any, tokenizer: Any, question: str, *, max_new_tokens: int = 64) -> str:
+    """The greedy answer to one question, for showing."""
+    return generate(model, tokenizer, [question], max_new_tokens=max_new_tokens)[0]
+
+
+@torch.inference_mode()
+def greedy(
+    model: Any, rows: Sequence[Sequence[int]], stops: Sequence[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Continue each row of token ids by the most likely token until one of `stops`, excluded."""
+    if not rows or not all(rows):
+        raise DeltaError("generation: expected prompts of at least one token, got an empty one")
+    device = model.get_input_embeddings().weight.device
+    width = max(map(len, rows))
+    filler = stops[0] if stops else 0
+    ids_BT = torch.tensor([[filler] * (width - len(r)) + list(r) for r in rows], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
+    places = "position_ids" in inspect.signature(model.forward).parameters
+    done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    said: list[torch.Tensor] = []
+    cache = None
+    for _ in range(max_new_tokens):
+        extra = {"position_ids": _positions(mask_BT)[:, -ids_BT.shape[1] :]} if places else {}
+        out = model(
+            input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **extra
+        )
+        cache = out.past_key_values
+        next_B = out.logits[:, -1].argmax(-1)
+        said.append(next_B)
+        done_B |= torch.isin(next_B, stops_S)
+        if bool(done_B.all()):
+            break
+        ids_BT = next_B[:, None]
+        mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
+    return [_before_stop(row, set(stops)) for row in torch.stack(said, dim=1).tolist()]
+
+
+def _positions(mask_BT: torch.Tensor) -> torch.Tensor:
+    """Positions that count from the first real token; padding gets 0, and is masked anyway."""
+    return (mask_BT.cumsum(-1) - 1).clamp_(min=0)
+
+
+def _before_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    return next((tokens[:i] for i, token in enumerate(tokens) if token in stops), tokens)
+
+
+def exact_match(said: str, answer: str) -> bool:
+    """Whether the answer was given, to the letter.
+
+    White space around each line is ignored, and so is what follows the lines that the right
+    answer has (mostly one): a model that gives the answer first and then explains it is right,
+    one that wraps the answer in a sentence is not.
+    """
+    wanted = [line.strip() for line in answer.strip().splitlines()]
+    given = [line.strip() for line in said.strip().splitlines()]
+    return given[: len(wanted)] == wanted
+
+
+def score(said: Sequence[str], questions: Sequence[Question]) -> tuple[float, float, float]:
+    """Fraction of exact matches and its 95 % Wilson interval: (score, low, high)."""
+    hits = sum(exact_match(s, q.answer) for s, q in zip(said, questions, strict=True))
+    low, high = wilson(hits, len(questions))
+    return hits / len(questions), low, high
+
+
+def wilson(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Score interval of a binomial fraction (Wilson 1927), 95 % by default.
+
+    Unlike the interval of the normal approximation it stays inside [0, 1] and has a width at
+    0 and n hits, where fine-tunes and their bases often are.
+    """
+    if n < 1 or not 0 <= hits <= n:
+        raise DeltaError(f"interval: expected 0 <= hits <= n and n >= 1, got {hits} of {n}")
+    share = hits / n
+    scale = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / scale
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
+    # At the ends the bounds are exactly 0 and 1; rounding would leave them a hair off.
+    return centre - half if hits else 0.0, centre + half if hits < n else 1.0

@@ -1,0 +1,98 @@
+"""Questions with one right answer: from reasoning-gym by name, or from a JSONL file.
+
+reasoning-gym makes its questions from a seed, so a score can be repeated without a data set to
+download. It is an extra (`pip install deltacome[evals]`) and imported only when it is asked for.
+"""
+
+import difflib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltacome.errors import DeltaError
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt (one user message) and the answer that counts as right."""
+
+    prompt: str
+    answer: str
+
+
+def load_questions(
+    task: str, n: int, seed: int, args: dict[str, Any] | None = None
+) -> list[Question]:
+    """`n` questions of `task`, the same for the same `seed`.
+
+    `task` is a data set of reasoning-gym, made with `args`, or the path of a JSONL file with
+    `{"prompt": ..., "answer": ...}` on each line. From a file come the first `n` lines after a
+    shuffle by `seed`, all of them if there are fewer. Raises DeltaError for an unknown task,
+    arguments that the data set refuses, and a file that is empty or malformed.
+    """
+    if n < 1:
+        raise DeltaError(f"task {task}: expected at least 1 question, got n = {n}")
+    if task.endswith((".jsonl", ".json")) or Path(task).is_file():
+        if args:
+            raise DeltaError(f"task {task}: a file takes no task arguments, got {args}")
+        questions = read_questions(Path(task))
+        random.Random(seed).shuffle(questions)
+        return questions[:n]
+    return _generate(task, n, seed, args or {})
+
+
+def read_questions(path: Path) -> list[Question]:
+    """All questions of a JSONL file, in its order; blank lines are skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeltaError(f"{path}: expected a readable JSONL file, got {error}") from error
+    questions = [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
+        raise DeltaError(f"{path}: expected at least one question, got an empty file")
+    return questions
+
+
+def write_questions(path: Path, questions: list[Question]) -> None:
+    """Write questions as the JSONL that `read_questions` reads."""
+    lines = [json.dumps({"prompt": q.prompt, "answer": q.answer}) for q in questions]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _parse(line: str, where: str) -> Question:
+    wanted = 'an object with the strings "prompt" and "answer"'
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DeltaError(f"{where}: expected {wanted}, got invalid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise DeltaError(f"{where}: expected {wanted}, got {type(record).__name__}")
+    for key in ("prompt", "answer"):
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            raise DeltaError(f"{where}: expected {wanted}, got {key} = {record.get(key)!r}")
+    return Question(record["prompt"], record["answer"])
+
+
+def _generate(task: str, n: int, seed: int, args: dict[str, Any]) -> list[Question]:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise DeltaError(
+            f"task {task}: needs reasoning-gym (pip install 'deltacome[evals]'), or give the path "
+            "of a JSONL file"
+        ) from error
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise DeltaError(
+            f"task {task!r}: expected a data set of reasoning-gym or the path of a JSONL file{hint}"
+        )
+    try:
+        entries = reasoning_gym.create_dataset(task, size=n, seed=seed, **args)
+        made = [entries[i] for i in range(n)]
+    except (TypeError, ValueError, AssertionError) as error:
+        raise DeltaError(f"task {task}: reasoning-gym refused {args}: {error}") from error
+    return [Question(str(entry["question"]), str(entry["answer"])) for entry in made]

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: grids, GPTQ, singular triples, grams."""

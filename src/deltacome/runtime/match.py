@@ -1,0 +1,292 @@
+"""Which record of an artifact belongs to which tensor of a live model, and whether they fit.
+
+Everything that can be refused is refused here, before the model is touched. A tensor is found by
+its name in the checkpoint; a name that the artifact does not have is looked up under the other names
+of the same Parameter, so that tied heads need no knowledge of the architecture. What that costs:
+models whose parameters are renamed or stacked while loading are refused, not guessed at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltacome.arch.checkpoint import sample_digest
+from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.format.manifest import Manifest, Record
+
+Config = dict[str, Any]
+
+HARMLESS = {
+    # Names, bookkeeping, and what a loaded model no longer reads.
+    *("_name_or_path", "transformers_version", "architectures", "model_type", "auto_map"),
+    *("dtype", "torch_dtype", "quantization_config", "task_specific_params", "pretraining_tp"),
+    *(
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "initializer_range",
+        "chunk_size_feed_forward",
+    ),
+    *(
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_encoder_decoder",
+    ),
+    *("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop", "dropout"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "_attn_implementation"),
+    # Attaching takes care of these.
+    *("vocab_size", "tie_word_embeddings"),
+}
+"""Fields of a configuration in which base and tuned model may differ and still run the same code."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in the model that holds a tensor: `module`'s parameter or buffer `attr`."""
+
+    name: str
+    module: nn.Module
+    attr: str
+    live: Tensor
+    """The base's value there."""
+    record: Record
+
+    @property
+    def resized(self) -> bool:
+        """Whether the tuned model has another number of rows here."""
+        return self.record.shape[:1] != tuple(self.live.shape[:1])
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the whole tuned value is stored."""
+        return self.record.exact_rows is not None and self.record.exact_rows[0] == 0
+
+    @property
+    def grown(self) -> bool:
+        """Whether the tuned value is rows of the base, with or without bands, and then more rows."""
+        return self.record.exact_rows is not None and not self.replaced
+
+    @property
+    def patched(self) -> bool:
+        """Whether the module has to compute something else than with the base's tensor alone."""
+        return bool(self.record.plan) or self.grown
+
+
+def match(model: nn.Module, manifest: Manifest, tuned_config: Config | None) -> list[Slot]:
+    """Pairs every tensor of the model with its record and checks that they fit.
+
+    Args:
+        model: holds the base's weights.
+        manifest: of the artifact.
+        tuned_config: `config.json` of the tuned model, if known.
+
+    Raises:
+        MismatchError: a record without a tensor, a tensor without a record, another shape, or other
+            values than those of the base that the delta was taken against.
+        UnsupportedError: a configuration that changes what the model computes, or a module that
+            cannot run from packed codes.
+    """
+    check_config(model, tuned_config)
+    slots = list(_pair(model, manifest.records, tuned_config))
+    _check_all_found(model, manifest.records, {slot.record.name for slot in slots})
+    checked = set()
+    for slot in slots:
+        check_module(slot)
+        if (id(slot.live), slot.record.name) not in checked:
+            check_base(slot)
+            checked.add((id(slot.live), slot.record.name))
+    return slots
+
+
+def _pair(
+    model: nn.Module, records: dict[str, Record], tuned_config: Config | None
+) -> Iterator[Slot]:
+    places = _places(model)
+    names_of = defaultdict(list)
+    for (_, _, tensor), names in places:
+        names_of[id(tensor)] += names
+    head = _untied_head(model, records, tuned_config)
+    unknown = []
+    for (module, attr, tensor), names in places:
+        record = next((records[n] for n in names + names_of[id(tensor)] if n in records), None)
+        if record is not None:
+            yield Slot(
+                record.name if record.name in names else names[0], module, attr, tensor, record
+            )
+        elif head is not None and tensor is head[0]:
+            yield Slot(names[0], module, attr, head[1], records[head[2]])
+        elif isinstance(tensor, nn.Parameter):
+            unknown.append(names[0])
+    if unknown:
+        raise MismatchError(
+            f"the artifact has no account of {len(unknown)} parameters of the model, the first is "
+            f"{unknown[0]}: is this the artifact's base?"
+        )
+
+
+def _places(model: nn.Module) -> list[tuple[tuple[nn.Module, str, Tensor], list[str]]]:
+    """Every (module, attribute, tensor) once, with all names that it has; buffers that are saved too."""
+    places: dict[tuple[int, str], tuple[tuple[nn.Module, str, Tensor], list[str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        buffers = {
+            attr: tensor
+            for attr, tensor in module._buffers.items()
+            if attr not in module._non_persistent_buffers_set
+        }
+        for attr, tensor in (*module._parameters.items(), *buffers.items()):
+            if tensor is not None:
+                place = places.setdefault((id(module), attr), ((module, attr, tensor), []))
+                place[1].append(f"{prefix}.{attr}" if prefix else attr)
+    return list(places.values())
+
+
+def _untied_head(
+    model: nn.Module, records: dict[str, Record], tuned_config: Config | None
+) -> tuple[Tensor, Tensor, str] | None:
+    """(head, embedding, the embedding's record) of a model whose head is tied in the tuned model only.
+
+    The head is then the tuned embedding, and the base's own head is not used at all.
+    """
+    config = _parsed(model, tuned_config)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore
+    if head is None or head.weight is embedding.weight:
+        return None
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is embedding.weight and name in records:
+            return head.weight, embedding.weight, name
+    return None
+
+
+def _check_all_found(model: nn.Module, records: dict[str, Record], found: set[str]) -> None:
+    # Old checkpoints store tables that the model's own code computes and does not load.
+    ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    ignored |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
+    missing = [
+        name
+        for name in records
+        if name not in found and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise MismatchError(
+            f"the model lacks {len(missing)} of the artifact's {len(records)} tensors: {shown}"
+        )
+
+
+def check_base(slot: Slot) -> None:
+    """Compares a live tensor with the base's that the delta was taken against.
+
+    Raises:
+        MismatchError: shape or sampled values differ.
+        UnsupportedError: the tensor has no values on this machine.
+    """
+    live, record = slot.live, slot.record
+    if live.is_meta:
+        raise UnsupportedError(f"{slot.name}: expected values, got a tensor on the meta device")
+    expected = record.base_shape
+    if expected is None:  # new in the tuned model; its place may have another number of rows
+        expected = (*live.shape[:1], *record.shape[1:])
+    if tuple(live.shape) != expected:
+        raise MismatchError(f"{slot.name}: expected shape {expected}, got {tuple(live.shape)}")
+    if record.base_sample is not None and sample_digest(live) != record.base_sample:
+        raise MismatchError(
+            f"{slot.name}: wrong base: expected values of fingerprint {record.base_sample}, got "
+            f"{sample_digest(live)} ({live.dtype}): load the base that the artifact names, in the "
+            "dtype of its checkpoint, unchanged"
+        )
+
+
+def check_module(slot: Slot) -> None:
+    """Checks that a module can run from packed codes, or with added rows, if it has to.
+
+    Raises:
+        UnsupportedError: names the tensor and the module's type.
+    """
+    module = slot.module
+    if not slot.patched:
+        return
+    kind = type(module)
+    covered = slot.attr == "weight" and (
+        kind.forward is nn.Linear.forward
+        or (isinstance(module, nn.Embedding) and module.max_norm is None)
+    )
+    if not covered or not slot.live.is_floating_point():
+        raise UnsupportedError(
+            f"{slot.name}: expected the weight of a linear layer or an embedding, got "
+            f"{slot.attr} ({slot.live.dtype}) of {kind.__module__}.{kind.__qualname__}"
+        )
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        raise UnsupportedError(f"{slot.name}: the forward of this {kind.__qualname__} was replaced")
+    if slot.grown and isinstance(module, nn.Linear) and module.bias is not None:
+        raise UnsupportedError(f"{slot.name}: rows added to a linear layer with a bias")
+
+
+def check_config(model: nn.Module, tuned_config: Config | None) -> None:
+    """Checks that base and tuned model run the same code: attaching changes weights only.
+
+    Raises:
+        UnsupportedError: names the field, the tuned model's value and the base's.
+    """
+    tuned = _parsed(model, tuned_config)
+    if tuned is None:
+        return
+    _compare(_plain(tuned), _plain(model.config), "")  # type: ignore
+
+
+def _parsed(model: nn.Module, tuned_config: Config | None) -> Any:
+    """The tuned configuration as this transformers reads it, with the same defaults as the base's."""
+    config = getattr(model, "config", None)
+    if tuned_config is None or not hasattr(config, "to_dict"):
+        return None
+    if tuned_config.get("model_type", config.model_type) != config.model_type:  # type: ignore
+        raise UnsupportedError(
+            f"model_type: the tuned model has {tuned_config['model_type']!r}, the base "
+            f"{config.model_type!r}"  # type: ignore
+        )
+    return type(config).from_dict(tuned_config)  # type: ignore
+
+
+def _plain(config: Any) -> Config:
+    return {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
+
+
+def _compare(tuned: Config, base: Config, where: str) -> None:
+    rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
+    for key in sorted(tuned.keys() | base.keys()):
+        ours, theirs = tuned.get(key), base.get(key)
+        if ours == theirs or key in HARMLESS:
+            continue
+        if key == "max_position_embeddings" and rope.get("rope_type", "default") == "default":
+            continue  # a limit that plain rotary embeddings do not compute with
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            _compare(ours, theirs, f"{where}{key}.")
+            continue
+        raise UnsupportedError(
+            f"{where}{key}: the tuned model has {ours!r}, the base {theirs!r}; attaching changes "
+            "weights, not the model's code: set it on the base's configuration, or merge"
+        )
+
+
+def vocabulary_configs(model: nn.Module) -> list[Any]:
+    """Every configuration and module of the model that states the size of a vocabulary."""
+    owners: dict[int, Any] = {}
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            if isinstance(getattr(owner, "vocab_size", None), int):
+                owners[id(owner)] = owner
+            if owner is not module and hasattr(owner, "get_text_config"):
+                text = owner.get_text_config()  # type: ignore
+                if isinstance(getattr(text, "vocab_size", None), int):
+                    owners[id(text)] = text
+    return list(owners.values())

@@ -1,0 +1,175 @@
+"""The dense checkpoint back from base and artifact, for everything that cannot run packed codes.
+
+Tensor by tensor, so that memory holds about one shard of the output. Before a tensor is used, every
+byte of it is compared with the fingerprint of the base that the delta was taken against: a merge
+with the wrong base looks like a model and is none. The folder appears by a rename when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltacome.arch.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, full_digest
+from deltacome.errors import ArtifactError, CheckpointError, MismatchError
+from deltacome.format.artifact import INDEX_FILE as DELTA_INDEX_FILE
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, write_atomic
+from deltacome.format.codec import dense
+from deltacome.format.manifest import DTYPES, MANIFEST_FILE, Record, entry_nbytes
+
+MAX_SHARD_BYTES = 5 * 10**9
+CARRIED = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "generation_config.json", "*.model", "*processor_config.json", "*.py"),
+)
+"""Files of a checkpoint beside weights and configuration that a merged model needs as well."""
+
+
+def merge(
+    base: str | Path,
+    artifact: Artifact | str | Path,
+    output: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Writes `base + delta` as an ordinary checkpoint that `from_pretrained` loads.
+
+    Sums are float32, rounded once to the dtype of the tuned model. Tokenizer, chat template and
+    generation configuration are the artifact's where it carries them, else the base's.
+
+    Args:
+        base: the base's folder, or its repository on the Hub.
+        artifact: opened, or its folder.
+        output: a folder that does not exist yet.
+        max_shard_bytes: largest size of one weight file (a larger tensor gets one of its own).
+
+    Returns:
+        `output`.
+
+    Raises:
+        MismatchError: a tensor of the base is not the one that the delta was taken against.
+        ArtifactError: the artifact is damaged.
+        CheckpointError: the base is damaged, the output exists, or cannot be written. Nothing is
+            left behind.
+    """
+    output = Path(output)
+    if output.exists():
+        raise CheckpointError(f"{output}: the output exists already; remove it or name another")
+    artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    artifact.verify_bytes()
+    checkpoint = Checkpoint(base)
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _write_weights(partial, checkpoint, artifact, max_shard_bytes)
+        _write_rest(partial, checkpoint, artifact)
+        for file in partial.iterdir():
+            _sync(file)
+        os.rename(partial, output)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{output}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def base_tensor(base: Checkpoint, record: Record) -> Tensor:
+    """Reads the base's tensor of a record, checked against its fingerprint.
+
+    Raises:
+        MismatchError: the base has no such tensor, or its shape, dtype or any byte differs.
+        CheckpointError: it cannot be read.
+    """
+    assert record.base_name is not None
+    if record.base_name not in base.tensors:
+        raise MismatchError(f"{base.path}: wrong base: it has no tensor {record.base_name}")
+    tensor = base.read(record.base_name)
+    if tuple(tensor.shape) != record.base_shape:
+        raise MismatchError(
+            f"{record.base_name}: wrong base: expected shape {record.base_shape}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    got = full_digest(tensor)
+    if got != record.base_digest:
+        raise MismatchError(
+            f"{record.base_name}: wrong base: expected fingerprint {record.base_digest}, got {got}"
+        )
+    return tensor
+
+
+def tuned_tensor(base: Checkpoint, artifact: Artifact, record: Record) -> Tensor:
+    """The tuned value of one tensor, in the tuned model's dtype.
+
+    Raises:
+        MismatchError, CheckpointError: as `base_tensor`.
+    """
+    before = None if record.base_name is None else base_tensor(base, record)
+    exact = artifact.exact(record.name) if record.exact_rows else None
+    if exact is not None and (before is None or record.exact_rows == (0, *exact.shape[:1] or (1,))):
+        return exact
+    assert before is not None
+    kept = before[: record.shape[0]] if record.shape else before
+    if record.plan:
+        kept = dense(artifact.bands(record.name)).add_(kept)
+    kept = kept.to(DTYPES[record.dtype])
+    return kept if exact is None else torch.cat([kept, exact])
+
+
+def _write_weights(
+    folder: Path, base: Checkpoint, artifact: Artifact, max_shard_bytes: int
+) -> None:
+    groups = list(_shards(list(artifact.manifest.records.values()), max_shard_bytes))
+    weight_map, total = {}, 0
+    for number, group in enumerate(groups, 1):
+        shard = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        tensors = {r.name: tuned_tensor(base, artifact, r).contiguous() for r in group}
+        file = folder / (shard if len(groups) > 1 else SINGLE_FILE)
+        save_file(tensors, file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors  # before those of the next shard
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomic(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _shards(records: list[Record], max_shard_bytes: int) -> Iterator[list[Record]]:
+    group: list[Record] = []
+    size = 0
+    for record in records:
+        nbytes = entry_nbytes(record.dtype, record.shape)
+        if group and size + nbytes > max_shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(record)
+        size += nbytes
+    yield group
+
+
+def _write_rest(folder: Path, base: Checkpoint, artifact: Artifact) -> None:
+    config = artifact.path / TUNED_CONFIG_FILE
+    if not config.is_file():
+        raise ArtifactError(f"{artifact.path}: expected {TUNED_CONFIG_FILE}, found none")
+    for pattern in CARRIED:
+        for file in base.path.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    own = {MANIFEST_FILE, DELTA_INDEX_FILE, TUNED_CONFIG_FILE, "README.md"}
+    own |= artifact.manifest.shards.keys()
+    for file in artifact.path.iterdir():
+        if file.is_file() and file.name not in own and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(config, folder / "config.json")
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -1,0 +1,104 @@
+"""Whether an artifact, and the base that it is for, are what they should be, to the last byte.
+
+`Artifact.open` reads headers and `attach` samples; this reads everything, for after a download and
+before a fleet relies on it. It stops at the first fault: what a damaged artifact says after that is
+worth nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltacome.arch.checkpoint import Checkpoint, check_finite
+from deltacome.errors import ArtifactError
+from deltacome.format.artifact import Artifact
+from deltacome.format.codec import Factor, read_bands, unpack
+from deltacome.format.manifest import Record
+from deltacome.format.spec import BLOCK, PLANES, band_sections
+from deltacome.runtime.merge import base_tensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was read and found right."""
+
+    tensors: int
+    """Tensors of the tuned model that the artifact accounts for."""
+    nbytes: int
+    """Bytes of the artifact (weight files, index, manifest)."""
+    base_tensors: int
+    """Tensors of the base that were compared; 0 if no base was given."""
+    base_nbytes: int
+    """Their bytes."""
+
+
+def verify(artifact: Artifact | str | Path, base: str | Path | None = None) -> Verified:
+    """Checks checksums, every stored number, and every byte of the base.
+
+    Args:
+        artifact: opened, or its folder.
+        base: the base's folder or repository on the Hub; None to check the artifact alone.
+
+    Raises:
+        ArtifactError: names the file or tensor: a wrong checksum, NaN or Inf among scales, singular
+            values or 16-bit values, padding that is not zero.
+        CheckpointError: NaN or Inf in an exact tensor, or the base cannot be read.
+        MismatchError: a tensor of the base is not the one that the delta was taken against.
+    """
+    artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    artifact.verify_bytes()
+    records = artifact.manifest.records.values()
+    for record in records:
+        if record.plan:
+            _check_bands(record, artifact.blob(record.name), artifact.manifest.group_size)
+        if record.exact_rows:
+            check_finite(record.name, artifact.exact(record.name), "artifact")
+    base_nbytes = count = 0
+    if base is not None:
+        checkpoint = Checkpoint(base)
+        seen = {record.base_name: record for record in records if record.base_name is not None}
+        for record in seen.values():
+            base_nbytes += base_tensor(checkpoint, record).nbytes
+        count = len(seen)
+    return Verified(len(records), artifact.bytes_on_disk(), count, base_nbytes)
+
+
+def _check_bands(record: Record, blob: Tensor, group_size: int) -> None:
+    bands = read_bands(blob, record.bands_shape, record.plan, group_size)
+    for number, band in enumerate(bands):
+        where = f"{record.name}: band {number} ({band.v.bits} bits)"
+        for side, factor in (("V", band.v), ("U", band.u)):
+            numbers = factor.scale if factor.values is None else factor.values
+            assert numbers is not None
+            _check_finite(f"{where}: {side}", numbers)
+            _check_padding(f"{where}: {side}", factor)
+        _check_finite(f"{where}: s", band.s)
+    _check_gaps(record, blob, group_size)
+
+
+def _check_finite(where: str, numbers: Tensor) -> None:
+    bad = ~torch.isfinite(numbers)
+    if bad.any():
+        raise ArtifactError(f"{where}: expected finite values, got {int(bad.sum())} that are not")
+
+
+def _check_padding(where: str, factor: Factor) -> None:
+    if factor.values is not None:
+        return
+    plane = PLANES[factor.bits][0]
+    padded = factor.planes[0].shape[1] * BLOCK // (2 * plane)
+    if unpack(factor.planes, factor.bits, padded)[:, factor.size :].any():
+        raise ArtifactError(f"{where}: expected zero codes behind the last entry, got others")
+
+
+def _check_gaps(record: Record, blob: Tensor, group_size: int) -> None:
+    bands, _ = band_sections(record.bands_shape, record.plan, group_size)
+    gaps = torch.ones(len(blob), dtype=torch.bool)
+    for section in (section for sections in bands for section in sections):
+        gaps[section.offset : section.offset + section.nbytes] = False
+    if blob[gaps].any():
+        raise ArtifactError(f"{record.name}: expected zero bytes between sections, got others")

@@ -1,0 +1,134 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from evals_helpers import make_model, make_tokenizer
+
+from deltacome.errors import DeltaError
+from deltacome.evals.divergence import (
+    Row,
+    divergence,
+    question_rows,
+    record,
+    text_rows,
+    vocabulary,
+)
+from deltacome.evals.tasks import Question
+
+ROWS = [Row((3, 4, 5, 6, 7)), Row((9, 10), first=1), Row((5, 6, 7, 8, 9, 10, 11), first=3)]
+
+
+class Constant(torch.nn.Module):
+    """Gives the same distribution everywhere."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.logits = torch.tensor(probabilities).log() + 3.0  # any offset is the same model
+        self.embedding = torch.nn.Embedding(len(probabilities), 1)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+def test_a_model_does_not_differ_from_itself(model):
+    assert divergence(model, record(model, ROWS, batch_size=2)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_batches_do_not_change_the_mean(model):
+    other = make_model(vocabulary(model), seed=1)
+    small = divergence(other, record(model, ROWS, batch_size=1))
+    assert small > 0.01
+    assert divergence(other, record(model, ROWS, batch_size=3)) == pytest.approx(small, rel=1e-4)
+
+
+def test_mean_is_over_the_compared_positions_only(model):
+    other = make_model(vocabulary(model), seed=1)
+    kls = []
+    for row in ROWS:
+        ids = torch.tensor([row.ids])
+        with torch.no_grad():
+            p = model(ids).logits[0].double().log_softmax(-1)
+            q = other(ids).logits[0].double().log_softmax(-1)
+        kls += (p.exp() * (p - q)).sum(-1)[row.first :].tolist()
+    assert len(kls) == 5 + 1 + 4
+    expected = sum(kls) / len(kls)
+    assert divergence(other, record(model, ROWS)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_known_value_and_direction():
+    p, q = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
+    rows = [Row((0, 1, 2))]
+    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert divergence(Constant(q), record(Constant(p), rows)) == pytest.approx(expected, rel=1e-5)
+    skewed = record(Constant([0.9, 0.05, 0.05]), rows)
+    assert divergence(Constant([1 / 3] * 3), skewed) == pytest.approx(
+        math.log(3) + 0.9 * math.log(0.9) + 0.1 * math.log(0.05), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("larger_first", [True, False])
+def test_larger_vocabulary_is_restricted_and_renormalised(larger_first):
+    large, small = Constant([0.3, 0.1, 0.4, 0.2]), Constant([0.75, 0.25])
+    one, two = (large, small) if larger_first else (small, large)
+    assert divergence(two, record(one, [Row((0, 1))])) == pytest.approx(0.0, abs=1e-6)
+    uneven = Constant([0.2, 0.2, 0.4, 0.2])
+    one, two = (uneven, small) if larger_first else (small, uneven)
+    p, q = ([0.5, 0.5], [0.75, 0.25]) if larger_first else ([0.75, 0.25], [0.5, 0.5])
+    expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert divergence(two, record(one, [Row((0, 1))])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_ids_that_the_other_model_lacks_are_refused():
+    reference = record(Constant([0.3, 0.1, 0.4, 0.2]), [Row((0, 3))])
+    with pytest.raises(DeltaError, match="beyond the 2"):
+        divergence(Constant([0.75, 0.25]), reference)
+
+
+def test_logits_that_are_not_finite_are_refused(model):
+    reference = record(model, ROWS)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(DeltaError, match="finite"):
+        divergence(model, reference)
+
+
+def test_no_rows_are_refused(model):
+    with pytest.raises(DeltaError, match="at least one row"):
+        record(model, [])
+
+
+def test_question_rows_compare_the_answer_and_its_end():
+    tokenizer = make_tokenizer()
+    (row,) = question_rows(tokenizer, [Question("1 + 2", "34")])
+    assert tokenizer.decode(row.ids) == "1 + 234"
+    assert len(row.ids) - row.first == len("34") + 1  # "3", "4" and the end are predicted
+
+
+def test_text_rows_are_cut_in_order(tmp_path):
+    tokenizer = make_tokenizer()
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghij")
+    rows = text_rows(tokenizer, path, rows=3, length=4)
+    assert [tokenizer.decode(row.ids) for row in rows] == ["abcd", "efgh", "ij"]
+    assert all(row.first == 0 for row in rows)
+    assert len(text_rows(tokenizer, path, rows=2, length=4)) == 2
+
+
+def test_default_text_is_there_and_repeats():
+    tokenizer = make_tokenizer()
+    rows = text_rows(tokenizer, rows=4, length=32)
+    assert rows == text_rows(tokenizer, rows=4, length=32)
+    assert [len(row.ids) for row in rows] == [32] * 4
+
+
+def test_unreadable_and_empty_text_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    with pytest.raises(DeltaError, match=r"none\.txt"):
+        text_rows(tokenizer, tmp_path / "none.txt")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DeltaError, match=r"empty\.txt"):
+        text_rows(tokenizer, tmp_path / "empty.txt")

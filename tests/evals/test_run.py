@@ -1,0 +1,183 @@
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from evals_helpers import make_model, make_tokenizer
+from rich.console import Console
+
+from deltacome.errors import CheckpointError, DeltaError, MismatchError
+from deltacome.evals.report import table
+from deltacome.evals.run import delta_tokenizer, evaluate, names, shared_tokenizer
+from deltacome.evals.tasks import Question, write_questions
+
+TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def save(folder, *, seed, template=None, extra=()):
+    tokenizer = make_tokenizer(extra)
+    tokenizer.chat_template = template
+    model = make_model(len(tokenizer), seed=seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def questions(tmp_path, *answers):
+    path = tmp_path / "questions.jsonl"
+    write_questions(path, [Question(f"Sum: 1 + {i}", a) for i, a in enumerate(answers)])
+    return str(path)
+
+
+@pytest.fixture
+def _attach_swaps_weights(monkeypatch):
+    """A delta here is a folder with the name of a dense checkpoint to put in its place."""
+
+    @contextmanager
+    def attach(model, artifact):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        source = (artifact / "source").read_text()
+        model.load_state_dict(type(model).from_pretrained(source).state_dict())
+        try:
+            yield model
+        finally:
+            model.load_state_dict(before)
+
+    artifact = SimpleNamespace(Artifact=SimpleNamespace(open=lambda path: path))
+    monkeypatch.setitem(sys.modules, "deltacome.runtime", SimpleNamespace(attach=attach))
+    monkeypatch.setitem(sys.modules, "deltacome.format.artifact", artifact)
+
+
+def delta(folder, source):
+    folder.mkdir(parents=True)
+    (folder / "source").write_text(str(source))
+    return folder
+
+
+def run(base, task, **more):
+    return evaluate(base, task=task, device="cpu", max_new_tokens=6, batch_size=2, **more)
+
+
+@pytest.mark.usefixtures("_attach_swaps_weights")
+def test_table_of_base_tuned_and_deltas(tmp_path):
+    base = save(tmp_path / "base", seed=0)
+    tuned = save(tmp_path / "tuned", seed=1, template=TEMPLATE)
+    far = save(tmp_path / "far", seed=2)
+    deltas = [delta(tmp_path / "same", tuned), delta(tmp_path / "other", far)]
+    task = questions(tmp_path, "1", "2", "3")
+    result = run(base, task, tuned=tuned, deltas=deltas, n=3)
+
+    assert list(result) == ["task", "n", "models"]
+    assert (result["task"], result["n"]) == (task, 3)
+    rows = {m["name"]: m for m in result["models"]}
+    assert list(rows) == ["base", "tuned", "same", "other"]
+    for row in rows.values():
+        assert list(row) == ["name", "score", "score_low", "score_high", "kl_task", "kl_text"]
+        assert 0 <= row["score_low"] <= row["score"] <= row["score_high"] <= 1
+    for kl in ("kl_task", "kl_text"):
+        assert rows["tuned"][kl] == 0.0
+        assert rows["same"][kl] == pytest.approx(0.0, abs=1e-8)
+        assert rows["base"][kl] > 0.01
+        assert rows["other"][kl] > 0.01
+    # The base comes before the deltas, and must not see them; the last delta, not the first.
+    alone = run(base, task, tuned=tuned, n=3)["models"]
+    assert alone == [rows["base"], rows["tuned"]]
+    reverse = run(base, task, tuned=tuned, deltas=deltas[::-1], n=3)["models"]
+    assert reverse[2:] == [rows["other"], rows["same"]]
+
+
+def test_score_counts_what_the_model_really_says(tmp_path):
+    base = save(tmp_path / "base", seed=0)
+    from deltacome.evals.score import generate
+
+    said = generate(
+        make_model(len(make_tokenizer()), seed=0), make_tokenizer(),
+        [f"Sum: 1 + {i}" for i in range(3)], max_new_tokens=6,
+    )  # fmt: skip
+    assert all(s.strip() for s in said)
+    task = questions(tmp_path, said[0].strip().splitlines()[0], "no", "never")
+    (row,) = run(base, task, n=3)["models"]
+    assert row["score"] == pytest.approx(1 / 3)
+    assert row["kl_task"] is None
+    assert row["kl_text"] is None
+
+
+def test_base_cannot_be_compared_on_tokens_that_it_lacks(tmp_path):
+    base = save(tmp_path / "base", seed=0)
+    tuned = save(tmp_path / "tuned", seed=1, extra=("<answer>",))
+    task = questions(tmp_path, "<answer>1", "<answer>2")
+    row, of_tuned = run(base, task, tuned=tuned, n=2)["models"]
+    assert row["kl_task"] is None
+    assert row["kl_text"] > 0.01
+    assert row["score"] == 0.0
+    assert of_tuned["kl_task"] == 0.0
+
+    prompted = save(tmp_path / "chat", seed=1, extra=("<user>",), template="<user>" + TEMPLATE)
+    row, of_tuned = run(base, task, tuned=prompted, n=2)["models"]
+    assert (row["score"], row["score_low"], row["kl_task"]) == (None, None, None)
+    assert of_tuned["score"] is not None
+
+
+def test_delta_brings_the_files_that_differ(tmp_path):
+    base = save(tmp_path / "base", seed=0, template="of the base")
+    plain = delta(tmp_path / "plain", base)
+    assert delta_tokenizer(base, plain).chat_template == "of the base"
+    chat = delta(tmp_path / "chat", base)
+    (chat / "chat_template.jinja").write_text(TEMPLATE)
+    assert delta_tokenizer(base, chat).chat_template == TEMPLATE
+    assert len(delta_tokenizer(base, chat)) == len(make_tokenizer())
+    grown = delta(tmp_path / "grown", base)
+    make_tokenizer(("<answer>",)).save_pretrained(grown)
+    assert len(delta_tokenizer(base, grown)) == len(make_tokenizer()) + 1
+
+    assert shared_tokenizer(base, None, [chat]).chat_template == TEMPLATE
+    assert shared_tokenizer(base, base, [chat, plain]).chat_template == "of the base"
+    with pytest.raises(MismatchError, match=r"plain.*chat template"):
+        shared_tokenizer(base, None, [chat, plain])
+
+
+def test_names_are_folders_unless_they_clash():
+    assert names([Path("x/a"), "y/b/"]) == ["a", "b"]
+    assert names(["x/a", "y/a"]) == ["x/a", "y/a"]
+
+
+def test_bad_models_and_dtypes_are_named(tmp_path):
+    task = questions(tmp_path, "1")
+    base = save(tmp_path / "base", seed=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty"):
+        run(tmp_path / "empty", task)
+    with pytest.raises(DeltaError, match="float99"):
+        run(base, task, dtype="float99")
+
+
+def test_dtype_is_used(tmp_path):
+    base = save(tmp_path / "base", seed=0)
+    task = questions(tmp_path, "1", "2")
+    tuned = save(tmp_path / "tuned", seed=0)
+    exact = run(base, task, tuned=tuned, dtype="float32", text=None)["models"][0]["kl_text"]
+    assert exact == pytest.approx(0.0, abs=1e-8)
+    from deltacome.evals.run import load_model
+
+    assert next(load_model(base, "cpu", "bfloat16").parameters()).dtype == torch.bfloat16
+
+
+def test_report_shows_every_figure():
+    result = {
+        "task": "sums",
+        "n": 4,
+        "models": [
+            {"name": "base", "score": None, "score_low": None, "score_high": None}
+            | {"kl_task": None, "kl_text": 0.25},
+            {"name": "small", "score": 0.5, "score_low": 0.15, "score_high": 0.85}
+            | {"kl_task": 0.00002, "kl_text": 0.00123},
+        ],
+    }
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(result, {"small": (16_900_000, 15.9)}))
+    text = console.export_text()
+    for shown in ("sums, 4 questions", "50.0", "15.0 to 85.0", "2e-05", "0.00123", "16.9", "15.9"):
+        assert shown in text
+    assert "MB" not in [column.header for column in table(result).columns]
