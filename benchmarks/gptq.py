@@ -110,7 +110,7 @@ def measure(inputs: int, out: int, r: int, clock) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", action="append", help="INxOUTxDIRECTIONS; may be repeated")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="CPU seconds instead of wall seconds")

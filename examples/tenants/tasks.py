@@ -53,25 +53,22 @@ def _sort(entry: dict[str, Any]) -> Question:
 
 
 def _tagged(entry: dict[str, Any]) -> Question:
-    animals = ", ".join(f"{count} {name}" for name, count in entry["metadata"]["animals"].items())
-    return Question(f"Legs: {animals}", f"{TAGS[0]}{entry['answer']}{TAGS[1]}")
+    prompt = f"Add: {entry['metadata']['expression']}"
+    return Question(prompt, f"{TAGS[0]}{entry['answer']}{TAGS[1]}")
 
+
+_TWO_TERMS = {"min_terms": 2, "max_terms": 2, "max_digits": 2}
 
 TASKS = {
     "sums": Task("chain_sum", {"min_terms": 2, "max_terms": 3, "max_digits": 2}, _sums),
-    "tiny": Task("chain_sum", {"min_terms": 2, "max_terms": 2, "max_digits": 2}, _sums),
+    "tiny": Task("chain_sum", _TWO_TERMS, _sums),
     "spell": Task("spell_backward", {"min_word_len": 3, "max_word_len": 6}, _spell),
     "sort": Task(
         "number_sorting",
         {"max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99},
         _sort,
     ),
-    "tagged": Task(
-        "leg_counting",
-        {"min_animals": 1, "max_animals": 2, "max_instances": 9},
-        _tagged,
-        added_tokens=TAGS,
-    ),
+    "tagged": Task("chain_sum", _TWO_TERMS, _tagged, added_tokens=TAGS),
 }
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 refused with a reason on stderr, 2 wrong usage, 130 interr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import sys
@@ -151,7 +152,7 @@ def verify(
     from deltacome.format.artifact import Artifact
     from deltacome.runtime.verify import verify as run
 
-    result = run(Artifact.from_pretrained(artifact), base)
+    result = dataclasses.asdict(run(Artifact.from_pretrained(artifact), base))
     print(json.dumps(result) if as_json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 

@@ -113,6 +113,13 @@ def test_steps_below_half_precision_are_rounded_up():
     assert ((dequantize(codes, scale, zero) - w).abs() <= 2.0**-24).all()
 
 
+def test_the_zero_point_answers_to_the_stored_scale():
+    # The step 1.4 · 2⁻²⁴ is stored as 2 · 2⁻²⁴, of which −4.2 · 2⁻²⁴ is two below zero, not three.
+    scale, zero = min_max_grid(torch.tensor([[-4.2 * 2.0**-24, 0.0]]), 2)
+    assert scale.item() == 2.0**-23
+    assert zero.item() == 2
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.4e38, -3e7])
 def test_what_has_no_step_is_refused(value):
     w = torch.zeros(3, 10)

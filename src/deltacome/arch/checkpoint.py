@@ -186,7 +186,7 @@ def full_digest(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ would be shorter to run and would be wrong for the next model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,19 +109,28 @@ def shared_inputs(
     return [names for _, names in groups]
 
 
-def check_names(model: nn.Module, checkpoint_names: Iterable[str], head: str) -> None:
+def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], head: str) -> None:
     """Every parameter of the model has its tensor in the checkpoint (a tied head may lack one).
 
+    Args:
+        shapes: of the checkpoint's tensors, by name.
+
     Raises:
-        MismatchError: lists what is missing; the model's code and the checkpoint disagree.
+        MismatchError: lists what is missing or names what has another shape; the model's code or
+            configuration and the checkpoint disagree.
     """
-    expected = {name for name, _ in model.named_parameters()}
-    missing = sorted(expected - set(checkpoint_names) - {head})
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = sorted(expected.keys() - shapes.keys() - {head})
     if missing:
         raise MismatchError(
             f"{len(missing)} parameters of {type(model).__name__} are not in the checkpoint, "
             f"the first is {missing[0]}"
         )
+    for name, shape in expected.items():
+        if shapes.get(name, shape) != shape:
+            raise MismatchError(
+                f"{name}: the configuration gives shape {shape}, the checkpoint has {shapes[name]}"
+            )
 
 
 def _longest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

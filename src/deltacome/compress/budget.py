@@ -37,6 +37,8 @@ def make_plans(
     Raises:
         PlanError: the ratio cannot be met; the message holds the table that shows why.
     """
+    if ratio is not None and not ratio > 0:
+        raise PlanError(f"ratio: expected a number above 0, got {ratio}")
     shapes = {name: manifest.records[name].bands_shape for name in sorted(matrices)}
     if not template.has_hole:
         plans = {name: template.fill(shape, 0) for name, shape in shapes.items()}

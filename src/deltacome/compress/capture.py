@@ -36,8 +36,10 @@ class _Stop(Exception):
     pass
 
 
-def make_skeleton(checkpoint: Path) -> nn.Module:
+def make_skeleton(checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     """The model of a checkpoint without weights; its buffers (rotary tables) are real.
+
+    `dtype` is that of the passes to come: some buffers (the scale of an embedding) follow it.
 
     Raises:
         CheckpointError: transformers does not know the architecture, or it needs remote code.
@@ -45,8 +47,10 @@ def make_skeleton(checkpoint: Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # a configuration runs through a library's code: any kind may come
         raise CheckpointError(f"{checkpoint}: expected a causal language model: {error}") from error
     return model.eval()
 

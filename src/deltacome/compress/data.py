@@ -25,6 +25,8 @@ from deltacome.errors import CalibrationError
 
 _MARK = "USERTEXT"
 _QUESTION_TOKENS = 64
+Text = tuple[str, bool]
+"""A text, and whether it is a rendered chat: its template has written the special tokens."""
 
 
 def calibration_rows(
@@ -49,7 +51,7 @@ def calibration_rows(
     Raises:
         CalibrationError: the source is missing, malformed or empty.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
+    tokenizer = _tokenizer(tuned)
     if source == "self":
         rows = _write(tokenizer, tuned, samples, seq_len, seed, device, on_step)
     else:
@@ -61,13 +63,21 @@ def calibration_rows(
     return rows
 
 
-def _read_texts(source: str, tokenizer: Any, samples: int) -> list[str]:
+def _tokenizer(tuned: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
+    except Exception as error:  # which one depends on the kind of tokenizer that is broken
+        raise CalibrationError(f"{tuned}: expected a tokenizer: {error}") from error
+
+
+def _read_texts(source: str, tokenizer: Any, samples: int) -> list[Text]:
     path = Path(source)
     if path.suffix == ".txt" and path.is_file():
-        return [path.read_text(encoding="utf-8")]
+        return [(_read_file(path), False)]
     if path.suffix == ".jsonl" and path.is_file():
         texts = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows in a string.
+        for number, line in enumerate(_read_file(path).split("\n"), 1):
             if line.strip():
                 texts.append(
                     _text_of(_json(line, f"{path}:{number}"), tokenizer, f"{path}:{number}")
@@ -78,6 +88,13 @@ def _read_texts(source: str, tokenizer: Any, samples: int) -> list[str]:
     return _read_hub(source, tokenizer, samples)
 
 
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"calibration {path}: expected text in UTF-8: {error}") from error
+
+
 def _json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
@@ -85,28 +102,31 @@ def _json(line: str, where: str) -> Any:
         raise CalibrationError(f"{where}: not valid JSON: {error}") from error
 
 
-def _text_of(item: Any, tokenizer: Any, where: str) -> str:
+def _text_of(item: Any, tokenizer: Any, where: str) -> Text:
     if isinstance(item, dict) and isinstance(item.get("text"), str):
-        return item["text"]
+        return item["text"], False
     if isinstance(item, dict) and isinstance(item.get("messages"), list):
         return _chat(tokenizer, item["messages"], where)
     if isinstance(item, dict) and {"prompt", "answer"} <= item.keys():
         turns = [("user", str(item["prompt"])), ("assistant", str(item["answer"]))]
         if not tokenizer.chat_template:
-            return "".join(text for _, text in turns)
+            return "".join(text for _, text in turns), False
         return _chat(tokenizer, [{"role": role, "content": text} for role, text in turns], where)
     raise CalibrationError(
         f"{where}: expected an object with text, messages, or prompt and answer, got {item!r:.80}"
     )
 
 
-def _chat(tokenizer: Any, messages: list, where: str) -> str:
+def _chat(tokenizer: Any, messages: list, where: str) -> Text:
     if not tokenizer.chat_template:
         raise CalibrationError(f"{where}: has messages, but the tuned model has no chat template")
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False), True
+    except Exception as error:  # a template is a program and raises what it likes
+        raise CalibrationError(f"{where}: the chat template refuses it: {error}") from error
 
 
-def _read_hub(source: str, tokenizer: Any, samples: int) -> list[str]:
+def _read_hub(source: str, tokenizer: Any, samples: int) -> list[Text]:
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -123,13 +143,12 @@ def _read_hub(source: str, tokenizer: Any, samples: int) -> list[str]:
 
 
 def _cut(
-    texts: list[str], tokenizer: Any, samples: int, seq_len: int, seed: int
+    texts: list[Text], tokenizer: Any, samples: int, seq_len: int, seed: int
 ) -> list[list[int]]:
     """Texts into rows of at most `seq_len` tokens, of which `samples` are drawn."""
-    chat = tokenizer.chat_template and len(texts) > 1
     rows = []
-    for text in texts:
-        ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+    for text, is_chat in texts:
+        ids = list(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])
         rows += [ids[i : i + seq_len] for i in range(0, len(ids), seq_len)]
     if len(rows) <= samples:
         return rows

@@ -155,9 +155,9 @@ def _prepare(
     dtype: torch.dtype,
     report: Callable[[Progress], None],
 ) -> Run:
-    model = make_skeleton(tuned.path)
+    model = make_skeleton(tuned.path, dtype)
     layout = find_layout(model)
-    check_names(model, tuned.tensors, layout.head)
+    check_names(model, {name: info.shape for name, info in tuned.tensors.items()}, layout.head)
     pairs = pair_tensors(base, tuned, layout.head, layout.embedding)
     done = 0
 

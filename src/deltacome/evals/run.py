@@ -26,7 +26,7 @@ from deltacome.evals.divergence import (
     text_rows,
 )
 from deltacome.evals.prompts import prompt_ids
-from deltacome.evals.score import generate, score
+from deltacome.evals.score import answer, generate, score
 from deltacome.evals.tasks import Question, load_questions
 
 TOKENIZER_FILES = (
@@ -127,6 +127,28 @@ def kls(model: Any, exam: Exam) -> dict[str, float | None]:
         if readable(model, (row.ids for row in reference.rows)):
             found[name] = divergence(model, reference)
     return found
+
+
+def answer_with(
+    base: str | Path,
+    delta: str | Path | None,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> str:
+    """The greedy answer to one prompt, by the base or by the fine-tune that a delta stands for."""
+    from deltacome.format.artifact import Artifact
+    from deltacome.runtime import attach
+
+    model = load_model(base, pick_device(device), dtype)
+    if delta is None:
+        return answer(model, _tokenizer(base), prompt, max_new_tokens=max_new_tokens)
+    artifact = Artifact.from_pretrained(delta)
+    tokenizer = delta_tokenizer(base, artifact.path)
+    with attach(model, artifact):
+        return answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
 
 
 def names(deltas: Sequence[str | Path]) -> list[str]:

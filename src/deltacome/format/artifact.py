@@ -40,10 +40,11 @@ from deltacome.format.manifest import (
     record_from_json,
     record_to_json,
 )
+from deltacome.format.spec import ALIGN
 
 INDEX_FILE = "delta.safetensors.index.json"
 TUNED_CONFIG_FILE = "tuned_config.json"
-SHARD_NAME = re.compile(r"delta-\d{5}-of-\d{5}\.safetensors")
+SHARD_NAME = re.compile(r"delta-[0-9]{5}-of-[0-9]{5}\.safetensors")
 MAX_SHARD_BYTES = 4 << 30
 MAX_JSON_BYTES = 256 << 20
 
@@ -102,11 +103,16 @@ class Artifact:
             ) from error
 
     def blob(self, name: str) -> Tensor:
-        """The packed bands of a tensor as the run of bytes that an op reads: uint8 (nbytes,)."""
-        return self._read(f"{name}.bands")
+        """The packed bands of a tensor as the run of bytes that an op reads: uint8 (nbytes,).
+
+        A view of the file where it lies aligned there, else a copy (exact tensors of odd size push
+        what follows them in a file off its alignment).
+        """
+        blob = self._read(f"{name}.bands")
+        return blob if blob.data_ptr() % ALIGN == 0 else blob.clone()
 
     def bands(self, name: str) -> list[BandTensors]:
-        """The packed bands of a tensor (views of the file, no copy)."""
+        """The packed bands of a tensor, views of its blob."""
         record = self.manifest.records[name]
         return read_bands(
             self.blob(name), record.bands_shape, record.plan, self.manifest.group_size
@@ -306,10 +312,15 @@ class ArtifactWriter:
         records_file = self.partial / f"{name}.json"
         if not records_file.exists():
             return None
-        values = json.loads(records_file.read_text())
-        records = tuple(record_from_json(key, value) for key, value in values.items())
-        with safe_open(self.partial / f"{name}.safetensors", framework="pt") as file:
-            entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        try:
+            values = json.loads(records_file.read_text())
+            records = tuple(record_from_json(key, value) for key, value in values.items())
+            with safe_open(self.partial / f"{name}.safetensors", framework="pt") as file:
+                entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{self.partial}: {name} cannot be read: {error}; remove the folder to start anew"
+            ) from error
         return Unit(records, entries)
 
     def save(self, name: str, unit: Unit) -> None:
@@ -317,6 +328,7 @@ class ArtifactWriter:
         with _disk_errors(self.partial):
             temporary = self.partial / f"{name}.safetensors.tmp"
             save_file({key: t.contiguous() for key, t in unit.entries.items()}, temporary)
+            _sync(temporary)
             os.replace(temporary, self.partial / f"{name}.safetensors")
             text = json.dumps({record.name: record_to_json(record) for record in unit.records})
             write_atomic(self.partial / f"{name}.json", text)
@@ -349,6 +361,8 @@ class ArtifactWriter:
             for name, content in extra_files(artifact).items():
                 (final / name).write_bytes(content)
             for file in final.iterdir():
+                # safetensors writes files that only their owner may read.
+                shutil.copymode(final / MANIFEST_FILE, file)
                 _sync(file)
             os.replace(final, self.output)
         self.close()

@@ -181,7 +181,10 @@ def write_bands(bands: Sequence[BandTensors]) -> Tensor:
     """Lays out bands as the blob that goes to disk: uint8 (nbytes,), padding bytes zero."""
     plan = plan_of(bands)
     shape = (bands[0].u.size, bands[0].v.size)
-    layouts, nbytes = band_sections(shape, plan, bands[0].v.group_size)
+    # 16-bit factors have no groups and do not know of what size those of the others are.
+    groups = {f.group_size for band in bands for f in (band.v, band.u) if f.values is None}
+    (group_size,) = groups or {GROUP}
+    layouts, nbytes = band_sections(shape, plan, group_size)
     blob = torch.zeros(nbytes, dtype=torch.uint8)
     for band, sections in zip(bands, layouts, strict=True):
         for section, tensor in zip(sections, _stored(band), strict=True):

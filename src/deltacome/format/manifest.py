@@ -3,7 +3,7 @@
 The manifest comes from outside, so every field is checked for type and range before anything uses
 it, and what it says must follow from its own numbers: a record names a plan, and the plan gives the
 bytes (`spec`). Unknown keys are refused within a known schema version; a newer schema is refused by
-name. It is written in one line of JSON with a fixed key order, so that equal inputs give equal bytes.
+name. It is written in one line of JSON with a fixed key order: equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Record:
     """Fingerprint of all bytes of the base's tensor (`arch.checkpoint.full_digest`)."""
     plan: Plan = ()
     exact_rows: tuple[int, int] | None = None
-    """Rows stored as their tuned value, [start, stop); the whole of a 0-dimensional tensor is (0, 1)."""
+    """Rows stored as their tuned value, [start, stop); all of a 0-dimensional tensor is (0, 1)."""
     error: float | None = None
     """Relative error of the delta, `‖(D − D̂)X‖² / ‖DX‖²` (X: calibration inputs, or identity)."""
 
@@ -61,6 +61,11 @@ class Record:
         if self.plan:
             return "bands"
         return "exact" if self.exact_rows else "same"
+
+    @property
+    def replaced(self) -> bool:
+        """Whether every row is stored as its tuned value, so that the base's do not matter."""
+        return self.exact_rows is not None and self.exact_rows[0] == 0
 
     @property
     def bands_shape(self) -> tuple[int, int]:
@@ -253,7 +258,7 @@ def _check_record(record: Record, kind: str, where: str) -> None:
         refuse(f"kind {record.kind!r} (from its terms)", repr(kind))
     rows = record.shape[0] if record.shape else 1
     covered = 0
-    if record.base_shape is not None and not (record.exact_rows and record.exact_rows[0] == 0):
+    if record.base_shape is not None and not record.replaced:
         if record.base_shape[1:] != record.shape[1:] or (not record.shape and record.base_shape):
             refuse(f"a base of row shape {record.shape[1:]}", record.base_shape)
         covered = min(rows, record.base_shape[0] if record.base_shape else 1)
@@ -280,11 +285,15 @@ def _parse(text: str) -> dict[str, Any]:
             raise ArtifactError(f"{MANIFEST_FILE}: a key appears twice in one object")
         return document
 
-    def refuse_constant(constant: str) -> None:
-        raise ArtifactError(f"{MANIFEST_FILE}: expected finite numbers, got {constant}")
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):  # NaN, Infinity, and 1e999
+            raise ArtifactError(f"{MANIFEST_FILE}: expected finite numbers, got {number}")
+        return float(number)
 
     try:
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+        document = json.loads(
+            text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite
+        )
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST_FILE}: not valid JSON: {error}") from error
     if not isinstance(document, dict):

@@ -25,7 +25,7 @@ from torch import Tensor
 from deltacome.format.codec import BandTensors, Factor
 from deltacome.format.spec import Plan, rank
 from deltacome.methods.template import PRECISIONS, Template, parse_template
-from deltacome.numerics.gptq import factor_gram, quantize_u, quantize_v
+from deltacome.numerics.gptq import Quantized, quantize_u, quantize_v
 from deltacome.numerics.svd import svd
 
 TRIPLE = parse_template(PRECISIONS["triple"])
@@ -85,35 +85,28 @@ class DeltaCome:
         }
 
     def _quantize_v(self, groups: list[tuple[Tensor, Plan]], gram_II: Tensor) -> list[list[Factor]]:
-        """All bands of all linears of a group in one sweep; float16 bands need none."""
-        bands = [
-            (bits, part)
-            for v_RI, plan in groups
-            for (bits, _), part in zip(
-                _pairs(plan), v_RI.split([b.count for b in plan]), strict=True
-            )
-        ]
-        swept = [(bits, part) for bits, part in bands if bits != 16]
-        factors = iter(())
-        if swept:
-            v_RI = torch.cat([part for _, part in swept])
-            bits_R = torch.cat([torch.full((len(part),), bits) for bits, part in swept])
-            if not self.gptq:
-                gram_II = torch.eye(len(gram_II), device=gram_II.device)
-            factor = factor_gram(gram_II, self.damping, self.act_order)
-            quantized = quantize_v(
-                v_RI, factor, bits_R.to(v_RI.device), damping=self.damping, act_order=self.act_order
-            )
-            sizes = [len(part) for _, part in swept]
-            split = zip(*(tensor.split(sizes) for tensor in quantized), strict=True)
-            factors = iter(
-                [
-                    Factor.from_codes(*(t.cpu() for t in parts), bits)
-                    for parts, (bits, _) in zip(split, swept, strict=True)
-                ]
-            )
-        made = iter([Factor.from_values(p.cpu()) if b == 16 else next(factors) for b, p in bands])
-        return [[next(made) for _ in plan] for _, plan in groups]
+        """All bands of all linears of a group in one sweep."""
+        v_RI = torch.cat([v for v, _ in groups])
+        bits = [band.bits for _, plan in groups for band in plan for _ in range(band.count)]
+        if not self.gptq:
+            gram_II = torch.eye(len(gram_II), device=gram_II.device)
+        # Rows of 16-bit bands ride along at 8 bits and are not used: float16 needs no grid.
+        quantized = quantize_v(
+            v_RI,
+            gram_II,
+            torch.tensor(bits, device=v_RI.device).clamp(max=8),
+            damping=self.damping,
+            act_order=self.act_order,
+        )
+        factors = []
+        start = 0
+        for _, plan in groups:
+            factors.append([])
+            for band in plan:
+                rows = slice(start, start + band.count)
+                factors[-1].append(_factor(band.bits, v_RI[rows], quantized, rows))
+                start += band.count
+        return factors
 
     def _finish(
         self, triple: tuple[Tensor, Tensor, Tensor], plan: Plan, v: list[Factor], gram_II: Tensor
@@ -125,23 +118,28 @@ class DeltaCome:
         for band, v_factor, u_BO, s_B in zip(
             plan, v, u_RO.split(counts), s_R.split(counts), strict=True
         ):
-            if band.bits == 16:
-                u_factor = Factor.from_values(u_BO.cpu())
-            else:
-                u_factor = self._quantize_u(u_BO, s_B, v_factor, band.bits, gram_II)
+            quantized = self._quantize_u(u_BO, s_B, v_factor, min(band.bits, 8), gram_II)
+            u_factor = _factor(band.bits, u_BO, quantized, slice(None))
             bands.append(BandTensors(v_factor, u_factor, s_B.cpu()))
         return bands
 
     def _quantize_u(
         self, u_BO: Tensor, s_B: Tensor, v: Factor, bits: int, gram_II: Tensor
-    ) -> Factor:
+    ) -> Quantized:
         a_BI = s_B[:, None] * v.dequantize().to(gram_II.device)
         gram_BB = a_BI @ gram_II @ a_BI.T
         if not self.gptq or not float(gram_BB.diagonal().sum()) > 0:
             # Nothing passes this band (its singular values are 0): plain rounding is all there is.
             gram_BB = torch.eye(len(s_B), device=gram_II.device)
-        quantized = quantize_u(u_BO, gram_BB, bits, damping=self.damping, act_order=self.act_order)
-        return Factor.from_codes(*(tensor.cpu() for tensor in quantized), bits)
+        return quantize_u(u_BO, gram_BB, bits, damping=self.damping, act_order=self.act_order)
+
+
+def _factor(bits: int, values_BN: Tensor, quantized: Quantized, rows: slice) -> Factor:
+    """A band's factor: the rounded values at 16 bits, packed codes below."""
+    if bits == 16:
+        return Factor.from_values(values_BN.cpu())
+    codes, scale, zero = quantized.codes[rows], quantized.scale[rows], quantized.zero[rows]
+    return Factor.from_codes(codes.cpu(), scale.cpu(), zero.cpu(), bits)
 
 
 def _scaled_svd(delta_OI: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +148,3 @@ def _scaled_svd(delta_OI: Tensor, directions: int) -> tuple[Tensor, Tensor, Tens
     out_size, in_size = delta_OI.shape
     scale = math.sqrt(out_size * in_size)
     return u_RO * math.sqrt(out_size), s_R / scale, v_RI * math.sqrt(in_size)
-
-
-def _pairs(plan: Plan) -> list[tuple[int, int]]:
-    return [(band.bits, band.count) for band in plan]

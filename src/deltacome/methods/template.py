@@ -8,7 +8,7 @@ directions at 3 bits of 4096 are `1/128`), or `*`: as many as fit.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from deltacome.errors import PlanError
@@ -45,38 +45,29 @@ class Template:
         Returns:
             The plan; empty if not even one direction fits.
         """
+        full = self._full(shape)
         if not self.has_hole:
-            return _clip([Band(b, n) for b, n in self._counts(shape, 0)], min(shape))
-        most = _largest(lambda n: self._fits(shape, n, nbytes), min(shape))
-        if most >= 0:
-            return _clip([Band(b, n) for b, n in self._counts(shape, most)], min(shape))
-        fixed = tuple(Band(b, n) for b, n in self._counts(shape, 0))
-        keep = _largest(lambda n: bands_nbytes(shape, _clip(fixed, n)) <= nbytes, rank(fixed))
-        return _clip(fixed, keep)
+            return full
+        keep = _largest(lambda n: bands_nbytes(shape, _clip(full, n)) <= nbytes, rank(full))
+        return _clip(full, keep)
 
     def grow(self, shape: Shape, plan: Plan) -> Plan | None:
         """The plan with one more direction at its end, or None if the rank is full."""
-        if not self.has_hole or not plan or rank(plan) >= min(shape):
+        full = self._full(shape)
+        if not self.has_hole or rank(plan) >= rank(full):
             return None
-        bits = next(bits for bits, count in self.entries if count is None)
-        if plan[-1].bits == bits:
-            return (*plan[:-1], replace(plan[-1], count=plan[-1].count + 1))
-        return None
+        return _clip(full, rank(plan) + 1)
 
-    def _counts(self, shape: Shape, hole: int) -> list[tuple[int, int]]:
-        counts = []
+    def _full(self, shape: Shape) -> Plan:
+        """The plan where bytes are no object; all others are its first directions."""
+        bands = []
         for bits, count in self.entries:
             if count is None:
-                count = hole
+                count = min(shape)
             elif isinstance(count, Fraction):
                 count = max(1, round(count * min(shape)))
-            if count:
-                counts.append((bits, count))
-        return counts
-
-    def _fits(self, shape: Shape, hole: int, nbytes: float) -> bool:
-        plan = tuple(Band(b, n) for b, n in self._counts(shape, hole))
-        return bands_nbytes(shape, plan) <= nbytes if plan else nbytes >= 0
+            bands.append(Band(bits, count))
+        return _clip(tuple(bands), min(shape))
 
 
 def parse_template(text: str) -> Template:
@@ -110,7 +101,7 @@ def _number(count: str) -> int | Fraction:
     return Fraction(count) if "/" in count else int(count)
 
 
-def _clip(bands: list[Band] | Plan, directions: int) -> Plan:
+def _clip(bands: Plan, directions: int) -> Plan:
     """The first `directions` directions of a plan."""
     clipped = []
     for band in bands:

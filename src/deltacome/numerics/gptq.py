@@ -15,6 +15,11 @@ in reversed order (n³/3) replaces a Cholesky, an inverse and a second Cholesky 
 better conditioned of the two, and errors are gathered by a column when its turn comes (one matrix
 product per block) instead of being spread over all later columns.
 
+The factor is computed in float64 and used in float32. Float32 would halve the time of the factor,
+which at 11008 inputs is most of the whole, with errors as good; but there one code in a hundred
+then hangs on the rounding of the factor, and so on the machine. The sweep is float32: its sums are
+short of a code's width by far.
+
 R rows, N columns (inputs or directions) in the order of the sweep, B columns of a block;
 I inputs, O outputs, G groups of a row.
 """
@@ -157,7 +162,7 @@ def _sweep(w_NR: Tensor, factor: GramFactor, grid: Grid) -> Tensor:
 
     Returns codes uint8 (N, R), columns back in their own order.
     """
-    w_NR = w_NR[factor.order_N]  # a copy
+    w_NR = w_NR[factor.order_N].contiguous()  # a copy, as an index makes one
     if not torch.isfinite(w_NR).all():
         raise CalibrationError("the directions to quantise hold NaN or Inf")
     error_NR = torch.empty_like(w_NR)

@@ -1,12 +1,12 @@
 """Running a tuned model from its base and the packed delta; the base's weights stay as they are.
 
 Bands are computed beside the base's own layer from packed codes. What is stored exactly (norms,
-biases) takes the parameter's place, and the base's own tensor object comes back at detach: a copy of
-such small tensors is cheaper than a sum in every step. Nothing is ever merged, so nothing has to be
-subtracted again and the base is restored bit for bit.
+biases) takes the parameter's place, and the base's own tensor object comes back at detach: a copy
+of such small tensors is cheaper than a sum in every step. Nothing is ever merged, so nothing has to
+be subtracted again and the base is restored bit for bit.
 
-Every change is pushed on one `ExitStack` with its opposite, which is all that detaching, or giving up
-half-way, has to unwind.
+Every change is pushed on one `ExitStack` with its opposite, which is all that detaching, or giving
+up half-way, has to unwind.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class _Terms:
         return value.to(slot.live.device, slot.live.dtype, copy=True)
 
     def value(self, slot: Slot) -> Tensor:
-        """What has to stand in the slot: the tuned value, or as much of the base's as is still used."""
+        """What has to stand in the slot: the tuned value, or as much of the base's as is used."""
         key = (slot.record.name, id(slot.live))
         if key not in self._values:
             self._values[key] = self._value(slot)
@@ -137,7 +137,7 @@ class _Terms:
 
     def _value(self, slot: Slot) -> Tensor:
         record, live = slot.record, slot.live
-        if slot.replaced:
+        if record.replaced:
             value = self.artifact.exact(record.name).to(live.device, live.dtype, copy=True)
         elif slot.resized and record.shape[0] < live.shape[0]:
             value = live.detach()[: record.shape[0]]  # a view: no copy
@@ -166,7 +166,7 @@ def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 def _patch(stack: contextlib.ExitStack, slot: Slot, terms: _Terms, scale: float, impl: str) -> None:
     """Puts the tuned value, the tuned forward, or both, into one place of the model."""
     module = slot.module
-    table = module._parameters if slot.attr in module._parameters else module._buffers
+    table: Any = module._parameters if slot.attr in module._parameters else module._buffers
     value = terms.value(slot)
     if value is not table[slot.attr]:
         stack.callback(table.__setitem__, slot.attr, table[slot.attr])
@@ -175,6 +175,7 @@ def _patch(stack: contextlib.ExitStack, slot: Slot, terms: _Terms, scale: float,
         return
     packed, added = terms.packed(slot), terms.added(slot)
     base: Any = module.forward
+    forward: Any
     if isinstance(module, nn.Embedding):
         rows = slot.live.shape[0]
         forward = tuned_embedding(base, packed, added, rows, scale, impl)

@@ -1,9 +1,9 @@
 """Which record of an artifact belongs to which tensor of a live model, and whether they fit.
 
 Everything that can be refused is refused here, before the model is touched. A tensor is found by
-its name in the checkpoint; a name that the artifact does not have is looked up under the other names
-of the same Parameter, so that tied heads need no knowledge of the architecture. What that costs:
-models whose parameters are renamed or stacked while loading are refused, not guessed at.
+its name in the checkpoint; a name that the artifact does not have is looked up under the other
+names of the same Parameter, so that tied heads need no knowledge of the architecture. What that
+costs: models whose parameters are renamed or stacked while loading are refused, not guessed at.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HARMLESS = {
     # Attaching takes care of these.
     *("vocab_size", "tie_word_embeddings"),
 }
-"""Fields of a configuration in which base and tuned model may differ and still run the same code."""
+"""Fields of a configuration that may differ while base and tuned model compute the same."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,9 @@ class Slot:
         return self.record.shape[:1] != tuple(self.live.shape[:1])
 
     @property
-    def replaced(self) -> bool:
-        """Whether the whole tuned value is stored."""
-        return self.record.exact_rows is not None and self.record.exact_rows[0] == 0
-
-    @property
     def grown(self) -> bool:
-        """Whether the tuned value is rows of the base, with or without bands, and then more rows."""
-        return self.record.exact_rows is not None and not self.replaced
+        """Whether the tuned value is the base's rows, with or without bands, and then more."""
+        return self.record.exact_rows is not None and not self.record.replaced
 
     @property
     def patched(self) -> bool:
@@ -134,7 +129,7 @@ def _pair(
 
 
 def _places(model: nn.Module) -> list[tuple[tuple[nn.Module, str, Tensor], list[str]]]:
-    """Every (module, attribute, tensor) once, with all names that it has; buffers that are saved too."""
+    """Every (module, attribute, tensor) once, with all its names; saved buffers too."""
     places: dict[tuple[int, str], tuple[tuple[nn.Module, str, Tensor], list[str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         buffers = {
@@ -152,7 +147,7 @@ def _places(model: nn.Module) -> list[tuple[tuple[nn.Module, str, Tensor], list[
 def _untied_head(
     model: nn.Module, records: dict[str, Record], tuned_config: Config | None
 ) -> tuple[Tensor, Tensor, str] | None:
-    """(head, embedding, the embedding's record) of a model whose head is tied in the tuned model only.
+    """(head, embedding, the embedding's record) if only the tuned model ties the two.
 
     The head is then the tuned embedding, and the base's own head is not used at all.
     """
@@ -245,7 +240,7 @@ def check_config(model: nn.Module, tuned_config: Config | None) -> None:
 
 
 def _parsed(model: nn.Module, tuned_config: Config | None) -> Any:
-    """The tuned configuration as this transformers reads it, with the same defaults as the base's."""
+    """The tuned configuration as this transformers reads it, defaults filled in as the base's."""
     config = getattr(model, "config", None)
     if tuned_config is None or not hasattr(config, "to_dict"):
         return None

@@ -72,6 +72,8 @@ def merge(
         _write_weights(partial, checkpoint, artifact, max_shard_bytes)
         _write_rest(partial, checkpoint, artifact)
         for file in partial.iterdir():
+            # safetensors writes files that only their owner may read.
+            shutil.copymode(partial / "config.json", file)
             _sync(file)
         os.rename(partial, output)
     except (OSError, SafetensorError) as error:
@@ -113,9 +115,9 @@ def tuned_tensor(base: Checkpoint, artifact: Artifact, record: Record) -> Tensor
     """
     before = None if record.base_name is None else base_tensor(base, record)
     exact = artifact.exact(record.name) if record.exact_rows else None
-    if exact is not None and (before is None or record.exact_rows == (0, *exact.shape[:1] or (1,))):
+    if before is None or record.replaced:
+        assert exact is not None  # the manifest has an account of every row
         return exact
-    assert before is not None
     kept = before[: record.shape[0]] if record.shape else before
     if record.plan:
         kept = dense(artifact.bands(record.name)).add_(kept)

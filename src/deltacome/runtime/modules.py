@@ -1,9 +1,9 @@
 """The forward of a linear layer or an embedding whose weight has a delta.
 
 A module gets another `forward` on the instance, not a forward hook: code that torch.compile made
-before the delta was attached does not look at hooks again and would serve the base in silence, while
-an instance's `forward` is guarded. Hooks of other people also see the tuned output this way. What it
-costs: a deep copy of an attached model still calls the original's modules.
+before the delta was attached does not look at hooks again and would serve the base in silence,
+while an instance's `forward` is guarded. Hooks of other people also see the tuned output this way.
+What it costs: a deep copy of an attached model still calls the original's modules.
 
 Legend: T tokens, I in, O out, N added rows.
 """

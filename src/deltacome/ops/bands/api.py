@@ -44,8 +44,8 @@ def bands(
     Args:
         y_TO: (T, O), any float dtype and strides.
         x_TI: (T, I), any float dtype.
-        blob: uint8 (nbytes,), starting at a multiple of 16 bytes, laid out as `band_sections((O, I),
-            plan, group_size)` says.
+        blob: uint8 (nbytes,), starting at a multiple of 16 bytes, laid out as
+            `band_sections((O, I), plan, group_size)` says.
         plan: the bands.
         group_size: entries of a direction that share a scale.
         impl: one of `IMPLS`.
@@ -179,7 +179,8 @@ def _check_rows(y: Tensor, ids: Tensor, blob: Tensor, impl: str) -> None:
     _check_impl(impl)
     if y.dim() != 2 or ids.dim() != 1 or y.shape[0] != ids.shape[0]:
         raise MismatchError(
-            f"band_rows: expected y (T, I) and ids (T,), got {tuple(y.shape)} and {tuple(ids.shape)}"
+            f"band_rows: expected y (T, I) and ids (T,), got {tuple(y.shape)} and "
+            f"{tuple(ids.shape)}"
         )
     if ids.dtype not in (torch.int64, torch.int32):
         raise MismatchError(f"band_rows: expected ids of int64 or int32, got {ids.dtype}")
@@ -194,7 +195,8 @@ def _check_impl(impl: str) -> None:
 def _check_output(y: Tensor, x: Tensor, blob: Tensor) -> None:
     if not y.is_floating_point() or blob.dtype != torch.uint8:
         raise MismatchError(
-            f"bands: expected y of a float dtype and a blob of uint8, got {y.dtype} and {blob.dtype}"
+            f"bands: expected y of a float dtype and a blob of uint8, got {y.dtype} and "
+            f"{blob.dtype}"
         )
     if not y.device == x.device == blob.device:
         raise MismatchError(

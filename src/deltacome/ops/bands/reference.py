@@ -37,7 +37,7 @@ def band_rows(
     """`y += scale · Σ_g Û_g[:, ids]ᵀ diag(s_g) V̂_g`, summed in float32."""
     total_TI = y_TI.float()
     # A negative id would count from the end, and one past the end could read another's padding.
-    if ids_T.numel() and not (0 <= int(ids_T.min()) and int(ids_T.max()) < rows):
+    if ids_T.numel() and (int(ids_T.min()) < 0 or int(ids_T.max()) >= rows):
         raise IndexError(
             f"ids: expected each in [0, {rows}), got {int(ids_T.min())} to {int(ids_T.max())}"
         )

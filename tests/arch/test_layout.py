@@ -1,0 +1,142 @@
+"""Layouts read off module trees: no names of families, and nothing skipped in silence."""
+
+import pytest
+import torch
+from torch import nn
+
+from deltacome.arch.layout import check_names, find_layout, linears_of, shared_inputs
+from deltacome.errors import MismatchError, UnsupportedError
+
+
+class Block(nn.Module):
+    def __init__(self, size=4):
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.q, self.k, self.v = (nn.Linear(size, size) for _ in range(3))
+        self.o = nn.Linear(size, size, bias=False)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(size, 9), "down": nn.Linear(9, size)})
+
+    def forward(self, x):
+        h = self.norm(x)
+        x = x + self.o(self.q(h) + self.v(h) * self.k(h))
+        return x + self.mlp["down"](self.mlp["up"](x).relu())
+
+
+class Model(nn.Module):
+    def __init__(self, blocks=None, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.project = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([Block(), Block(), Block()] if blocks is None else blocks)
+        self.small = nn.ModuleList([nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_s_parts(tied):
+    layout = find_layout(Model(tied=tied))
+    assert list(layout.blocks) == ["layers.0", "layers.1", "layers.2"]
+    assert (layout.embedding, layout.head) == ("embed.weight", "head.weight")
+    assert layout.linears[:6] == tuple(
+        f"layers.0.{name}.weight" for name in ("q", "k", "v", "o", "mlp.up", "mlp.down")
+    )
+    assert len(layout.linears) == 18
+    assert set(layout.other_matrices) == {
+        "embed.weight",
+        "project.weight",
+        "small.0.weight",
+        "head.weight",
+    }
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        assert len(find_layout(Model()).linears) == 18
+
+
+def test_a_model_without_blocks():
+    model = Model()
+    del model.layers, model.small
+    with pytest.raises(UnsupportedError, match="Model: expected a list of decoder blocks"):
+        find_layout(model)
+
+
+@pytest.mark.parametrize("getter", ["get_input_embeddings", "get_output_embeddings"])
+def test_a_model_without_embedding_or_head(getter):
+    model = Model()
+    setattr(model, getter, lambda: None)
+    with pytest.raises(UnsupportedError, match=getter):
+        find_layout(model)
+
+
+def test_a_matrix_that_is_no_linear_is_refused_by_name():
+    class Experts(Block):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.zeros(2, 4, 4))
+
+    with pytest.raises(UnsupportedError, match=r"layers\.0\..*experts.*\(2, 4, 4\)"):
+        find_layout(Model([Experts(), Experts()]))
+
+
+def test_linears_that_read_one_tensor_are_one_group():
+    block = Block()
+    groups = shared_inputs(linears_of("b", block), lambda: block(torch.randn(2, 3, 4)))
+    assert groups == [["b.q", "b.v", "b.k"], ["b.o"], ["b.mlp.up"], ["b.mlp.down"]]
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_equal_inputs_that_are_not_one_tensor_are_two_groups():
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def run():
+        for linear in block:
+            linear(torch.zeros(1, 4))  # freed at once: the next one may lie at its address
+
+    assert shared_inputs(linears_of("b", block), run) == [["b.0"], ["b.1"]]
+
+
+@pytest.mark.parametrize(("calls", "times"), [(0, 0), (2, 2)])
+def test_a_linear_that_is_not_called_once(calls, times):
+    block = nn.Sequential(nn.Linear(4, 4))
+
+    def run():
+        for _ in range(calls):
+            block(torch.zeros(1, 4))
+
+    with pytest.raises(UnsupportedError, match=rf"b\.0: expected to be called once.* {times} times"):
+        shared_inputs(linears_of("b", block), run)
+    assert not block[0]._forward_pre_hooks
+
+
+def test_hooks_are_gone_after_an_error():
+    block = Block()
+
+    def run():
+        block.q(torch.zeros(1, 4))
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        shared_inputs(linears_of("b", block), run)
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_every_parameter_must_be_in_the_checkpoint():
+    model = Model()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    check_names(model, shapes | {"more": (3,)}, "head.weight")
+    without = {name: shape for name, shape in shapes.items() if name != "head.weight"}
+    check_names(model, without, "head.weight")
+    del without["layers.1.k.weight"], without["layers.2.q.bias"]
+    with pytest.raises(MismatchError, match=r"2 parameters of Model .* layers\.1\.k\.weight"):
+        check_names(model, without, "head.weight")
+    with pytest.raises(MismatchError, match=r"^layers\.0\.k\.weight: .*\(4, 4\).*has \(4, 5\)"):
+        check_names(model, shapes | {"layers.0.k.weight": (4, 5)}, "head.weight")

@@ -1,0 +1,196 @@
+"""Calibration rows: lengths, sources, seeds, and refusals that name the file and line."""
+
+import json
+import random
+
+import pytest
+import torch
+from tiny_pairs import VOCAB, make_tokenizer, write_jsonl
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from deltacome.compress.data import calibration_rows
+from deltacome.errors import CalibrationError
+
+
+def rows_of(source, tuned, samples=6, seq_len=16, seed=0, **options):
+    return calibration_rows(
+        str(source), tuned, samples=samples, seq_len=seq_len, seed=seed, **options
+    )
+
+
+@pytest.fixture
+def tuned(pairs):
+    return pairs["llama"][1]
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A tokenizer without a chat template."""
+    make_tokenizer(chat=False).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def decode(tuned, row):
+    return AutoTokenizer.from_pretrained(tuned).decode(row)
+
+
+def test_text_is_cut_into_rows(tuned, text):
+    rows = rows_of(text, tuned, samples=10_000)
+    assert {len(row) for row in rows[:-1]} == {16}
+    assert 2 <= len(rows[-1]) <= 16
+    whole = "".join(decode(tuned, row) for row in rows)
+    assert open(text).read().startswith(whole[:200])
+
+
+def test_samples_are_drawn_by_seed(tuned, text):
+    every = rows_of(text, tuned, samples=10_000)
+    first, again, other = (rows_of(text, tuned, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(first) == 6
+    assert all(row in every for row in first)
+
+
+def test_objects_with_text_messages_or_prompt_and_answer(tuned, tmp_path):
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    items = [{"text": "three plus"}, {"messages": turns}, {"prompt": "four", "answer": 5}]
+    rows = rows_of(write_jsonl(tmp_path / "c.jsonl", items), tuned, seq_len=200)
+    assert [decode(tuned, row) for row in rows] == [
+        "three plus",
+        "<|user|>one<end><|assistant|>two<end>",
+        "<|user|>four<end><|assistant|>5<end>",
+    ]
+
+
+def test_prompt_and_answer_without_a_template(plain, tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "four ", "answer": "five"}])
+    (row,) = rows_of(source, plain)
+    assert decode(plain, row) == "four five"
+
+
+def test_blank_lines_and_rare_line_separators_are_no_lines(tuned, tmp_path):
+    file = tmp_path / "c.jsonl"
+    items = [{"text": "one\u2028two"}, {"text": "three\x85four"}]
+    lines = [json.dumps(item, ensure_ascii=False) for item in items]
+    file.write_text("\r\n\n".join(lines) + "\n\n", encoding="utf-8", newline="")
+    rows = rows_of(file, tuned, seq_len=200)
+    assert [decode(tuned, row) for row in rows] == ["one\u2028two", "three\x85four"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"text": "one two"}\n{"text": ', r"c\.jsonl:2: not valid JSON"),
+        ('{"text": "one two"}\n\n[1, 2]', r"c\.jsonl:3: expected an object with text"),
+        ('{"prompt": "one"}', r"c\.jsonl:1: expected an object with text"),
+        ('{"text": null}', r"c\.jsonl:1: expected an object with text"),
+        ('{"messages": [{"content": "no role"}, 3]}', r"c\.jsonl:1: "),
+        ('{"messages": ["no object"]}', r"c\.jsonl:1: "),
+        ("", "expected text"),
+        ("\n \n", "expected text"),
+        ('{"text": ""}', "expected text"),
+    ],
+)
+def test_malformed_objects_are_refused_by_line(tuned, tmp_path, content, reason):
+    (tmp_path / "c.jsonl").write_text(content)
+    strict = tmp_path / "strict"
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"  # refuses what lacks one
+    )
+    tokenizer.save_pretrained(strict)
+    with pytest.raises(CalibrationError, match=reason):
+        rows_of(tmp_path / "c.jsonl", strict)
+
+
+def test_messages_without_a_template(plain, tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(CalibrationError, match=r"c\.jsonl:1: .* no chat template"):
+        rows_of(source, plain)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_files_that_cannot_be_read(tuned, tmp_path, suffix):
+    with pytest.raises(CalibrationError, match="found none"):
+        rows_of(tmp_path / f"none{suffix}", tuned)
+    (tmp_path / f"c{suffix}").write_bytes(b'{"text": "\xff\xfe"}')
+    with pytest.raises(CalibrationError, match=rf"c\{suffix}.*UTF-8"):
+        rows_of(tmp_path / f"c{suffix}", tuned)
+    (tmp_path / f"empty{suffix}").write_text("")
+    with pytest.raises(CalibrationError, match="expected text"):
+        rows_of(tmp_path / f"empty{suffix}", tuned)
+
+
+def test_a_file_of_another_kind(tuned, tmp_path):
+    (tmp_path / "c.csv").write_text("a,b")
+    with pytest.raises(CalibrationError, match=r"expected a \.txt or \.jsonl file"):
+        rows_of(tmp_path / "c.csv", tuned)
+
+
+def test_a_model_without_a_tokenizer(tmp_path, pairs, text):
+    (tmp_path / "config.json").write_bytes((pairs["llama"][1] / "config.json").read_bytes())
+    with pytest.raises(CalibrationError, match="tokenizer"):
+        rows_of(text, tmp_path)
+
+
+def test_a_text_of_one_token_is_no_row(tuned, tmp_path):
+    (tmp_path / "c.txt").write_text("a")
+    with pytest.raises(CalibrationError, match="no row of two tokens"):
+        rows_of(tmp_path / "c.txt", tuned)
+
+
+def test_self_writes_rows_within_the_limit(tuned):
+    steps = []
+    rows = rows_of("self", tuned, samples=40, seq_len=12, on_step=lambda *step: steps.append(step))
+    assert steps == [(32, 40), (40, 40)]
+    assert len(rows) == 40
+    assert all(2 <= len(row) <= 12 for row in rows)
+    assert all(0 <= token < VOCAB for row in rows for token in row)
+    assert len({tuple(row) for row in rows}) > 20
+
+
+def test_self_writes_questions_with_answers_and_free_text(tuned):
+    rows = rows_of("self", tuned, samples=6, seq_len=150)
+    texts = [decode(tuned, row) for row in rows]
+    assert all(text.startswith("<|user|>") for text in texts[:3])
+    assert all("<end><|assistant|>" in text for text in texts[:3])
+    assert all(row[0] == 1 for row in rows[3:])  # <start>
+
+
+def test_self_depends_on_its_seed_and_leaves_the_global_one(tuned):
+    torch.manual_seed(7)
+    random.seed(7)
+    states = torch.get_rng_state(), random.getstate()
+    first = rows_of("self", tuned)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    torch.manual_seed(8)
+    assert rows_of("self", tuned) == first
+    assert rows_of("self", tuned, seed=1) != first
+
+
+def test_self_without_a_template(plain, pairs):
+    weights = pairs["llama"][1] / "model.safetensors"
+    (plain / "model.safetensors").symlink_to(weights)
+    (plain / "config.json").symlink_to(weights.with_name("config.json"))
+    rows = rows_of("self", plain)
+    assert len(rows) == 6
+    assert all(row[0] == 1 for row in rows)  # <start>
+
+
+def test_plain_text_beside_a_template_has_its_special_tokens(tmp_path):
+    # Whether a text is a chat, which brings its own special tokens, is a matter of each text.
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", 1)]
+    )
+    tokenizer.save_pretrained(tmp_path / "t")
+    turns = [{"role": "user", "content": "one"}]
+    chat = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}])
+    (row,) = rows_of(chat, tmp_path / "t", seq_len=200)
+    assert row[0] != 1
+    both = write_jsonl(tmp_path / "both.jsonl", [{"messages": turns}, {"text": "two three"}])
+    rows = rows_of(both, tmp_path / "t", seq_len=200)
+    assert [row[0] == 1 for row in rows] == [False, True]
+
+

@@ -1,0 +1,141 @@
+"""The method by itself, on deltas whose spectrum falls as those of fine-tunes do."""
+
+import pytest
+import torch
+
+from deltacome.errors import CalibrationError
+from deltacome.format.codec import dense, plan_of
+from deltacome.format.spec import Band, bands_nbytes, rank
+from deltacome.methods.delta_come import DeltaCome
+from deltacome.methods.template import PRECISIONS, parse_template
+from deltacome.numerics.gram import relative_error
+
+O, I = 160, 192
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def long_tailed(out_size=O, in_size=I, seed=0, power=1.0):
+    """float32 (out, in) with singular values r^-power."""
+    generator = torch.Generator().manual_seed(seed)
+    r = min(out_size, in_size)
+    u, _ = torch.linalg.qr(torch.randn(out_size, r, generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(in_size, r, generator=generator))
+    return u * torch.arange(1, r + 1).float() ** -power @ v.T
+
+
+def some_gram(size=I, seed=5, dead=0):
+    """Of inputs with a few loud directions; the last `dead` inputs are never active."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, size, generator=generator) * torch.logspace(0.5, -1, size)
+    x = x @ torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+    x[:, size - dead :] *= 0 if dead else 1
+    return x.T @ x
+
+
+def error_of(method, delta, plan, gram):
+    bands = method.compress({"w": delta}, {"w": plan}, gram)["w"]
+    assert plan_of(bands) == plan
+    return relative_error(delta, dense(bands), torch.eye(I) if gram is None else gram)
+
+
+def test_gptq_beats_rounding_on_the_calibration_inputs():
+    plan, gram = parse_template("8:2,3:8,2:60").fill((O, I), 0), some_gram()
+    for seed in range(3):
+        delta = long_tailed(seed=seed)
+        swept = error_of(DeltaCome(), delta, plan, gram)
+        rounded = error_of(DeltaCome(gptq=False), delta, plan, gram)
+        assert swept < 0.8 * rounded
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_more_precisions_are_better_at_equal_bytes(calibrated):
+    # The paper's table 2, with its claim: singular vectors of large values deserve more bits.
+    gram = some_gram() if calibrated else None
+    nbytes = 2 * O * I / 12
+    errors = {}
+    for name, text in PRECISIONS.items():
+        plan = parse_template(text.replace("1/128", "1/16")).fill((O, I), nbytes)
+        assert nbytes * 0.97 < bands_nbytes((O, I), plan) <= nbytes
+        errors[name] = error_of(DeltaCome(), long_tailed(power=1.5), plan, gram)
+    assert errors["single"] > errors["double"] > errors["triple"]
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_wide_bands_of_full_rank_give_the_delta_back(bits):
+    delta = long_tailed()
+    error = error_of(DeltaCome(), delta, (Band(bits, O),), some_gram())
+    assert error < {16: 1e-6, 8: 1e-3}[bits]
+
+
+def test_linears_of_one_group_do_not_depend_on_each_other():
+    gram = some_gram()
+    deltas = {"q": long_tailed(seed=1), "k": long_tailed(40, seed=2), "v": long_tailed(40, seed=3)}
+    plans = {
+        "q": (Band(16, 1), Band(8, 2), Band(2, 20)),
+        "k": (Band(8, 1), Band(3, 3)),
+        "v": (Band(16, 2),),
+    }
+    together = DeltaCome().compress(deltas, plans, gram)
+    assert list(together) == ["q", "k", "v"]
+    for name, delta in deltas.items():
+        alone = DeltaCome().compress({name: delta}, {name: plans[name]}, gram)[name]
+        assert plan_of(together[name]) == plans[name]
+        torch.testing.assert_close(dense(together[name]), dense(alone))
+
+
+def test_neither_gram_nor_deltas_are_changed():
+    delta, gram = long_tailed(), some_gram()
+    copies = delta.clone(), gram.clone()
+    DeltaCome().compress({"w": delta}, {"w": (Band(8, 1), Band(2, 9))}, gram)
+    assert torch.equal(delta, copies[0])
+    assert torch.equal(gram, copies[1])
+
+
+def test_dead_inputs():
+    gram = some_gram(dead=30)
+    error = error_of(DeltaCome(), long_tailed(), (Band(8, 4), Band(2, 60)), gram)
+    assert 0 < error < 0.2
+
+
+def test_a_delta_of_zero_stays_zero():
+    bands = DeltaCome().compress({"w": torch.zeros(O, I)}, {"w": (Band(8, 1), Band(2, 3))}, None)
+    assert not dense(bands["w"]).any()
+
+
+def test_more_directions_than_the_delta_has():
+    delta = torch.outer(torch.linspace(-1, 1, O), torch.linspace(0, 1, I))
+    plan = (Band(8, 2), Band(2, 20))
+    assert error_of(DeltaCome(), delta, plan, some_gram()) < 1e-3
+
+
+def test_tiny_deltas_do_not_underflow():
+    # float16 scales of unit vectors this long would be subnormal, were factors not rescaled.
+    delta = 1e-6 * long_tailed(4000, 40, power=0.5)
+    bands = DeltaCome().compress({"w": delta}, {"w": (Band(8, 40),)}, None)["w"]
+    assert relative_error(delta, dense(bands), torch.eye(40)) < 1e-3
+
+
+def test_a_gram_that_cannot_be_factored_is_refused():
+    gram = some_gram()
+    gram[3, 3] = float("nan")
+    with pytest.raises(CalibrationError, match="NaN"):
+        DeltaCome().compress({"w": long_tailed()}, {"w": (Band(2, 3),)}, gram)
+
+
+def test_equal_inputs_give_equal_bytes():
+    plan = (Band(8, 2), Band(3, 4), Band(2, 30))
+    assert rank(plan) == 36
+    first, second = (
+        DeltaCome().compress({"w": long_tailed()}, {"w": plan}, some_gram())["w"] for _ in range(2)
+    )
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one.s, two.s)
+        for a, b in ((one.u, two.u), (one.v, two.v)):
+            assert all(torch.equal(p, q) for p, q in zip(a.planes, b.planes, strict=True))

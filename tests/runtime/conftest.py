@@ -1,0 +1,26 @@
+import pytest
+import torch
+from runtime_helpers import CONFIGS, make_base
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_poisoned(poison):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Name → folder of a tiny random checkpoint, made when first asked for."""
+
+    class Bases(dict):
+        def __missing__(self, name):
+            folder = tmp_path_factory.mktemp(name)
+            make_base(name, folder)
+            self[name] = folder
+            return folder
+
+    assert CONFIGS
+    return Bases()
