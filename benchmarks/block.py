@@ -19,9 +19,10 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import deltacome
 from deltacome.arch.checkpoint import Checkpoint
@@ -64,7 +65,7 @@ def make_pair(folder: Path, hidden: int, intermediate: int) -> None:
         vocab_size=49152,
         dtype=torch.bfloat16,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_config(config)  # in the config's bfloat16
     model.save_pretrained(folder / "base")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and ".layers." in name:

@@ -248,9 +248,10 @@ def main() -> None:
             raise
         stderr.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        stderr.print("interrupted; finished blocks are kept, continue with --resume")
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == 130:  # typer has turned Ctrl-C into this
+            stderr.print("interrupted; finished blocks are kept, continue with --resume")
+        raise
 
 
 def _template(plan: str) -> Any:

@@ -46,7 +46,9 @@ def test_shards_are_read_as_one(tmp_path):
     assert list(checkpoint.tensors) == ["a", "b", "c"]
     assert checkpoint.tensors["b"].shape == (4, 5)
     assert torch.equal(checkpoint.read("b"), draw(4, 5, seed=2))
-    assert checkpoint.nbytes() == sum(f.stat().st_size for f in (tmp_path / "m").glob("*.safetensors"))
+    assert checkpoint.nbytes() == sum(
+        f.stat().st_size for f in (tmp_path / "m").glob("*.safetensors")
+    )
 
 
 def test_what_is_read_is_a_copy(tmp_path):
@@ -218,16 +220,12 @@ def test_added_rows_and_new_tensors(tmp_path):
 
 
 def test_a_head_that_only_the_tuned_model_stores_comes_from_the_embedding(tmp_path):
-    pairs = pairs_of(
-        tmp_path, {EMBEDDING: draw(5, 4)}, {EMBEDDING: draw(5, 4), HEAD: draw(5, 4)}
-    )
+    pairs = pairs_of(tmp_path, {EMBEDDING: draw(5, 4)}, {EMBEDDING: draw(5, 4), HEAD: draw(5, 4)})
     assert pairs[HEAD].base_name == EMBEDDING
 
 
 def test_a_head_that_only_the_base_stores_is_not_missed(tmp_path):
-    pairs = pairs_of(
-        tmp_path, {EMBEDDING: draw(5, 4), HEAD: draw(5, 4)}, {EMBEDDING: draw(5, 4)}
-    )
+    pairs = pairs_of(tmp_path, {EMBEDDING: draw(5, 4), HEAD: draw(5, 4)}, {EMBEDDING: draw(5, 4)})
     assert list(pairs) == [EMBEDDING]
 
 

@@ -112,7 +112,9 @@ def test_a_linear_that_is_not_called_once(calls, times):
         for _ in range(calls):
             block(torch.zeros(1, 4))
 
-    with pytest.raises(UnsupportedError, match=rf"b\.0: expected to be called once.* {times} times"):
+    with pytest.raises(
+        UnsupportedError, match=rf"b\.0: expected to be called once.* {times} times"
+    ):
         shared_inputs(linears_of("b", block), run)
     assert not block[0]._forward_pre_hooks
 

@@ -95,9 +95,7 @@ def test_malformed_objects_are_refused_by_line(tuned, tmp_path, content, reason)
     (tmp_path / "c.jsonl").write_text(content)
     strict = tmp_path / "strict"
     tokenizer = AutoTokenizer.from_pretrained(tuned)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"  # refuses what lacks one
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"  # refuses what lacks one
     tokenizer.save_pretrained(strict)
     with pytest.raises(CalibrationError, match=reason):
         rows_of(tmp_path / "c.jsonl", strict)
@@ -192,5 +190,3 @@ def test_plain_text_beside_a_template_has_its_special_tokens(tmp_path):
     both = write_jsonl(tmp_path / "both.jsonl", [{"messages": turns}, {"text": "two three"}])
     rows = rows_of(both, tmp_path / "t", seq_len=200)
     assert [row[0] == 1 for row in rows] == [False, True]
-
-

@@ -53,9 +53,7 @@ def compressed(request, pairs, tmp_path_factory):
         artifact = compress(base, tuned, folder / "out", ratio=8, calibration=source, **ROWS)
     rows = calibration_rows(source, tuned, **ROWS)
     assert len({len(row) for row in rows}) > 3  # so that there is padding
-    return Compressed(
-        weights_of(base), weights_of(tuned), (base, tuned), artifact, groups, rows
-    )
+    return Compressed(weights_of(base), weights_of(tuned), (base, tuned), artifact, groups, rows)
 
 
 def test_linears_with_one_input_are_one_group(compressed):
@@ -102,7 +100,9 @@ def test_errors_are_those_of_a_dense_model_that_is_compressed_so_far(compressed)
     def check(names, module):
         gram = inputs_gram(model, module, compressed.rows)
         for name in names:
-            delta = compressed.tuned[name].float() - compressed.base[records[name].base_name].float()
+            delta = (
+                compressed.tuned[name].float() - compressed.base[records[name].base_name].float()
+            )
             error = compressed.restored(name) - compressed.tuned[name].float()
             expected = energy(error, gram) / energy(delta, gram)
             assert records[name].error == pytest.approx(expected, rel=5e-3), name

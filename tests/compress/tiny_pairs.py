@@ -48,7 +48,19 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = "one two three four five six seven eight nine ten plus minus times is what the sum of".split()
+WORDS = (
+    "one two three four five six seven eight nine ten plus minus times is what the sum of".split()
+)
+
+
+SMALL = {
+    **SIZES,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+}
 
 
 def text_lines(count: int, seed: int = 0) -> list[str]:
@@ -95,7 +107,8 @@ def fine_tune(weights: dict, *, rank: int = 4, size: float = 0.2, seed: int = 1)
 
 def make_base(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    config = LlamaConfig(**SMALL) if family == "small" else FAMILIES[family]()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_golden import read_delta
 
 from deltacome.arch.checkpoint import full_digest, sample_digest
@@ -64,8 +64,6 @@ def test_artifact_is_one(folder, tmp_path):
     save_file({"w": BASE}, base / "model.safetensors")
     verify(artifact, base)
     merged = merge(base, artifact, tmp_path / "merged")
-    from safetensors.torch import load_file
-
     tuned = load_file(merged / "model.safetensors")
     assert tuned["w"].tolist() == json.loads(fenced("json tuned"))
     assert tuned["norm"].tolist() == [1, -2]

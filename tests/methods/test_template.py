@@ -62,7 +62,8 @@ def test_fixed_plans_are_clipped_at_the_rank():
 
 
 counts = st.one_of(
-    st.integers(1, 40).map(str), st.tuples(st.integers(1, 3), st.integers(1, 64)).map("{0[0]}/{0[1]}".format)
+    st.integers(1, 40).map(str),
+    st.tuples(st.integers(1, 3), st.integers(1, 64)).map("{0[0]}/{0[1]}".format),
 )
 
 

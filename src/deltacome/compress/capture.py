@@ -47,9 +47,7 @@ def make_skeleton(checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # a configuration runs through a library's code: any kind may come
         raise CheckpointError(f"{checkpoint}: expected a causal language model: {error}") from error
     return model.eval()

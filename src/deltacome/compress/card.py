@@ -22,7 +22,7 @@ def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
     """
     files = {TUNED_CONFIG_FILE: (tuned / "config.json").read_bytes()}
     for pattern in CARRIED:
-        for file in sorted(tuned.glob(pattern)):
+        for file in sorted(file for file in tuned.glob(pattern) if file.is_file()):
             content = file.read_bytes()
             twin = base / file.name
             if not (twin.is_file() and twin.read_bytes() == content):

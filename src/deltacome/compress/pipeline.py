@@ -19,12 +19,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +37,7 @@ from deltacome.compress.capture import Stream, drop_weights, make_skeleton, set_
 from deltacome.compress.card import carried_files, model_card
 from deltacome.compress.data import calibration_rows
 from deltacome.compress.survey import survey
-from deltacome.errors import DeltaError, PlanError
+from deltacome.errors import ArtifactError, CalibrationError, DeltaError, PlanError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit
 from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.manifest import Manifest, Record
@@ -126,8 +128,13 @@ def compress(
         "tuned": _identity(tuned_checkpoint),
         "method": method.options(),
         "ratio": ratio,
-        "calibration": [_source_identity(calibration), samples, seq_len, seed],
-        "compute": [device, str(compute), torch.__version__],
+        "calibration": _source_identity(calibration),
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "dtype": str(compute),
+        "torch": torch.__version__,
     }
     writer = ArtifactWriter(output, identity, resume=resume)
     try:
@@ -142,9 +149,18 @@ def compress(
         carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
         path = writer.finish(names, manifest, lambda a: {**carried, "README.md": model_card(a)})
         progress(Progress("write", 1, 1))
+    except DeltaError:
+        _forget_if_empty(writer.partial)
+        raise
     finally:
         writer.close()
     return Artifact.open(path)
+
+
+def _forget_if_empty(partial: Path) -> None:
+    """A run that is refused before anything was finished leaves nothing that could be resumed."""
+    if {file.name for file in partial.iterdir()} <= {"run.json", "lock"}:
+        shutil.rmtree(partial)
 
 
 def _prepare(
@@ -355,9 +371,18 @@ def _calibration(
             device=run.device,
             on_step=lambda done, total: run.report(Progress("calibration", done, total)),
         )
+        largest, size = max(map(max, rows)), run.records[run.layout.embedding].shape[0]
+        if largest >= size:
+            raise CalibrationError(
+                f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
+                f"but {run.layout.embedding} has {size} rows"
+            )
         tensors = {f"{i:06}": torch.tensor(row) for i, row in enumerate(rows)}
-        save_file(tensors, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        try:
+            save_file(tensors, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{file}: cannot be written: {error}") from error
     return [row.tolist() for _, row in sorted(load_file(file).items())]
 
 
@@ -381,6 +406,7 @@ def _manifest(run: Run, calibration: str, samples: int, seq_len: int, seed: int)
 def _identity(checkpoint: Checkpoint) -> list:
     """Which files a run reads: a changed file must not be mixed into a resumed run."""
     files = {info.file for info in checkpoint.tensors.values()}
+    files |= {file for file in checkpoint.path.glob("*.json") if file.is_file()}
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return [str(checkpoint.path.resolve()), stats]
 

@@ -17,8 +17,8 @@ product per block) instead of being spread over all later columns.
 
 The factor is computed in float64 and used in float32. Float32 would halve the time of the factor,
 which at 11008 inputs is most of the whole, with errors as good; but there one code in a hundred
-then hangs on the rounding of the factor, and so on the machine. The sweep is float32: its sums are
-short of a code's width by far.
+then hangs on the rounding of the factor, and so on the machine. The sweep is float32: what its sums
+lose is far below the width of a code.
 
 R rows, N columns (inputs or directions) in the order of the sweep, B columns of a block;
 I inputs, O outputs, G groups of a row.

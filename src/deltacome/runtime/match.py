@@ -23,26 +23,15 @@ from deltacome.format.manifest import Manifest, Record
 Config = dict[str, Any]
 
 HARMLESS = {
-    # Names, bookkeeping, and what a loaded model no longer reads.
+    # Names, bookkeeping, and what only loading or training reads.
     *("_name_or_path", "transformers_version", "architectures", "model_type", "auto_map"),
-    *("dtype", "torch_dtype", "quantization_config", "task_specific_params", "pretraining_tp"),
-    *(
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "initializer_range",
-        "chunk_size_feed_forward",
-    ),
-    *(
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "is_encoder_decoder",
-    ),
-    *("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop", "dropout"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "_attn_implementation"),
+    *("dtype", "torch_dtype", "quantization_config", "_attn_implementation", "pretraining_tp"),
+    *("task_specific_params", "id2label", "label2id", "num_labels", "problem_type"),
+    *("initializer_range", "attention_dropout", "hidden_dropout", "dropout"),
+    *("embd_pdrop", "resid_pdrop", "attn_pdrop"),
+    # What is returned, not what is computed.
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
     # Attaching takes care of these.
     *("vocab_size", "tie_word_embeddings"),
 }
@@ -114,9 +103,8 @@ def _pair(
     for (module, attr, tensor), names in places:
         record = next((records[n] for n in names + names_of[id(tensor)] if n in records), None)
         if record is not None:
-            yield Slot(
-                record.name if record.name in names else names[0], module, attr, tensor, record
-            )
+            name = record.name if record.name in names else names[0]
+            yield Slot(name, module, attr, tensor, record)
         elif head is not None and tensor is head[0]:
             yield Slot(names[0], module, attr, head[1], records[head[2]])
         elif isinstance(tensor, nn.Parameter):
@@ -194,11 +182,14 @@ def check_base(slot: Slot) -> None:
         expected = (*live.shape[:1], *record.shape[1:])
     if tuple(live.shape) != expected:
         raise MismatchError(f"{slot.name}: expected shape {expected}, got {tuple(live.shape)}")
-    if record.base_sample is not None and sample_digest(live) != record.base_sample:
+    if record.base_sample is None:
+        return
+    got = sample_digest(live)
+    if got != record.base_sample:
         raise MismatchError(
             f"{slot.name}: wrong base: expected values of fingerprint {record.base_sample}, got "
-            f"{sample_digest(live)} ({live.dtype}): load the base that the artifact names, in the "
-            "dtype of its checkpoint, unchanged"
+            f"{got} ({live.dtype}): load the base that the artifact names, in the dtype of its "
+            "checkpoint, unchanged"
         )
 
 

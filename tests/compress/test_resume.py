@@ -1,0 +1,240 @@
+"""An interrupted run is continued to the same bytes, or refused; nothing is mixed in silence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pairs import copy_of, tree
+
+from deltacome import DeltaCome, DeltaError, compress
+from deltacome.errors import ArtifactError
+from deltacome.methods.template import parse_template
+
+QUICK = {"ratio": 4, "samples": 6, "seq_len": 12}
+
+
+class Killed(Exception):
+    """Not an error of the package: what an interrupt or a fault looks like to it."""
+
+
+def stop_at(phase, done, detail=None):
+    def progress(step):
+        if (step.phase, step.done) == (phase, done):
+            raise Killed
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def whole(pairs, text, tmp_path_factory):
+    """Source of calibration → files of an uninterrupted run."""
+    files = {}
+    for source in ("self", text, "none"):
+        out = tmp_path_factory.mktemp("whole") / "a"
+        files[source] = tree(compress(*pairs["small"], out, calibration=source, **QUICK).path)
+    return files
+
+
+POINTS = [
+    ("survey", 5),
+    ("calibration", 6),  # the rows are written, and not yet stored
+    ("blocks", 1),
+    ("blocks", 2),
+    ("blocks", 3),
+    ("write", 0),
+]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point[0]}-{point[1]}")
+def test_a_continued_run_gives_the_same_bytes(pairs, whole, point, tmp_path):
+    out = tmp_path / "a"
+    with pytest.raises(Killed):
+        compress(*pairs["small"], out, calibration="self", progress=stop_at(*point), **QUICK)
+    assert not out.exists()
+    steps = []
+    compress(*pairs["small"], out, calibration="self", resume=True, progress=steps.append, **QUICK)
+    assert tree(out) == whole["self"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a"]
+    finished_before = point[0] in ("blocks", "write")
+    assert finished_before == ("calibration" not in {step.phase for step in steps})
+
+
+@pytest.mark.parametrize("source", ["text", "none"])
+def test_a_run_that_is_stopped_after_every_block(pairs, whole, text, source, tmp_path):
+    source = text if source == "text" else source
+    out = tmp_path / "a"
+    for done in (1, 2, 3):
+        with pytest.raises(Killed):
+            compress(
+                *pairs["small"],
+                out,
+                calibration=source,
+                resume=True,
+                progress=stop_at("blocks", done),
+                **QUICK,
+            )
+    compress(*pairs["small"], out, calibration=source, resume=True, **QUICK)
+    assert tree(out) == whole[source]
+
+
+def test_a_finished_block_is_not_made_again(pairs, monkeypatch, tmp_path):
+    out = tmp_path / "a"
+    with pytest.raises(Killed):
+        compress(*pairs["small"], out, calibration="none", progress=stop_at("blocks", 2), **QUICK)
+    groups = []
+    real = DeltaCome.compress
+
+    def note(self, deltas, plans, gram):
+        groups.append(list(deltas))
+        return real(self, deltas, plans, gram)
+
+    monkeypatch.setattr(DeltaCome, "compress", note)
+    compress(*pairs["small"], out, calibration="none", resume=True, **QUICK)
+    assert sorted(name for group in groups for name in group) == [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    ]
+
+
+@pytest.fixture
+def unfinished(pairs, text, tmp_path):
+    """An output folder with one finished block beside it."""
+    out = tmp_path / "a"
+    with pytest.raises(Killed):
+        compress(*pairs["small"], out, calibration=text, progress=stop_at("blocks", 1), **QUICK)
+    return out
+
+
+def test_an_unfinished_run_is_not_started_over_in_silence(pairs, text, unfinished):
+    before = tree(unfinished.with_name("a.partial"))
+    with pytest.raises(ArtifactError, match=r"a\.partial: holds an unfinished run.*--resume"):
+        compress(*pairs["small"], unfinished, calibration=text, **QUICK)
+    assert tree(unfinished.with_name("a.partial")) == before
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ratio", 5),
+        ("samples", 7),
+        ("seq_len", 13),
+        ("seed", 1),
+        ("dtype", "bfloat16"),
+        ("calibration", "none"),
+        ("method", DeltaCome(parse_template("2:*"))),
+        ("method", DeltaCome(gptq=False)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_option_is_refused_by_name(pairs, text, unfinished, name, value):
+    options = {"calibration": text, **QUICK, name: value}
+    with pytest.raises(
+        ArtifactError, match=f"cannot be resumed: {name} was .*, is now "
+    ) as refused:
+        compress(*pairs["small"], unfinished, resume=True, **options)
+    assert "remove the folder" in str(refused.value)
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("which", ["tuned", "text", "config"])
+def test_a_changed_input_is_refused(pairs, text, which, tmp_path):
+    base = pairs["small"][0]
+    tuned = copy_of(pairs["small"][1], tmp_path / "tuned")
+    source = tmp_path / "c.txt"
+    source.write_text(Path(text).read_text())
+    out = tmp_path / "a"
+    options = {"calibration": str(source), **QUICK}
+    with pytest.raises(Killed):
+        compress(base, tuned, out, progress=stop_at("blocks", 1), **options)
+    file = {
+        "tuned": tuned / "model.safetensors",
+        "text": source,
+        "config": tuned / "config.json",
+    }[which]
+    file.write_bytes(file.read_bytes() + b" " * (which != "tuned"))
+    os.utime(file, ns=(1, 1))
+    name = "calibration" if which == "text" else "tuned"
+    with pytest.raises(ArtifactError, match=f"cannot be resumed: {name} was"):
+        compress(base, tuned, out, resume=True, **options)
+
+
+def test_a_damaged_unit_is_refused(pairs, text, unfinished):
+    file = unfinished.with_name("a.partial") / "unit-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(DeltaError, match="unit-00000"):
+        compress(*pairs["small"], unfinished, calibration=text, resume=True, **QUICK)
+    assert not unfinished.exists()
+
+
+def test_a_finished_output_is_not_replaced(pairs, tmp_path):
+    out = tmp_path / "a"
+    compress(*pairs["small"], out, calibration="none", **QUICK)
+    before = tree(tmp_path)
+    for resume in (False, True):
+        with pytest.raises(ArtifactError, match="the output exists already"):
+            compress(*pairs["small"], out, calibration="none", resume=resume, **QUICK)
+    assert tree(tmp_path) == before
+
+
+def test_two_writers(pairs, tmp_path):
+    out = tmp_path / "a"
+    refused = []
+
+    def second(step):
+        if (step.phase, step.done) == ("blocks", 1):
+            for resume in (False, True):
+                with pytest.raises(ArtifactError) as error:
+                    compress(*pairs["small"], out, calibration="none", resume=resume, **QUICK)
+                refused.append(str(error.value))
+
+    compress(*pairs["small"], out, calibration="none", progress=second, **QUICK)
+    assert len(refused) == 2
+    assert "another process is writing here" in refused[1]
+    assert (out / "delta_config.json").is_file()
+
+
+CHILD = """
+import json, sys, time
+import torch
+torch.set_num_threads(1)
+from deltacome import compress
+base, tuned, out, text, options, marker = sys.argv[1:]
+
+def progress(step):
+    if (step.phase, step.done) == ("blocks", 1):
+        open(marker, "w").close()
+        time.sleep(60)
+
+compress(base, tuned, out, calibration=text, progress=progress, **json.loads(options))
+"""
+
+
+def test_a_process_that_is_killed(pairs, text, whole, tmp_path):
+    out, marker = tmp_path / "a", tmp_path / "marker"
+    arguments = [*map(str, pairs["small"]), str(out), text, json.dumps(QUICK), str(marker)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not marker.exists():
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(ArtifactError, match="another process is writing here"):
+            compress(*pairs["small"], out, calibration=text, resume=True, **QUICK)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert not out.exists()
+    assert torch.get_num_threads() == 1
+    compress(*pairs["small"], out, calibration=text, resume=True, **QUICK)
+    assert tree(out) == whole[text]

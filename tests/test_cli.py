@@ -1,0 +1,236 @@
+"""The command line: exit codes, where things are printed, and the keys of its JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "compress"))
+from tiny_pairs import make_pair, text_lines, tree, weights_of
+
+import deltacome.cli
+import deltacome.compress
+from deltacome.cli import main
+
+OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio", "tensors"}
+TENSOR = {"name", "shape", "kind", "plan", "bytes", "error"}
+QUICK = ["--ratio", "4", "--calibration", "none"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(deltacome.cli, "_debug", False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    base, tuned = make_pair("small", tmp_path_factory.mktemp("cli"))
+    return str(base), str(tuned)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs a command line in this process → (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["deltacome", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def artifact(pair, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "a"
+    deltacome.compress.compress(*pair, out, ratio=4, calibration="none")
+    return out
+
+
+def check_overview(said, folder):
+    files = [f for f in folder.iterdir() if f.name.startswith("delta")]
+    assert said["bytes_on_disk"] == sum(file.stat().st_size for file in files)
+    assert said["ratio"] == said["tuned_bytes"] / said["bytes_on_disk"]
+    assert said["nominal_ratio"] > said["ratio"]
+    assert said["method"] == "delta-come"
+    assert said["base"].keys() == {"name_or_path", "revision"}
+    names = []
+    for tensor in said["tensors"]:
+        assert tensor.keys() == TENSOR
+        names.append(tensor["name"])
+        assert tensor["kind"] in ("bands", "exact", "same")
+        assert (tensor["error"] is None) == (not tensor["plan"]) == (tensor["kind"] != "bands")
+        assert tensor["bytes"] > 0
+    return names
+
+
+def test_compress_as_json(cli, pair, tmp_path):
+    calibration = tmp_path / "c.txt"
+    calibration.write_text("\n".join(text_lines(9)))
+    options = ["--ratio", "4", "--calibration", calibration, "--samples", "4", "--seq-len", "12"]
+    code, out, err = cli("compress", *pair, "-o", tmp_path / "a", *options, "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)  # a single object, nothing else
+    assert said.keys() == OVERVIEW | {"seconds", "peak_rss_bytes"}
+    assert said["base"] == {"name_or_path": pair[0], "revision": None}
+    assert said["ratio"] == pytest.approx(4, rel=0.02)
+    assert 0 < said["seconds"] < 600
+    assert 1 << 27 < said["peak_rss_bytes"] < 1 << 37
+    names = check_overview(said, tmp_path / "a")
+    assert sorted(names) == sorted(weights_of(Path(pair[1])))
+    code, out, err = cli("inspect", tmp_path / "a", "--json")
+    assert (code, err) == (0, "")
+    again = json.loads(out)
+    assert again.keys() == OVERVIEW
+    assert again == {key: said[key] for key in OVERVIEW}
+
+
+def test_compress_for_people(cli, pair, tmp_path):
+    code, out, err = cli("compress", *pair, "-o", tmp_path / "a", *QUICK)
+    assert (code, err) == (0, "")
+    assert "ratio 4.0" in out
+    assert f"{tmp_path / 'a'}: written" in out
+
+
+@pytest.mark.parametrize("plan", [["--plan", "8:1,2:9"], ["--precision", "single"], ["--no-gptq"]])
+def test_options_of_the_method(cli, pair, plan, tmp_path):
+    more = [] if "--plan" in plan else ["--ratio", "4"]
+    options = ["--calibration", "none", *more, *plan]
+    code, out, _ = cli("compress", *pair, "-o", tmp_path / "a", *options, "--json")
+    assert code == 0
+    said = json.loads((tmp_path / "a" / "delta_config.json").read_text())["method"]
+    if "--plan" in plan:
+        assert said["template"] == "8:1,2:9"
+        plans = {str(tensor["plan"]) for tensor in json.loads(out)["tensors"]}
+        assert plans == {"[[8, 1], [2, 9]]", "[]"}
+    elif "--precision" in plan:
+        assert said["template"] == "2:*"
+    else:
+        assert said["gptq"] is False
+
+
+def test_inspect_for_people(cli, artifact):
+    code, out, _ = cli("inspect", artifact)
+    assert code == 0
+    assert "model.layers.1.mlp.down_proj.weight" in out
+    assert f"{(artifact / 'delta-00001-of-00001.safetensors').stat().st_size:,}" not in out
+    assert "bytes on disk" in out
+
+
+def test_verify_and_merge(cli, artifact, pair, tmp_path):
+    code, out, err = cli("verify", artifact, "--base", pair[0], "--json")
+    assert (code, err) == (0, "")
+    assert isinstance(json.loads(out), dict)
+    code, out, err = cli("merge", pair[0], artifact, "-o", tmp_path / "dense", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"output": str(tmp_path / "dense")}
+    assert weights_of(tmp_path / "dense").keys() == weights_of(Path(pair[1])).keys()
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def assert_refused(result, *words):
+    code, out, err = result
+    assert code == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert str(word) in err
+
+
+def test_refusals_are_one_message_on_stderr(cli, pair, artifact, tmp_path):
+    before = tree(tmp_path)
+    out = ["-o", tmp_path / "out"]
+    none = tmp_path / "none"
+    assert_refused(cli("compress", none, pair[1], *out, *QUICK), none, "found none")
+    assert_refused(cli("compress", *pair, "-o", artifact, *QUICK), "the output exists already")
+    high = ["--ratio", "9999", "--calibration", "none", "--json"]
+    assert_refused(cli("compress", *pair, *out, *high), "ratio 9999 cannot be met", "target")
+    csv = ["--calibration", tmp_path / "c.jsonl"]
+    assert_refused(cli("compress", *pair, *out, "--ratio", "4", *csv), "c.jsonl")
+    assert_refused(cli("inspect", none), none)
+    assert_refused(cli("inspect", pair[0]), "not an artifact", "delta_config.json")
+    assert_refused(cli("verify", pair[0]), "not an artifact")
+    assert_refused(cli("merge", pair[1], artifact, *out), "wrong base")
+    assert tree(tmp_path) == before
+
+
+def test_debug_shows_where_it_was_refused(cli, pair, tmp_path):
+    arguments = ["--debug", "compress", *pair, "-o", tmp_path, *QUICK]
+    with pytest.raises(deltacome.DeltaError, match="exists already"):
+        cli(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--method", "none"], "--method"),
+        (["--plan", "7:1"], "--plan"),
+        (["--plan", "2:*,8:1"], "--plan"),
+        (["--precision", "quadruple"], "--precision"),
+        (["--plan", "2:*", "--precision", "single"], "not both"),
+        (["--ratio", "-3"], "--ratio"),
+        (["--ratio", "many"], "--ratio"),
+        (["--samples", "0"], "--samples"),
+        (["--seq-len", "1"], "--seq-len"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_wrong_usage(cli, pair, arguments, reason, tmp_path):
+    code, out, err = cli("compress", *pair, "-o", tmp_path / "a", *arguments)
+    assert (code, out) == (2, "")
+    assert reason in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["compress"], ["compress", "a", "b"], ["none"], ["inspect"]])
+def test_missing_arguments(cli, arguments):
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage" in err
+
+
+def test_an_interrupt_says_how_to_go_on(cli, pair, monkeypatch, tmp_path):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["deltacome.compress"], "compress", interrupted)
+    code, out, err = cli("compress", *pair, "-o", tmp_path / "a", *QUICK)
+    assert (code, out) == (130, "")
+    assert "--resume" in err
+
+
+def test_the_installed_program(pair, tmp_path):
+    program = Path(sys.executable).with_name("deltacome")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments):
+        return subprocess.run(
+            [program, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+
+    compressed = run("compress", *pair, "-o", str(tmp_path / "a"), *QUICK, "--json")
+    assert compressed.returncode == 0, compressed.stderr
+    assert json.loads(compressed.stdout).keys() == OVERVIEW | {"seconds", "peak_rss_bytes"}
+    refused = run("--debug", "inspect", str(tmp_path / "none"))
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert "Traceback" in refused.stderr
+    assert "ArtifactError" in refused.stderr

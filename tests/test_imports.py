@@ -1,0 +1,99 @@
+"""What importing a room loads: each runs without Triton and vLLM, and readers without writers."""
+
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deltacome
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(deltacome.__path__, "deltacome.")
+    # A kernel's file is the one place that may need Triton; it has tests of its own.
+    if not module.name.endswith(".triton") and not module.name.startswith("deltacome.vllm")
+]
+ROOMS = sorted({name.split(".")[1] for name in MODULES})
+WRITERS = ("compress", "methods", "numerics")
+WRITING = tuple(f"deltacome.{room}" for room in WRITERS)
+TOGETHER = {
+    # Rooms that may share a process, as torch takes seconds to load → what must not be loaded.
+    ("errors", "cli"): ("torch", "transformers", "deltacome.format"),
+    ("format", "arch", "ops"): ("transformers", "deltacome.runtime", *WRITING),
+    ("runtime",): WRITING,
+    ("numerics", "methods"): ("transformers", "deltacome.arch", "deltacome.compress"),
+    ("evals",): WRITING,
+    ("compress",): ("deltacome.runtime", "deltacome.evals"),
+}
+
+CHILD = """
+import importlib, sys
+names, blocked, never = (argument.split(",") for argument in sys.argv[1:])
+for name in blocked:
+    sys.modules[name] = None  # importing it raises ImportError
+for name in names:
+    importlib.import_module(name)
+loaded = sorted(name for name in never if name and name in sys.modules)
+assert not loaded, f"loaded {loaded}"
+"""
+
+
+NAMES = """
+# Public names are what they should be whatever was imported before.
+import deltacome
+from deltacome import *
+from deltacome import Artifact, DeltaCome, DeltaError, attach, compress, merge
+for name in deltacome.__all__:
+    assert callable(getattr(deltacome, name)), name
+try:
+    compress("/no/base", "/no/tuned", "/no/out")
+except DeltaError as error:
+    assert "/no/base" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+def run(names, never=(), blocked=("triton", "vllm"), then=""):
+    return subprocess.run(
+        [sys.executable, "-c", CHILD + then, ",".join(names), ",".join(blocked), ",".join(never)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_all_rooms_are_seen():
+    assert sorted(room for rooms in TOGETHER for room in rooms) == ROOMS
+    folder = Path(deltacome.__path__[0])
+    assert {file.stem for file in folder.glob("*.py")} - {"__init__"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("rooms", TOGETHER, ids="+".join)
+def test_rooms_in_a_fresh_process(rooms):
+    names = [name for name in MODULES if name.split(".")[1] in rooms]
+    assert len(names) >= len(rooms)
+    child = run(names, TOGETHER[rooms], then=NAMES if "compress" in rooms else "")
+    assert child.returncode == 0, child.stderr
+
+
+def test_the_package_alone_loads_nothing():
+    child = run(
+        ["deltacome"], ["torch", "transformers", "safetensors", "numpy", "deltacome.format"]
+    )
+    assert child.returncode == 0, child.stderr
+
+
+def test_a_child_sees_what_is_forbidden():
+    # The tests above can fail.
+    assert "loaded ['deltacome.format']" in run(["deltacome.format"], ["deltacome.format"]).stderr
+    assert "halted" in run(["deltacome.errors"], blocked=("deltacome.errors",)).stderr
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = deltacome.nothing
