@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_text_is_cut_into_rows(tuned, text):
     assert {len(row) for row in rows[:-1]} == {16}
     assert 2 <= len(rows[-1]) <= 16
     whole = "".join(decode(tuned, row) for row in rows)
-    assert open(text).read().startswith(whole[:200])
+    assert Path(text).read_text().startswith(whole[:200])
 
 
 def test_samples_are_drawn_by_seed(tuned, text):
@@ -93,9 +94,9 @@ def test_blank_lines_and_rare_line_separators_are_no_lines(tuned, tmp_path):
 )
 def test_malformed_objects_are_refused_by_line(tuned, tmp_path, content, reason):
     (tmp_path / "c.jsonl").write_text(content)
-    strict = tmp_path / "strict"
+    strict = tmp_path / "strict"  # its template refuses what lacks a role
     tokenizer = AutoTokenizer.from_pretrained(tuned)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"  # refuses what lacks one
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(strict)
     with pytest.raises(CalibrationError, match=reason):
         rows_of(tmp_path / "c.jsonl", strict)

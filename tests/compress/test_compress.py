@@ -333,7 +333,7 @@ def test_shards_of_a_model(pairs, tmp_path):
 
 def test_bytes_depend_on_inputs_alone(pairs, tmp_path):
     first, second = (
-        run(pairs["llama"], tmp_path / name, ratio=8, calibration="self") for name in "ab"
+        run(pairs["small"], tmp_path / name, ratio=4, calibration="self") for name in "ab"
     )
     assert tree(first.path) == tree(second.path)
     assert isinstance(first, Artifact)

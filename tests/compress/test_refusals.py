@@ -341,7 +341,7 @@ def test_a_read_only_folder(pair, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-    with pytest.raises(ArtifactError, match="cannot be written: .*Permission denied"):
+    with pytest.raises(ArtifactError, match=r"cannot be written: .*Permission denied"):
         compress(*pair, tmp_path / "out", calibration="none", **QUICK)
 
 

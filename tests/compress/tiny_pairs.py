@@ -48,11 +48,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = (
-    "one two three four five six seven eight nine ten plus minus times is what the sum of".split()
-)
-
-
+WORDS = "one two three four five six seven eight nine ten plus minus times is what the sum of"
 SMALL = {
     **SIZES,
     "hidden_size": 64,
@@ -65,7 +61,7 @@ SMALL = {
 
 def text_lines(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(3, 20))) for _ in range(count)]
+    return [" ".join(draw.choices(WORDS.split(), k=draw.randint(3, 20))) for _ in range(count)]
 
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:

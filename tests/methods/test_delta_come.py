@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from deltacome.errors import CalibrationError
-from deltacome.format.codec import dense, plan_of
+from deltacome.format.codec import dense, dequantize, plan_of
 from deltacome.format.spec import Band, bands_nbytes, rank
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.template import PRECISIONS, parse_template
+from deltacome.numerics.gptq import quantize_u, quantize_v
 from deltacome.numerics.gram import relative_error
+from deltacome.numerics.svd import svd
 
-O, I = 160, 192
+OUT, IN = 160, 192
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def long_tailed(out_size=O, in_size=I, seed=0, power=1.0):
+def long_tailed(out_size=OUT, in_size=IN, seed=0, power=1.0):
     """float32 (out, in) with singular values r^-power."""
     generator = torch.Generator().manual_seed(seed)
     r = min(out_size, in_size)
@@ -30,7 +32,7 @@ def long_tailed(out_size=O, in_size=I, seed=0, power=1.0):
     return u * torch.arange(1, r + 1).float() ** -power @ v.T
 
 
-def some_gram(size=I, seed=5, dead=0):
+def some_gram(size=IN, seed=5, dead=0):
     """Of inputs with a few loud directions; the last `dead` inputs are never active."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(600, size, generator=generator) * torch.logspace(0.5, -1, size)
@@ -42,11 +44,11 @@ def some_gram(size=I, seed=5, dead=0):
 def error_of(method, delta, plan, gram):
     bands = method.compress({"w": delta}, {"w": plan}, gram)["w"]
     assert plan_of(bands) == plan
-    return relative_error(delta, dense(bands), torch.eye(I) if gram is None else gram)
+    return relative_error(delta, dense(bands), torch.eye(IN) if gram is None else gram)
 
 
 def test_gptq_beats_rounding_on_the_calibration_inputs():
-    plan, gram = parse_template("8:2,3:8,2:60").fill((O, I), 0), some_gram()
+    plan, gram = parse_template("8:2,3:8,2:60").fill((OUT, IN), 0), some_gram()
     for seed in range(3):
         delta = long_tailed(seed=seed)
         swept = error_of(DeltaCome(), delta, plan, gram)
@@ -58,11 +60,11 @@ def test_gptq_beats_rounding_on_the_calibration_inputs():
 def test_more_precisions_are_better_at_equal_bytes(calibrated):
     # The paper's table 2, with its claim: singular vectors of large values deserve more bits.
     gram = some_gram() if calibrated else None
-    nbytes = 2 * O * I / 12
+    nbytes = 2 * OUT * IN / 12
     errors = {}
     for name, text in PRECISIONS.items():
-        plan = parse_template(text.replace("1/128", "1/16")).fill((O, I), nbytes)
-        assert nbytes * 0.97 < bands_nbytes((O, I), plan) <= nbytes
+        plan = parse_template(text.replace("1/128", "1/16")).fill((OUT, IN), nbytes)
+        assert nbytes * 0.97 < bands_nbytes((OUT, IN), plan) <= nbytes
         errors[name] = error_of(DeltaCome(), long_tailed(power=1.5), plan, gram)
     assert errors["single"] > errors["double"] > errors["triple"]
 
@@ -70,8 +72,25 @@ def test_more_precisions_are_better_at_equal_bytes(calibrated):
 @pytest.mark.parametrize("bits", [16, 8])
 def test_wide_bands_of_full_rank_give_the_delta_back(bits):
     delta = long_tailed()
-    error = error_of(DeltaCome(), delta, (Band(bits, O),), some_gram())
+    error = error_of(DeltaCome(), delta, (Band(bits, OUT),), some_gram())
     assert error < {16: 1e-6, 8: 1e-3}[bits]
+
+
+def test_v_is_swept_against_the_inputs_and_u_against_what_v_lets_through():
+    # Section 3.3: V̂ = GPTQ(Vᵀ; C), then Û = GPTQ(U; (S V̂ᵀ) C (S V̂ᵀ)ᵀ), band by band.
+    delta, gram, plan = long_tailed(), some_gram(), (Band(8, 2), Band(3, 6), Band(2, 20))
+    bands = DeltaCome().compress({"w": delta}, {"w": plan}, gram)["w"]
+    u_RO, s_R, v_RI = svd(delta, rank(plan))
+    start = 0
+    for band, made in zip(plan, bands, strict=True):
+        part = slice(start, start + band.count)
+        v = quantize_v(v_RI[part] * IN**0.5, gram, band.bits)
+        assert torch.equal(dequantize(*v), made.v.dequantize())
+        torch.testing.assert_close(made.s, s_R[part] / (OUT * IN) ** 0.5)
+        a_BI = made.s[:, None] * made.v.dequantize()
+        u = quantize_u(u_RO[part] * OUT**0.5, a_BI @ gram @ a_BI.T, band.bits)
+        assert torch.equal(dequantize(*u), made.u.dequantize())
+        start += band.count
 
 
 def test_linears_of_one_group_do_not_depend_on_each_other():
@@ -105,12 +124,12 @@ def test_dead_inputs():
 
 
 def test_a_delta_of_zero_stays_zero():
-    bands = DeltaCome().compress({"w": torch.zeros(O, I)}, {"w": (Band(8, 1), Band(2, 3))}, None)
+    bands = DeltaCome().compress({"w": torch.zeros(OUT, IN)}, {"w": (Band(8, 1), Band(2, 3))}, None)
     assert not dense(bands["w"]).any()
 
 
 def test_more_directions_than_the_delta_has():
-    delta = torch.outer(torch.linspace(-1, 1, O), torch.linspace(0, 1, I))
+    delta = torch.outer(torch.linspace(-1, 1, OUT), torch.linspace(0, 1, IN))
     plan = (Band(8, 2), Band(2, 20))
     assert error_of(DeltaCome(), delta, plan, some_gram()) < 1e-3
 
