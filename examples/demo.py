@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 import deltacome
-from deltacome.compress import Progress
+from deltacome.compression import Progress
 from deltacome.evals.report import table
 from deltacome.evals.run import answer, answer_with, evaluate, load_model, shared_tokenizer
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "compress"))
+sys.path.insert(0, str(Path(__file__).parent / "compression"))
 from tiny_pairs import make_pair, text_lines, tree, weights_of
 
 import deltacome.cli
-import deltacome.compress
+import deltacome.compression
 from deltacome.cli import main
 
 OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio", "tensors"}
@@ -57,7 +57,7 @@ def cli(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def artifact(pair, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "a"
-    deltacome.compress.compress(*pair, out, ratio=4, calibration="none")
+    deltacome.compress(*pair, out, ratio=4, calibration="none")
     return out
 
 
@@ -211,7 +211,7 @@ def test_an_interrupt_says_how_to_go_on(cli, pair, monkeypatch, tmp_path):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["deltacome.compress"], "compress", interrupted)
+    monkeypatch.setattr(sys.modules["deltacome.compression"], "compress", interrupted)
     code, out, err = cli("compress", *pair, "-o", tmp_path / "a", *QUICK)
     assert (code, out) == (130, "")
     assert "--resume" in err

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltacome.compress import compress
+    from deltacome.compression import compress
     from deltacome.errors import DeltaError
     from deltacome.format.artifact import Artifact
     from deltacome.methods.delta_come import DeltaCome
@@ -21,7 +21,7 @@ _HOMES = {
     "DeltaCome": "deltacome.methods.delta_come",
     "DeltaError": "deltacome.errors",
     "attach": "deltacome.runtime",
-    "compress": "deltacome.compress",
+    "compress": "deltacome.compression",
     "merge": "deltacome.runtime",
 }
 

@@ -85,7 +85,7 @@ def compress_command(
     if ratio is None and template.has_hole:
         ratio = 16.0
     _quiet_libraries()
-    from deltacome.compress import compress
+    from deltacome.compression import compress
 
     start = time.monotonic()
     with _progress(quiet=as_json) as report:
@@ -113,6 +113,8 @@ def compress_command(
         print(json.dumps(result))
         return
     print(_summary(result))
+    if ratio is not None and result["ratio"] > 1.02 * ratio:
+        print(f"smaller than the ratio of {ratio:g} asks for: there are no more directions to store")
     print(f"{output}: written in {seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB")
 
 

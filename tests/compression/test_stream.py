@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from deltacome import DeltaCome, compress
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
-from deltacome.compress.capture import Stream, drop_weights, make_skeleton, set_weight
-from deltacome.compress.data import calibration_rows
+from deltacome.compression.capture import Stream, drop_weights, make_skeleton, set_weight
+from deltacome.compression.data import calibration_rows
 from deltacome.errors import CalibrationError
 from deltacome.methods.template import parse_template
 

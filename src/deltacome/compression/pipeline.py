@@ -32,11 +32,11 @@ from torch import Tensor
 
 from deltacome.arch.checkpoint import Checkpoint, pair_tensors
 from deltacome.arch.layout import Layout, check_names, find_layout
-from deltacome.compress.budget import make_plans
-from deltacome.compress.capture import Stream, drop_weights, make_skeleton, set_weight
-from deltacome.compress.card import carried_files, model_card
-from deltacome.compress.data import calibration_rows
-from deltacome.compress.survey import survey
+from deltacome.compression.budget import make_plans
+from deltacome.compression.capture import Stream, drop_weights, make_skeleton, set_weight
+from deltacome.compression.card import carried_files, model_card
+from deltacome.compression.data import calibration_rows
+from deltacome.compression.survey import survey
 from deltacome.errors import ArtifactError, CalibrationError, DeltaError, PlanError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit
 from deltacome.format.codec import dense, read_bands, write_bands
@@ -263,7 +263,8 @@ def _compress_block(run: Run, block: str, names: list[str], stream: Stream | Non
 def _compress_outside(run: Run, names: list[str], stream: Stream | None) -> Unit:
     """Embedding, head, and what else lies outside of the blocks."""
     records, entries = {}, {}
-    tied = run.layout.head not in run.tuned.tensors
+    # Some models store a head that their configuration ties all the same.
+    tied = run.tuned.config.get("tie_word_embeddings") or run.layout.head not in run.tuned.tensors
     for name in names:
         records[name] = run.records[name]
         if name in run.plans:
@@ -318,14 +319,16 @@ def _load_block(run: Run, block: str, unit: Unit) -> None:
     Before a block is compressed its matrices have no plan in the unit's records yet: they start
     as the base's.
     """
+    parameters = {f"{block}.{name}" for name, _ in run.layout.blocks[block].named_parameters()}
     for record in unit.records:
+        if record.name not in parameters:
+            continue  # a buffer that the checkpoint stores; the skeleton has its own
         if record.name in run.plans and not record.plan:
             assert record.base_name is not None
             value = run.base.read(record.base_name)
         else:
             value = _restored(run, record, unit.entries)
-        with contextlib.suppress(AttributeError, KeyError):
-            set_weight(run.model, record.name, value.to(run.device, run.dtype))
+        set_weight(run.model, record.name, value.to(run.device, run.dtype))
 
 
 def _exact_entry(run: Run, name: str) -> dict[str, Tensor]:

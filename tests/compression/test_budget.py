@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltacome.compress.budget import TOLERANCE, make_plans, with_plans
+from deltacome.compression.budget import TOLERANCE, make_plans, with_plans
 from deltacome.errors import PlanError
 from deltacome.format.artifact import ArtifactWriter, Unit, overhead_nbytes
 from deltacome.format.manifest import Manifest, Record

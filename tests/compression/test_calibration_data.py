@@ -10,7 +10,7 @@ from tiny_pairs import VOCAB, make_tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from deltacome.compress.data import calibration_rows
+from deltacome.compression.data import calibration_rows
 from deltacome.errors import CalibrationError
 
 

@@ -218,9 +218,9 @@ def _continue(
     model: Any, tokenizer: Any, prompts: list[list[int]], seq_len: int
 ) -> list[list[int]]:
     """Samples a continuation of each prompt, up to `seq_len` tokens in all."""
+    prompts = [prompt[: seq_len - 1] for prompt in prompts]
     longest = max(len(prompt) for prompt in prompts)
-    if longest >= seq_len:
-        return [prompt[:seq_len] for prompt in prompts]
+    shortest = min(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros_like(ids)
@@ -234,12 +234,12 @@ def _continue(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=seq_len - longest,
+        max_new_tokens=seq_len - shortest,
         pad_token_id=pad,
     )
     rows = []
     for prompt, full in zip(prompts, output.tolist(), strict=True):
-        rows.append(prompt + _until_end(full[longest:], model, tokenizer))
+        rows.append((prompt + _until_end(full[longest:], model, tokenizer))[:seq_len])
     return rows
 
 

@@ -9,8 +9,8 @@ from tiny_pairs import FAMILIES, text_lines, weights_of, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from deltacome import Artifact, compress, merge
-from deltacome.compress.capture import Stream
-from deltacome.compress.data import calibration_rows
+from deltacome.compression.capture import Stream
+from deltacome.compression.data import calibration_rows
 from deltacome.format.codec import dense
 
 ROWS = {"samples": 10, "seq_len": 24, "seed": 0}

@@ -1,0 +1,5 @@
+"""From two checkpoints to an artifact."""
+
+from deltacome.compression.pipeline import Progress, compress
+
+__all__ = ["Progress", "compress"]
