@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import random
 import signal
 import subprocess
@@ -21,21 +22,21 @@ def main() -> None:
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
-        start = time.monotonic()
         _start(options, whole).wait()
-        seconds = time.monotonic() - start
-        print(f"left alone: {seconds:.0f} s")
-        for number in range(1, options.kills + 1):
+        units = json.loads((whole / "tuned_config.json").read_text())["num_hidden_layers"]
+        moments = sorted(draw.sample(range(units), options.kills))
+        for number, moment in enumerate(moments, 1):
             process = _start(options, killed)
-            # Shares of the remaining time: every kill hits a later part of the run.
-            wait = draw.uniform(0.1, 0.9) * seconds / options.kills
-            time.sleep(wait)
+            while process.poll() is None and _finished(killed) < moment:
+                time.sleep(0.05)
+            time.sleep(draw.uniform(0, 2))
             process.send_signal(signal.SIGKILL)
             process.wait()
-            units = len(list((Path(scratch) / "killed.partial").glob("unit-*.json")))
             there = killed.exists()
             print(
-                f"kill {number}: after {wait:.1f} s, {units} finished units, artifact there: {there}"
+                f"kill {number}: {_finished(killed)} of {units} blocks finished, "
+                f"artifact there: {there}",
+                flush=True,
             )
             if there:
                 sys.exit("the run finished before it was killed; nothing was tested")
@@ -53,6 +54,10 @@ def _start(options: argparse.Namespace, output: Path) -> subprocess.Popen:
     return subprocess.Popen([*command, *options.compress], stdout=subprocess.DEVNULL)
 
 
+def _finished(output: Path) -> int:
+    return len(list(output.with_name(f"{output.name}.partial").glob("unit-*.json")))
+
+
 def _digests(folder: Path) -> dict[str, str]:
     files = folder.iterdir() if folder.exists() else []
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -68,7 +73,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--compress",
         type=str.split,
-        default=["--samples", "16", "--seq-len", "64"],
+        default=["--samples", "16", "--seq-len", "64"],  # small: resuming is what is tested
         help="options passed on to deltacome compress, as one string",
     )
     return parser.parse_args()

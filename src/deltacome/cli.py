@@ -114,7 +114,9 @@ def compress_command(
         return
     print(_summary(result))
     if ratio is not None and result["ratio"] > 1.02 * ratio:
-        print(f"smaller than the ratio of {ratio:g} asks for: there are no more directions to store")
+        print(
+            f"smaller than the ratio of {ratio:g} asks for: there are no more directions to store"
+        )
     print(f"{output}: written in {seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB")
 
 

@@ -46,7 +46,7 @@ def load_questions(
 def read_questions(path: Path) -> list[Question]:
     """All questions of a JSONL file, in its order; blank lines are skipped."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines
     except (OSError, UnicodeDecodeError) as error:
         raise DeltaError(f"{path}: expected a readable JSONL file, got {error}") from error
     questions = [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deltacome.errors import ArtifactError, DeltaError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
+from deltacome.ops.bands import cpu
 from deltacome.ops.bands.api import IMPLS
 from deltacome.runtime.match import Slot, match, vocabulary_configs
 from deltacome.runtime.modules import Packed, embedding_scale, tuned_embedding, tuned_linear
@@ -30,9 +31,7 @@ from deltacome.runtime.modules import Packed, embedding_scale, tuned_embedding, 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def attach(
-    model: nn.Module, artifact: Artifact | str | Path, *, impl: str = "reference"
-) -> Attachment:
+def attach(model: nn.Module, artifact: Artifact | str | Path, *, impl: str = "auto") -> Attachment:
     """Makes a base model compute what the tuned model computes, from packed codes.
 
     For inference: parameters require no gradient while attached. Move or cast the model before, not
@@ -43,7 +42,8 @@ def attach(
         model: the base; any module whose parameters are named as in the checkpoint, a transformers
             model above all.
         artifact: opened, or its folder.
-        impl: the implementation of `deltacome.ops.bands`.
+        impl: the implementation of `deltacome.ops.bands`, or `auto`: `cpu` if all that is patched
+            lies on the CPU and the native library was built, else `reference`.
 
     Returns:
         A handle that detaches, by `detach()` or as a context manager.
@@ -51,17 +51,23 @@ def attach(
     Raises:
         MismatchError: the model is not the artifact's base, or lacks some of its tensors.
         UnsupportedError: a module that cannot run from packed codes, a configuration that changes
-            the model's code, or something is attached already.
+            the model's code, an implementation that this installation lacks, or something is
+            attached already.
         ArtifactError: the artifact cannot be read.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
-    if impl not in IMPLS:
-        raise UnsupportedError(f"attach: expected an implementation of {IMPLS}, got {impl!r}")
+    if impl not in ("auto", *IMPLS):
+        names = ("auto", *IMPLS)
+        raise UnsupportedError(f"attach: expected an implementation of {names}, got {impl!r}")
+    if impl == "cpu" and (missing := cpu.missing()):
+        raise missing
     if any(module in _attached for module in model.modules()):
         raise UnsupportedError("the model has an artifact attached already: detach it first")
     slots = match(model, artifact.manifest, _tuned_config(artifact))
     scales = [_scale(slot) for slot in slots]
+    if impl == "auto":
+        impl = _fastest({slot.live.device.type for slot in slots if slot.patched})
     with contextlib.ExitStack() as stack:
         _freeze(stack, model)
         terms = _Terms(artifact)
@@ -69,7 +75,7 @@ def attach(
             _patch(stack, slot, terms, scale, impl)
         _resize(stack, model, slots)
         _set_generation_config(stack, model, artifact)
-        return Attachment(model, artifact, stack.pop_all())
+        return Attachment(model, artifact, impl, stack.pop_all())
 
 
 class Attachment:
@@ -78,11 +84,15 @@ class Attachment:
     Attributes:
         model: the model.
         artifact: the artifact.
+        impl: the implementation of `deltacome.ops.bands` that runs it.
     """
 
-    def __init__(self, model: nn.Module, artifact: Artifact, undo: contextlib.ExitStack) -> None:
+    def __init__(
+        self, model: nn.Module, artifact: Artifact, impl: str, undo: contextlib.ExitStack
+    ) -> None:
         self.model = model
         self.artifact = artifact
+        self.impl = impl
         self._undo = undo
 
     def detach(self) -> None:
@@ -99,6 +109,10 @@ class Attachment:
         trace: TracebackType | None,
     ) -> None:
         self.detach()
+
+
+def _fastest(devices: set[str]) -> str:
+    return "cpu" if devices <= {"cpu"} and cpu.missing() is None else "reference"
 
 
 class _Terms:

@@ -9,6 +9,9 @@ the op depends on state that neither a compiler nor a CUDA graph can see.
 The implementation is named by the caller. An unknown name is an error and never another
 implementation: whoever asks for a fast one must not time, or trust, the slow one.
 
+The ops are defined by `torch.library.Library`, not by its decorator `custom_op`: what that does for
+views and derivatives takes as long in each call as a small layer.
+
 There is no gradient. An op that writes in place and has no derivative would drop the delta's part
 from the gradients in silence, so tensors that ask for one are refused.
 
@@ -22,9 +25,9 @@ from torch import Tensor
 
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.spec import GROUP, Band, Plan
-from deltacome.ops.bands import reference
+from deltacome.ops.bands import cpu, reference
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "cpu")
 
 
 def bands(
@@ -51,7 +54,8 @@ def bands(
         impl: one of `IMPLS`.
 
     Raises:
-        UnsupportedError: an unknown `impl`, or a tensor that requires a gradient.
+        UnsupportedError: an unknown `impl`, one that this installation lacks, or a tensor that
+            requires a gradient.
         MismatchError: shapes, dtypes or devices do not fit together.
         ArtifactError: the blob's size is not what the plan asks for.
     """
@@ -102,7 +106,18 @@ def _refuse_gradients(*tensors: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("deltacome::bands", mutates_args=("y",))
+_library = torch.library.Library("deltacome", "FRAGMENT")
+_library.define(
+    "bands(Tensor(a!) y, Tensor x, Tensor blob, int[] bits, int[] counts, int group_size, str impl)"
+    " -> ()"
+)
+_library.define(
+    "band_rows(Tensor(a!) y, Tensor ids, Tensor blob, int rows, int[] bits, int[] counts, "
+    "int group_size, float scale, str impl) -> ()"
+)
+
+
+@torch.library.impl(_library, "bands", "CompositeExplicitAutograd")
 def _bands(
     y: Tensor,
     x: Tensor,
@@ -113,10 +128,13 @@ def _bands(
     impl: str,
 ) -> None:
     _check_bands(y, x, blob, impl)
-    reference.bands(y, x, blob, _plan(bits, counts), group_size)
+    if impl == "cpu":
+        cpu.bands(y, x, blob, bits, counts, group_size)
+    else:
+        reference.bands(y, x, blob, _plan(bits, counts), group_size)
 
 
-@_bands.register_fake
+@torch.library.register_fake("deltacome::bands", lib=_library)
 def _(
     y: Tensor,
     x: Tensor,
@@ -129,7 +147,7 @@ def _(
     _check_bands(y, x, blob, impl)
 
 
-@torch.library.custom_op("deltacome::band_rows", mutates_args=("y",))
+@torch.library.impl(_library, "band_rows", "CompositeExplicitAutograd")
 def _band_rows(
     y: Tensor,
     ids: Tensor,
@@ -142,10 +160,13 @@ def _band_rows(
     impl: str,
 ) -> None:
     _check_rows(y, ids, blob, impl)
-    reference.band_rows(y, ids, blob, rows, _plan(bits, counts), group_size, scale)
+    if impl == "cpu":
+        cpu.band_rows(y, ids, blob, rows, bits, counts, group_size, scale)
+    else:
+        reference.band_rows(y, ids, blob, rows, _plan(bits, counts), group_size, scale)
 
 
-@_band_rows.register_fake
+@torch.library.register_fake("deltacome::band_rows", lib=_library)
 def _(
     y: Tensor,
     ids: Tensor,

@@ -38,10 +38,16 @@ constexpr int TABLE_BITS = 0;
 #endif
 constexpr int BLOCK = 64;
 constexpr int V = BLOCK / LANES;
-constexpr int64_t CHUNK = 32;         // blocks of inputs whose 4 tokens stay in the L1 cache
-constexpr int64_t MAX_TOKENS = 4;     // tokens that share one decoding
+constexpr int64_t CHUNK = 32;             // blocks of inputs whose 4 tokens stay in the L1 cache
+constexpr int64_t MAX_TOKENS = 4;         // tokens that share one decoding
 constexpr int64_t THREAD_WORK = 1 << 19;  // codes × tokens worth waking a thread for
-constexpr int RAGGED = 0;             // any width, where groups cut through blocks
+constexpr int64_t AHEAD = 16;             // directions between a prefetch and its use
+constexpr int RAGGED = 0;                 // any width, where groups cut through blocks
+
+// Arrays of vectors stay in registers only if the loops over them are unrolled.
+#define UNROLL _Pragma("GCC unroll 16")
+// One function a kernel, so that a profile names it.
+#define NOINLINE __attribute__((noinline))
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
@@ -212,15 +218,18 @@ inline void decode(const Factor &f, int64_t r, int64_t b, const Grid<BITS> &grid
     const int64_t first = b * BLOCK, count = std::min<int64_t>(BLOCK, f.size - first);
     float values[BLOCK] = {};
     if (BITS == 16)
-      for (int64_t k = 0; k < count; ++k) values[k] = from_half(f.half(f.low, r * f.size + first + k));
+      for (int64_t k = 0; k < count; ++k)
+        values[k] = from_half(f.half(f.low, r * f.size + first + k));
     else
       for (int64_t k = 0; k < count; ++k) values[k] = f.value(r, first + k);
+    UNROLL
     for (int i = 0; i < V; ++i) v[i] = load(values + i * LANES);
   } else {
     constexpr int P = BITS == 3 ? 2 : BITS;
     const int64_t at = r * f.blocks() + b;
     const uint8_t *low = f.low + at * 8 * P;
     const uint8_t *high = f.high + at * 8;
+    UNROLL
     for (int i = 0; i < V; ++i) {
       vu code = digits<P>(low, i);
       if constexpr (BITS == 3) code = (code & 3) | digits<1>(high, i) << 2;
@@ -234,6 +243,13 @@ inline void decode(const Factor &f, int64_t r, int64_t b, const Grid<BITS> &grid
   }
 }
 
+// Directions lie a page or so apart: too far for the CPU to see which line comes next.
+template <int BITS>
+inline void prefetch(const Factor &f, int64_t r, int64_t b) {
+  if constexpr (BITS != RAGGED && BITS != 16)
+    __builtin_prefetch(f.low + (r * f.blocks() + b) * 8 * (BITS == 3 ? 2 : BITS));
+}
+
 template <int BITS>
 inline int64_t blocks_of_group(const Factor &f) {
   return BITS == RAGGED || BITS == 16 ? f.blocks() : f.group_size / BLOCK;
@@ -241,8 +257,8 @@ inline int64_t blocks_of_group(const Factor &f) {
 
 // t[r, j] += Σ_n x[j, n] · value[r, n] over blocks b0 … b1, for TT tokens.
 template <int BITS, int TT>
-void shrink(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1, const float *x,
-            int64_t ldx, float *t) {
+NOINLINE void shrink(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1,
+                     const float *x, int64_t ldx, float *t) {
   constexpr int SUMS = TT == 1 ? std::min(V, 4) : 2;  // enough of them to hide the adder's latency
   const int64_t per_group = blocks_of_group<BITS>(f);
   for (int64_t r = r0; r < r1; ++r) {
@@ -253,11 +269,14 @@ void shrink(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1, con
       for (const int64_t end = std::min(b1, (g + 1) * per_group); b < end; ++b) {
         vf v[V];
         decode<BITS>(f, r, b, grid, v);
+        UNROLL
         for (int j = 0; j < TT; ++j)
+          UNROLL
           for (int i = 0; i < V; ++i)
             acc[j][i % SUMS] += load(x + j * ldx + b * BLOCK + i * LANES) * v[i];
       }
     }
+    UNROLL
     for (int j = 0; j < TT; ++j) {
       vf total = acc[j][0];
       for (int i = 1; i < SUMS; ++i) total += acc[j][i];
@@ -268,25 +287,34 @@ void shrink(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1, con
 
 // y[j, block, :] += Σ_r t[r, j] · value[r, block, :] for NB blocks from b on and TT tokens.
 template <int BITS, int TT, int NB>
-void expand(const Factor &f, int64_t count, int64_t b, const float *t, float *y) {
+NOINLINE void expand(const Factor &f, int64_t count, int64_t b, const float *t, float *y) {
   const int64_t per_group = blocks_of_group<BITS>(f);
   const int64_t g0 = b / per_group;
   vf acc[TT][NB * V];
+  UNROLL
   for (int j = 0; j < TT; ++j)
+    UNROLL
     for (int i = 0; i < NB * V; ++i) acc[j][i] = load(y + j * NB * BLOCK + i * LANES);
   for (int64_t r = 0; r < count; ++r) {
     vf weight[TT];
+    UNROLL
     for (int j = 0; j < TT; ++j) weight[j] = splat(t[r * TT + j]);
+    prefetch<BITS>(f, r + AHEAD, b);
     Grid<BITS> grid(f, r, g0);
+    UNROLL
     for (int n = 0, g = int(g0); n < NB; ++n) {
       if (b + n >= (g + 1) * per_group) grid = Grid<BITS>(f, r, ++g);
       vf v[V];
       decode<BITS>(f, r, b + n, grid, v);
+      UNROLL
       for (int j = 0; j < TT; ++j)
+        UNROLL
         for (int i = 0; i < V; ++i) acc[j][n * V + i] += weight[j] * v[i];
     }
   }
+  UNROLL
   for (int j = 0; j < TT; ++j)
+    UNROLL
     for (int i = 0; i < NB * V; ++i) store(y + j * NB * BLOCK + i * LANES, acc[j][i]);
 }
 
@@ -451,43 +479,47 @@ int64_t rank_of(const std::vector<Band> &bands) { return bands.back().first + ba
 
 extern "C" {
 
-// y (T, O) += Σ ((x V̂ᵀ) · s) Û
+const char *deltacome_source() { return SOURCE; }
+
+// y (T, O) += Σ ((x V̂ᵀ) · s) Û; scratch holds T · (64 ⌈I / 64⌉ + R) floats.
 void deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data, int64_t x_stride,
                      int64_t x_bf16, const uint8_t *blob, const int64_t *layout, int64_t n_bands,
-                     int64_t tokens, int64_t out, int64_t in, int64_t group_size, int64_t threads) {
+                     int64_t tokens, int64_t out, int64_t in, int64_t group_size, float *scratch,
+                     int64_t threads) {
   const std::vector<Band> bands = read(blob, layout, n_bands, out, in, group_size);
   const Matrix y{y_data, y_stride, y_bf16 != 0}, x{x_data, x_stride, x_bf16 != 0};
   const int64_t rank = rank_of(bands), ldx = (in + BLOCK - 1) / BLOCK * BLOCK;
-  std::vector<float> x_TI(tokens * ldx), t_RT(tokens * rank);  // x padded with zeros
+  float *x_TI = scratch, *t_RT = scratch + tokens * ldx;
   const int64_t span = tokens > 32 ? 64 : 16;  // directions that use one piece of x from L1
   const int team = threads_for(rank * (in + out) * tokens, threads);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
 #pragma omp for
-    for (int64_t j = 0; j < tokens; ++j)
+    for (int64_t j = 0; j < tokens; ++j) {
       for (int64_t n = 0; n < in; ++n) x_TI[j * ldx + n] = x.get(j, n);
+      std::fill(x_TI + j * ldx + in, x_TI + (j + 1) * ldx, 0.f);
+    }
     for (const Band &band : bands) {
 #pragma omp for schedule(dynamic) nowait
       for (int64_t r = 0; r < band.count; r += span)
-        shrink_range(band, r, std::min(band.count, r + span), tokens, rank, x_TI.data(), ldx,
-                     t_RT.data());
+        shrink_range(band, r, std::min(band.count, r + span), tokens, rank, x_TI, ldx, t_RT);
     }
 #pragma omp barrier
-    expand_all(bands, true, tokens, rank, t_RT.data(), y, out);
+    expand_all(bands, true, tokens, rank, t_RT, y, out);
   }
 }
 
-// y (T, I) += scale · Σ Û[:, ids]ᵀ diag(s) V̂; -1 and nothing written if an id is no row.
+// y (T, I) += scale · Σ Û[:, ids]ᵀ diag(s) V̂; scratch holds T · R floats. -1, and nothing written, if
+// an id is no row.
 int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, const int64_t *ids,
                             const uint8_t *blob, const int64_t *layout, int64_t n_bands,
                             int64_t tokens, int64_t rows, int64_t in, int64_t group_size,
-                            float scale, int64_t threads) {
+                            float scale, float *scratch, int64_t threads) {
   for (int64_t j = 0; j < tokens; ++j)
     if (ids[j] < 0 || ids[j] >= rows) return -1;
   const std::vector<Band> bands = read(blob, layout, n_bands, rows, in, group_size);
   const Matrix y{y_data, y_stride, y_bf16 != 0};
   const int64_t rank = rank_of(bands);
-  std::vector<float> t_RT(tokens * rank);
   const int team = threads_for(rank * in * tokens, threads);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
@@ -496,14 +528,14 @@ int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, cons
       for (int64_t r = 0; r < band.count; ++r)
         for (int64_t j = 0; j < tokens;) {
           const int64_t chunk = chunk_of(j, tokens);
-          float *tj = t_RT.data() + j * rank + (band.first + r) * chunk;
+          float *tj = scratch + j * rank + (band.first + r) * chunk;
           for (int64_t i = 0; i < chunk; ++i)
             tj[i] = band.u.value(r, ids[j + i]) * (scale * band.singular(r));
           j += chunk;
         }
     }
 #pragma omp barrier
-    expand_all(bands, false, tokens, rank, t_RT.data(), y, in);
+    expand_all(bands, false, tokens, rank, scratch, y, in);
   }
   return 0;
 }
