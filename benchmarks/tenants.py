@@ -126,7 +126,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--calibration", default="self")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("-n", type=int, default=400)
+    parser.add_argument("-n", type=int, default=200)
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", type=Path)

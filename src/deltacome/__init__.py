@@ -7,6 +7,7 @@ a serving process never loads what compression needs.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ _HOMES = {
 }
 
 __all__ = ["Artifact", "DeltaCome", "DeltaError", "attach", "compress", "merge"]
+
+
+__version__ = importlib.metadata.version("deltacome")
 
 
 def __getattr__(name: str) -> Any:
