@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +22,8 @@ from transformers.utils import logging
 import deltacome
 from deltacome.compression import Progress
 from deltacome.evals.report import table
-from deltacome.evals.run import answer, answer_with, evaluate, load_model, shared_tokenizer
+from deltacome.evals.run import evaluate, load_model, shared_tokenizer
+from deltacome.evals.score import generate
 
 TENANTS = Path(__file__).parent / "tenants"
 console = Console(width=110)
@@ -74,20 +76,24 @@ def main() -> None:
     step(f"done; the numbers are in {options.out / 'result.json'}")
 
 
-def _answers(base: Path, tuned: Path, delta: Path) -> Table:
-    """One held-out question and what each of the three says."""
-    first = json.loads((tuned / "heldout.jsonl").read_text().splitlines()[0])
-    prompt = first["prompt"]
+def _answers(base: Path, tuned: Path, delta: Path, questions: int = 3) -> Table:
+    """The first held-out questions and what each of the three models says."""
+    lines = (tuned / "heldout.jsonl").read_text().splitlines()[:questions]
+    asked = [json.loads(line) for line in lines]
+    prompts = [question["prompt"] for question in asked]
     tokenizer = shared_tokenizer(base, tuned, [])
-    answers = Table(title=f"“{prompt}” (right: {first['answer']})", title_justify="left")
-    said = {
-        "base": answer(load_model(base, "cpu"), tokenizer, prompt, max_new_tokens=24),
-        "tuned": answer(load_model(tuned, "cpu"), tokenizer, prompt, max_new_tokens=24),
-        "delta": answer_with(base, delta, prompt, max_new_tokens=24, device="cpu"),
-    }
-    for name in said:
-        answers.add_column(name)
-    answers.add_row(*said.values())
+
+    def say(model: Any) -> list[str]:
+        return generate(model, tokenizer, prompts, max_new_tokens=12)
+
+    model = load_model(base, "cpu", "float32")
+    said = {"base": say(model), "tuned": say(load_model(tuned, "cpu", "float32"))}
+    with deltacome.attach(model, delta):
+        said["delta"] = say(model)
+    answers = Table("question", "right", *said)
+    for i, question in enumerate(asked):
+        row = [question["prompt"], question["answer"], *(texts[i] for texts in said.values())]
+        answers.add_row(*(cell.strip() for cell in row))
     return answers
 
 

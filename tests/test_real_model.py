@@ -25,7 +25,7 @@ def demo(tmp_path_factory) -> Path:
     command = [sys.executable, str(DEMO), "-o", str(out), "--minutes", "0.5", "--questions", "16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for shown in ("base", "tuned", "delta", "ratio", "right:"):
+    for shown in ("base", "tuned", "delta", "ratio", "right", "Sum:"):
         assert shown in done.stdout
     return out
 
