@@ -49,7 +49,7 @@ def evaluate(
     n: int = 200,
     seed: int = 0,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str = "float32",
     batch_size: int = 16,
     max_new_tokens: int = 64,
     text: Path | None = None,
@@ -58,8 +58,9 @@ def evaluate(
 
     `task`, `n`, `seed` and `task_args` as in `load_questions`; `text` is a file for `kl_text`
     instead of the default of `text_rows`. `dtype` is the name of a torch dtype, or "auto" for
-    that of the checkpoints. All models get the prompts of one tokenizer: the tuned model's,
-    else the one that the deltas carry, else the base's.
+    that of the checkpoints: bfloat16 arithmetic alone moves the KL of a good delta severalfold.
+    All models get the prompts of one tokenizer: the tuned model's, else the one that the deltas
+    carry, else the base's.
 
     Returns `{"task", "n", "models": [{"name", "score", "score_low", "score_high", "kl_task",
     "kl_text"}]}`: scores in 0..1 with a 95 % interval, KL(tuned ‖ model) in nats per token. A KL
