@@ -152,12 +152,15 @@ def check_finite(name: str, tensor: Tensor, whose: str) -> None:
     """
     if not tensor.is_floating_point():
         return
-    bad = ~torch.isfinite(tensor.view(-1).float())
-    if bad.any():
+    flat = tensor.view(-1)
+    # There is no isfinite for 8-bit floats; a copy of anything larger would cost its memory again.
+    finite = torch.isfinite(flat if flat.dtype.itemsize > 1 else flat.float())
+    if not finite.all():
+        bad = ~finite
         first = int(bad.nonzero()[0])
         raise CheckpointError(
             f"{name} of the {whose}: expected finite values, got {int(bad.sum())} that are not, "
-            f"the first is {tensor.view(-1)[first].item()} at flat index {first}"
+            f"the first is {flat[first].item()} at flat index {first}"
         )
 
 

@@ -213,10 +213,11 @@ def _compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | No
         name = f"unit-{number:05}"
         unit = writer.load(name)
         if unit is None:
-            unit = _compress_block(run, block, inside, stream)
+            unit = _compress_block(run, block, inside, stream)  # and its weights stay loaded
             writer.save(name, unit)
-        if stream is not None:
+        elif stream is not None:
             _load_block(run, block, unit)
+        if stream is not None:
             stream.advance(block)
             drop_weights(run.layout.blocks[block])
         names.append(name)
@@ -288,8 +289,7 @@ def _compress_group(
         blob = write_bands(bands)
         record = replace(run.records[name], plan=plans[name])
         delta_hat = dense(read_bands(blob, record.bands_shape, record.plan)).to(run.device)
-        white = torch.eye(deltas[name].shape[1], device=run.device) if gram is None else gram
-        records.append(replace(record, error=relative_error(deltas[name], delta_hat, white)))
+        records.append(replace(record, error=relative_error(deltas[name], delta_hat, gram)))
         entries[f"{name}.bands"] = blob
     return records, entries
 

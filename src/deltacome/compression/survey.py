@@ -60,8 +60,7 @@ def survey(
         assert pair.base_shape is not None
         common = min(rows, pair.base_shape[0]) if pair.shape else 1
         before, after = _common(base_tensor, common), _common(tuned_tensor, common)
-        # Stored in the tuned dtype: a base of wider dtype that rounds to the tuned value differs.
-        same = bool((before.double() == after.double()).all())
+        same = _same_values(before, after)
         compressible = pair.name in linears and tuned_tensor.is_floating_point()
         if compressible and not same:
             matrices.add(pair.name)
@@ -86,6 +85,16 @@ def survey(
             "fine-tune of this base"
         )
     return records, matrices
+
+
+def _same_values(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether two tensors, perhaps of different dtypes, hold the same numbers.
+
+    A base of a wider dtype that merely rounds to the tuned value is not the same.
+    """
+    if before.dtype == after.dtype and before.dtype.itemsize > 1:
+        return torch.equal(before, after)
+    return torch.equal(before.double(), after.double())
 
 
 def _common(tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -20,9 +20,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +41,8 @@ from deltacome.format.manifest import (
     record_to_json,
 )
 from deltacome.format.spec import ALIGN
+
+T = TypeVar("T")
 
 INDEX_FILE = "delta.safetensors.index.json"
 TUNED_CONFIG_FILE = "tuned_config.json"
@@ -374,7 +376,8 @@ class ArtifactWriter:
         self._lock.close()
 
     def _write_shards(self, final: Path, names: list[str]) -> dict[str, ShardInfo]:
-        groups = list(self._grouped(names))
+        files = ((name, self.partial / f"{name}.safetensors") for name in names)
+        groups = list(grouped(((name, f.stat().st_size) for name, f in files), MAX_SHARD_BYTES))
         weight_map, shards = {}, {}
         for number, group in enumerate(groups, 1):
             shard = f"delta-{number:05}-of-{len(groups):05}.safetensors"
@@ -391,18 +394,18 @@ class ArtifactWriter:
         write_atomic(final / INDEX_FILE, json.dumps(index, separators=(",", ":")) + "\n")
         return shards
 
-    def _grouped(self, names: list[str]) -> Iterator[list[str]]:
-        """Runs of units whose files together stay below the size of a shard."""
-        group: list[str] = []
-        size = 0
-        for name in names:
-            unit_size = (self.partial / f"{name}.safetensors").stat().st_size
-            if group and size + unit_size > MAX_SHARD_BYTES:
-                yield group
-                group, size = [], 0
-            group.append(name)
-            size += unit_size
-        yield group
+
+def grouped(sizes: Iterable[tuple[T, int]], limit: int) -> Iterator[list[T]]:
+    """Runs of items, in their order, whose sizes together stay within a limit; one item may not."""
+    group: list[T] = []
+    total = 0
+    for item, size in sizes:
+        if group and total + size > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size
+    yield group
 
 
 def overhead_nbytes(manifest: Manifest) -> int:

@@ -26,6 +26,7 @@ from deltacome.format.codec import BandTensors, Factor
 from deltacome.format.spec import Plan, rank
 from deltacome.methods.template import PRECISIONS, Template, parse_template
 from deltacome.numerics.gptq import Quantized, quantize_u, quantize_v
+from deltacome.numerics.grid import min_max_grid, round_to_grid
 from deltacome.numerics.svd import svd
 
 TRIPLE = parse_template(PRECISIONS["triple"])
@@ -74,9 +75,6 @@ class DeltaCome:
         Raises:
             CalibrationError: the gram is not positive definite even after damping.
         """
-        first = next(iter(deltas.values()))
-        if gram_II is None:
-            gram_II = torch.eye(first.shape[1], device=first.device)
         triples = {name: _scaled_svd(delta, rank(plans[name])) for name, delta in deltas.items()}
         v_factors = self._quantize_v([(triples[name][2], plans[name]) for name in deltas], gram_II)
         return {
@@ -84,20 +82,22 @@ class DeltaCome:
             for name, v in zip(deltas, v_factors, strict=True)
         }
 
-    def _quantize_v(self, groups: list[tuple[Tensor, Plan]], gram_II: Tensor) -> list[list[Factor]]:
+    def _quantize_v(
+        self, groups: list[tuple[Tensor, Plan]], gram_II: Tensor | None
+    ) -> list[list[Factor]]:
         """All bands of all linears of a group in one sweep."""
         v_RI = torch.cat([v for v, _ in groups])
         bits = [band.bits for _, plan in groups for band in plan for _ in range(band.count)]
-        if not self.gptq:
-            gram_II = torch.eye(len(gram_II), device=gram_II.device)
         # Rows of 16-bit bands ride along at 8 bits and are not used: float16 needs no grid.
-        quantized = quantize_v(
-            v_RI,
-            gram_II,
-            torch.tensor(bits, device=v_RI.device).clamp(max=8),
-            damping=self.damping,
-            act_order=self.act_order,
-        )
+        bits_R = torch.tensor(bits, device=v_RI.device).clamp(max=8)
+        if gram_II is None or not self.gptq:
+            # GPTQ against white inputs is plain rounding: nothing to factor.
+            scale_RG, zero_RG = min_max_grid(v_RI, bits_R)
+            codes_RI = round_to_grid(v_RI, scale_RG, zero_RG, bits_R)
+            quantized = Quantized(codes_RI, scale_RG, zero_RG)
+        else:
+            options = {"damping": self.damping, "act_order": self.act_order}
+            quantized = quantize_v(v_RI, gram_II, bits_R, **options)
         factors = []
         start = 0
         for _, plan in groups:
@@ -109,7 +109,11 @@ class DeltaCome:
         return factors
 
     def _finish(
-        self, triple: tuple[Tensor, Tensor, Tensor], plan: Plan, v: list[Factor], gram_II: Tensor
+        self,
+        triple: tuple[Tensor, Tensor, Tensor],
+        plan: Plan,
+        v: list[Factor],
+        gram_II: Tensor | None,
     ) -> list[BandTensors]:
         """U of each band, against what its V̂ lets through."""
         u_RO, s_R, _ = triple
@@ -124,13 +128,13 @@ class DeltaCome:
         return bands
 
     def _quantize_u(
-        self, u_BO: Tensor, s_B: Tensor, v: Factor, bits: int, gram_II: Tensor
+        self, u_BO: Tensor, s_B: Tensor, v: Factor, bits: int, gram_II: Tensor | None
     ) -> Quantized:
-        a_BI = s_B[:, None] * v.dequantize().to(gram_II.device)
-        gram_BB = a_BI @ gram_II @ a_BI.T
+        a_BI = s_B[:, None] * v.dequantize().to(s_B.device)
+        gram_BB = (a_BI if gram_II is None else a_BI @ gram_II) @ a_BI.T
         if not self.gptq or not float(gram_BB.diagonal().sum()) > 0:
             # Nothing passes this band (its singular values are 0): plain rounding is all there is.
-            gram_BB = torch.eye(len(s_B), device=gram_II.device)
+            gram_BB = torch.eye(len(s_B), device=s_B.device)
         return quantize_u(u_BO, gram_BB, bits, damping=self.damping, act_order=self.act_order)
 
 

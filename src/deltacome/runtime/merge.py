@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from deltacome.arch.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, full_digest
 from deltacome.errors import ArtifactError, CheckpointError, MismatchError
 from deltacome.format.artifact import INDEX_FILE as DELTA_INDEX_FILE
-from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, write_atomic
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped, write_atomic
 from deltacome.format.codec import dense
 from deltacome.format.manifest import DTYPES, MANIFEST_FILE, Record, entry_nbytes
 
@@ -128,7 +127,8 @@ def tuned_tensor(base: Checkpoint, artifact: Artifact, record: Record) -> Tensor
 def _write_weights(
     folder: Path, base: Checkpoint, artifact: Artifact, max_shard_bytes: int
 ) -> None:
-    groups = list(_shards(list(artifact.manifest.records.values()), max_shard_bytes))
+    records = artifact.manifest.records.values()
+    groups = list(grouped(((r, entry_nbytes(r.dtype, r.shape)) for r in records), max_shard_bytes))
     weight_map, total = {}, 0
     for number, group in enumerate(groups, 1):
         shard = f"model-{number:05}-of-{len(groups):05}.safetensors"
@@ -141,19 +141,6 @@ def _write_weights(
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomic(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _shards(records: list[Record], max_shard_bytes: int) -> Iterator[list[Record]]:
-    group: list[Record] = []
-    size = 0
-    for record in records:
-        nbytes = entry_nbytes(record.dtype, record.shape)
-        if group and size + nbytes > max_shard_bytes:
-            yield group
-            group, size = [], 0
-        group.append(record)
-        size += nbytes
-    yield group
 
 
 def _write_rest(folder: Path, base: Checkpoint, artifact: Artifact) -> None:
