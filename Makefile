@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/ops/bands/cpu.cpp
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/ops/native.cpp
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: another package's looser requirement would pull a CUDA build.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch

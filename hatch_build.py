@@ -25,8 +25,8 @@ try:
 except ImportError:  # run by itself, or by a test
     BuildHookInterface = object
 
-FOLDER = Path(__file__).resolve().parent / "src" / "deltacome" / "ops" / "bands"
-SOURCE = FOLDER / "cpu.cpp"
+FOLDER = Path(__file__).resolve().parent / "src" / "deltacome" / "ops"
+SOURCE = FOLDER / "native.cpp"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -52,17 +52,17 @@ def source_digest() -> str:
 
 
 def build(folder: Path) -> list[Path]:
-    """Compiles `cpu.cpp` for each instruction set into `folder`; returns what was built."""
+    """Compiles `native.cpp` for each instruction set into `folder`; returns what was built."""
     command = compiler()
     if command is None:
-        for stale in folder.glob("_cpu_*.so"):
+        for stale in folder.glob("_native_*.so"):
             stale.unlink()
         print("deltacome: no C++ compiler found: built without the CPU kernels", file=sys.stderr)
         return []
     built = []
     source = f'-DSOURCE="{source_digest()}"'
     for isa, flags in instruction_sets().items():
-        library = folder / f"_cpu_{isa}.so"
+        library = folder / f"_native_{isa}.so"
         # Not over the old file: a process that has it mapped would crash.
         partial = library.with_name(f"{library.name}.{os.getpid()}")
         arguments = [*command, *FLAGS, *flags, source, str(SOURCE), "-o", str(partial)]
@@ -91,7 +91,7 @@ class NativeBuildHook(BuildHookInterface):
         system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{system}"
-        build_data["artifacts"].append("/src/deltacome/ops/bands/_cpu_*.so")
+        build_data["artifacts"].append("/src/deltacome/ops/_native_*.so")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,18 @@ from artifact_helpers import random_artifact
 from runtime_helpers import load, logits, some_ids
 
 from deltacome.errors import UnsupportedError
-from deltacome.ops.bands import cpu
+from deltacome.ops import native
 from deltacome.runtime import attach
 
-MISSING = UnsupportedError("bands: impl 'cpu' was not built")
+MISSING = UnsupportedError("impl 'cpu' was not built")
 
 
 def test_auto_is_the_fastest_that_is_there(bases, tmp_path, monkeypatch):
     artifact = random_artifact(bases["llama"], tmp_path / "delta")
-    fastest = "reference" if cpu.missing() else "cpu"
+    fastest = "reference" if native.missing() else "cpu"
     with attach(load(bases["llama"]), artifact) as attached:
         assert attached.impl == fastest
-    monkeypatch.setattr(cpu, "missing", lambda: MISSING)
+    monkeypatch.setattr(native, "missing", lambda: MISSING)
     with attach(load(bases["llama"]), artifact) as attached:
         assert attached.impl == "reference"
 
@@ -27,13 +27,15 @@ def test_a_named_implementation_never_falls_back(bases, tmp_path, monkeypatch):
     model = load(bases["llama"])
     with attach(model, artifact, impl="reference") as attached:
         assert attached.impl == "reference"
-    monkeypatch.setattr(cpu, "missing", lambda: MISSING)
+    monkeypatch.setattr(native, "missing", lambda: MISSING)
     with pytest.raises(UnsupportedError, match="was not built"):
         attach(model, artifact, impl="cpu")
     attach(model, artifact).detach()  # the refusal left nothing behind
 
 
-@pytest.mark.skipif(cpu.missing() is not None, reason="tests/ops/test_cpu.py asks for the library")
+@pytest.mark.skipif(
+    native.missing() is not None, reason="tests/ops/test_native.py asks for the library"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_give_the_same_model(bases, tmp_path, dtype):
     artifact = random_artifact(bases["llama"], tmp_path / "delta")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import ArtifactError
-from deltacome.format.spec import BLOCK, GROUP, PLANES, Band, Plan, band_sections
+from deltacome.format.spec import BLOCK, GROUP, PLANES, Band, Plan, band_sections, sign_sections
 
 
 def pack(codes_RN: Tensor, bits: int) -> tuple[Tensor, ...]:
@@ -245,3 +245,55 @@ def _factor(bits: int, size: int, tensors: list[Tensor], group_size: int) -> Fac
         return Factor(16, size, values=tensors[0], group_size=group_size)
     *planes, scale, zero = tensors
     return Factor(bits, size, tuple(planes), scale, zero, group_size=group_size)
+
+
+@dataclass(frozen=True)
+class SignTensors:
+    """A signs term's stored tensors; the delta is `scale · (2 · code − 1)` (BitDelta, equation 2)."""
+
+    words: Tensor
+    """int32 (O, 2 · ⌈I / 64⌉): a plane of one bit, a row in place of a direction."""
+    scale: Tensor
+    """float32, (1,) or (O,)."""
+    size: int
+    """I."""
+
+    def dense(self) -> Tensor:
+        """float32 (O, I)."""
+        codes_OI = unpack((self.words,), 1, self.size)
+        return (2 * codes_OI.float() - 1) * self.scale[:, None]
+
+
+def write_signs(positive_OI: Tensor, scale: Tensor) -> Tensor:
+    """Lays out a signs term as the blob that goes to disk: uint8 (nbytes,), padding bytes zero.
+
+    Args:
+        positive_OI: bool (O, I), where the delta is positive.
+        scale: float32, (1,) for the matrix or (O,) for its rows.
+    """
+    shape = (positive_OI.shape[0], positive_OI.shape[1])
+    words, scales, nbytes = sign_sections(shape, scale.numel())
+    blob = torch.zeros(nbytes, dtype=torch.uint8)
+    (words_OW,) = pack(positive_OI.to(torch.uint8).cpu(), 1)
+    for at, tensor in ((words, words_OW), (scales, scale.float().cpu().contiguous())):
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        blob[at : at + len(raw)] = raw
+    return blob
+
+
+def read_signs(blob: Tensor, shape: tuple[int, int], scales: int) -> SignTensors:
+    """Views of a blob, no copy: the inverse of `write_signs`.
+
+    Raises:
+        ArtifactError: the blob's size is not what shape and scales ask for.
+    """
+    words, at, nbytes = sign_sections(shape, scales)
+    if blob.dtype != torch.uint8 or blob.shape != (nbytes,):
+        raise ArtifactError(
+            f"packed signs of shape {shape}: expected {nbytes} bytes of uint8, "
+            f"got {tuple(blob.shape)} of {blob.dtype}"
+        )
+    row_words = 2 * math.ceil(shape[1] / BLOCK)
+    words_OW = blob[words : words + 4 * row_words * shape[0]].view(torch.int32)
+    scale = blob[at : at + 4 * scales].view(torch.float32)
+    return SignTensors(words_OW.view(shape[0], row_words), scale, shape[1])

@@ -127,3 +127,27 @@ def bands_nbytes(shape: tuple[int, int], plan: Plan, group: int = GROUP) -> int:
 def codes_nbytes(shape: tuple[int, int], plan: Plan) -> float:
     """Bytes of the codes alone, as papers count: no scales, no singular values, no padding."""
     return sum(band.bits * band.count for band in plan) * sum(shape) / 8
+
+
+def sign_sections(shape: tuple[int, int], scales: int) -> tuple[int, int, int]:
+    """Layout of the blob of a signs term: `value = scale · (2 · code − 1)` for each entry.
+
+    Words come first, int32 (out, 2 · ⌈in / 64⌉): a plane of one bit, rows in place of directions.
+    Then the scales, float32 (scales,).
+
+    Args:
+        shape: (out, in) of the weight.
+        scales: 1, or one for each row.
+
+    Returns:
+        Byte offsets of words and scales, and the size of the blob (a multiple of `ALIGN`).
+
+    Raises:
+        PlanError: another number of scales.
+    """
+    out_size, in_size = shape
+    if scales not in (1, out_size):
+        raise PlanError(f"signs of shape {shape}: expected 1 or {out_size} scales, got {scales}")
+    words = out_size * math.ceil(in_size / BLOCK) * BLOCK // 8
+    at = math.ceil(words / ALIGN) * ALIGN
+    return 0, at, at + math.ceil(4 * scales / ALIGN) * ALIGN

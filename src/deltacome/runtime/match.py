@@ -39,7 +39,7 @@ HARMLESS = {
 
 
 @dataclass(frozen=True)
-class Slot:
+class Place:
     """One place in the model that holds a tensor: `module`'s parameter or buffer `attr`."""
 
     name: str
@@ -65,7 +65,7 @@ class Slot:
         return bool(self.record.plan) or self.grown
 
 
-def match(model: nn.Module, manifest: Manifest, tuned_config: Config | None) -> list[Slot]:
+def match(model: nn.Module, manifest: Manifest, tuned_config: Config | None) -> list[Place]:
     """Pairs every tensor of the model with its record and checks that they fit.
 
     Args:
@@ -80,20 +80,20 @@ def match(model: nn.Module, manifest: Manifest, tuned_config: Config | None) -> 
             cannot run from packed codes.
     """
     check_config(model, tuned_config)
-    slots = list(_pair(model, manifest.records, tuned_config))
-    _check_all_found(model, manifest.records, {slot.record.name for slot in slots})
+    places = list(_pair(model, manifest.records, tuned_config))
+    _check_all_found(model, manifest.records, {place.record.name for place in places})
     checked = set()
-    for slot in slots:
-        check_module(slot)
-        if (id(slot.live), slot.record.name) not in checked:
-            check_base(slot)
-            checked.add((id(slot.live), slot.record.name))
-    return slots
+    for place in places:
+        check_module(place)
+        if (id(place.live), place.record.name) not in checked:
+            check_base(place)
+            checked.add((id(place.live), place.record.name))
+    return places
 
 
 def _pair(
     model: nn.Module, records: dict[str, Record], tuned_config: Config | None
-) -> Iterator[Slot]:
+) -> Iterator[Place]:
     places = _places(model)
     names_of = defaultdict(list)
     for (_, _, tensor), names in places:
@@ -104,9 +104,9 @@ def _pair(
         record = next((records[n] for n in names + names_of[id(tensor)] if n in records), None)
         if record is not None:
             name = record.name if record.name in names else names[0]
-            yield Slot(name, module, attr, tensor, record)
+            yield Place(name, module, attr, tensor, record)
         elif head is not None and tensor is head[0]:
-            yield Slot(names[0], module, attr, head[1], records[head[2]])
+            yield Place(names[0], module, attr, head[1], records[head[2]])
         elif isinstance(tensor, nn.Parameter):
             unknown.append(names[0])
     if unknown:
@@ -167,55 +167,57 @@ def _check_all_found(model: nn.Module, records: dict[str, Record], found: set[st
         )
 
 
-def check_base(slot: Slot) -> None:
+def check_base(place: Place) -> None:
     """Compares a live tensor with the base's that the delta was taken against.
 
     Raises:
         MismatchError: shape or sampled values differ.
         UnsupportedError: the tensor has no values on this machine.
     """
-    live, record = slot.live, slot.record
+    live, record = place.live, place.record
     if live.is_meta:
-        raise UnsupportedError(f"{slot.name}: expected values, got a tensor on the meta device")
+        raise UnsupportedError(f"{place.name}: expected values, got a tensor on the meta device")
     expected = record.base_shape
     if expected is None:  # new in the tuned model; its place may have another number of rows
         expected = (*live.shape[:1], *record.shape[1:])
     if tuple(live.shape) != expected:
-        raise MismatchError(f"{slot.name}: expected shape {expected}, got {tuple(live.shape)}")
+        raise MismatchError(f"{place.name}: expected shape {expected}, got {tuple(live.shape)}")
     if record.base_sample is None:
         return
     got = sample_digest(live)
     if got != record.base_sample:
         raise MismatchError(
-            f"{slot.name}: wrong base: expected values of fingerprint {record.base_sample}, got "
+            f"{place.name}: wrong base: expected values of fingerprint {record.base_sample}, got "
             f"{got} ({live.dtype}): load the base that the artifact names, in the dtype of its "
             "checkpoint, unchanged"
         )
 
 
-def check_module(slot: Slot) -> None:
+def check_module(place: Place) -> None:
     """Checks that a module can run from packed codes, or with added rows, if it has to.
 
     Raises:
         UnsupportedError: names the tensor and the module's type.
     """
-    module = slot.module
-    if not slot.patched:
+    module = place.module
+    if not place.patched:
         return
     kind = type(module)
-    covered = slot.attr == "weight" and (
+    covered = place.attr == "weight" and (
         kind.forward is nn.Linear.forward
         or (isinstance(module, nn.Embedding) and module.max_norm is None)
     )
-    if not covered or not slot.live.is_floating_point():
+    if not covered or not place.live.is_floating_point():
         raise UnsupportedError(
-            f"{slot.name}: expected the weight of a linear layer or an embedding, got "
-            f"{slot.attr} ({slot.live.dtype}) of {kind.__module__}.{kind.__qualname__}"
+            f"{place.name}: expected the weight of a linear layer or an embedding, got "
+            f"{place.attr} ({place.live.dtype}) of {kind.__module__}.{kind.__qualname__}"
         )
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        raise UnsupportedError(f"{slot.name}: the forward of this {kind.__qualname__} was replaced")
-    if slot.grown and isinstance(module, nn.Linear) and module.bias is not None:
-        raise UnsupportedError(f"{slot.name}: rows added to a linear layer with a bias")
+        raise UnsupportedError(
+            f"{place.name}: the forward of this {kind.__qualname__} was replaced"
+        )
+    if place.grown and isinstance(module, nn.Linear) and module.bias is not None:
+        raise UnsupportedError(f"{place.name}: rows added to a linear layer with a bias")
 
 
 def check_config(model: nn.Module, tuned_config: Config | None) -> None:

@@ -1,11 +1,11 @@
-"""The forward of a linear layer or an embedding whose weight has a delta.
+"""The forward of a layer whose weight has deltas: one tenant's, or several tenants' side by side.
 
 A module gets another `forward` on the instance, not a forward hook: code that torch.compile made
 before the delta was attached does not look at hooks again and would serve the base in silence,
 while an instance's `forward` is guarded. Hooks of other people also see the tuned output this way.
 What it costs: a deep copy of an attached model still calls the original's modules.
 
-Legend: T tokens, I in, O out, N added rows.
+Legend: T tokens, I in, O out, N added rows, S slots, H size of a norm.
 """
 
 from __future__ import annotations
@@ -17,43 +17,63 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.errors import UnsupportedError
-from deltacome.format.spec import Plan
 from deltacome.ops.bands import band_rows, bands
+from deltacome.ops.norm import norm
+from deltacome.ops.signs import signs
+from deltacome.ops.slots import BandTable, SignTable
+from deltacome.runtime.choice import Choice
 
 Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A bands term in memory, as the ops read it."""
+    """What the tenants change in a matrix, as the ops read it."""
 
-    blob: Tensor
-    """uint8 (nbytes,)."""
-    shape: tuple[int, int]
-    """(out, in)."""
-    plan: Plan
-    group_size: int
+    bands: BandTable | None
+    signs: SignTable | None
+
+    def add(self, y: Tensor, x: Tensor, choice: Choice, impl: str) -> Tensor:
+        """`y` with the deltas of its rows added, in place where y is one piece of memory."""
+        y_TO, x_TI = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        rows = choice.rows(x, x_TI.shape[0])
+        if self.bands is not None:
+            bands(y_TO, x_TI, rows, self.bands, impl=impl)
+        if self.signs is not None:
+            signs(y_TO, x_TI, rows, self.signs, impl=impl)
+        return y_TO.view(y.shape)
 
 
 def tuned_linear(
-    base: Forward, packed: Packed | None, added_NI: Tensor | None, impl: str
+    base: Forward,
+    packed: Packed | None,
+    added_NI: Tensor | None,
+    bias_SO: Tensor | None,
+    choice: Choice,
+    impl: str,
 ) -> Forward:
-    """`x Wᵀ` + the bands of the rows that base and tuned share, + columns for rows that were added.
+    """`x Wᵀ` + the packed terms of each row's tenant, + columns for rows that were added.
 
     Args:
         base: the module's own forward.
-        packed: the bands, or None.
+        packed: the packed terms, or None.
         added_NI: rows below those of the base, in the module's dtype, or None.
-        impl: implementation of the op.
+        bias_SO: tuned bias minus the base's, of each slot and, last, of none; or None. It is added to
+            an output that has been rounded with the base's bias already.
+        choice: the tenants of the rows.
+        impl: implementation of the ops.
     """
 
     def forward(input: Tensor) -> Tensor:
         y = base(input)
+        if choice.idle:
+            return y
         if packed is not None:
-            y_TO = y.reshape(-1, y.shape[-1])
-            x_TI = input.reshape(-1, input.shape[-1])
-            bands(y_TO, x_TI, packed.blob, packed.plan, packed.group_size, impl=impl)
-            y = y_TO.view(y.shape)
+            y = packed.add(y, input, choice, impl)
+        if bias_SO is not None:
+            slot_T = choice.rows(input, input.numel() // input.shape[-1]).slot_T
+            # Slot −1 finds the last row, which is zero.
+            y = y + bias_SO[slot_T.long()].view(y.shape)
         if added_NI is not None:
             y = torch.cat([y, nn.functional.linear(input, added_NI)], -1)
         return y
@@ -63,42 +83,64 @@ def tuned_linear(
 
 def tuned_embedding(
     base: Forward,
-    packed: Packed | None,
+    table: BandTable | None,
     added_NI: Tensor | None,
     rows: int,
     scale: float,
+    choice: Choice,
     impl: str,
 ) -> Forward:
     """Rows of the base + rows of the bands; ids from `rows` on are rows that were added.
 
     Args:
         base: the module's own forward.
-        packed: the bands, or None.
+        table: the bands, or None.
         added_NI: rows below those of the base, in the module's dtype, or None.
         rows: rows of the base.
         scale: what the module multiplies its rows by.
-        impl: implementation of the op.
+        choice: the tenants of the rows.
+        impl: implementation of the ops.
     """
     if added_NI is not None:
         added_NI = (added_NI.float() * scale).to(added_NI.dtype)
 
     def forward(input: Tensor) -> Tensor:
+        if choice.idle:
+            return base(input)
         # The base's table ends before the added ids: they look up row 0 and are replaced below.
         ids = input if added_NI is None else torch.where(input < rows, input, 0)
         y = base(ids)
-        if packed is not None:
-            y_TI = y.reshape(-1, y.shape[-1])
-            band_rows(
-                *(y_TI, ids.reshape(-1), packed.blob, packed.shape[0], packed.plan),
-                packed.group_size,
-                scale=scale,
-                impl=impl,
-            )
+        if table is not None:
+            y_TI, ids_T = y.reshape(-1, y.shape[-1]), ids.reshape(-1)
+            which = choice.rows(input, ids_T.shape[0])
+            band_rows(y_TI, ids_T, which, table, scale=scale, impl=impl)
             y = y_TI.view(y.shape)
         if added_NI is not None:
             added = nn.functional.embedding((input - rows).clamp(min=0), added_NI)
             y = torch.where((input < rows)[..., None], y, added.to(y.dtype))
         return y
+
+    return forward
+
+
+def tuned_norm(base: Forward, weights_SH: Tensor, eps: float, choice: Choice, impl: str) -> Forward:
+    """The RMS norm of each row with its own tenant's weight.
+
+    Args:
+        base: the module's own forward.
+        weights_SH: float32, the weight that multiplies, of each slot.
+        eps: of the norm.
+        choice: the tenants of the rows.
+        impl: implementation of the ops.
+    """
+
+    def forward(input: Tensor) -> Tensor:
+        y = base(input)
+        if choice.idle:
+            return y
+        x_TH, y_TH = input.reshape(-1, input.shape[-1]), y.reshape(-1, y.shape[-1])
+        norm(y_TH, x_TH, choice.rows(input, len(x_TH)), weights_SH, eps, impl=impl)
+        return y_TH.view(y.shape)
 
     return forward
 
@@ -129,4 +171,33 @@ def embedding_scale(name: str, module: nn.Embedding) -> float:
     raise UnsupportedError(
         f"{name}: expected the output of {kind.__module__}.{kind.__qualname__} to be a multiple of "
         "the weight's row, got something else"
+    )
+
+
+@torch.no_grad()
+def norm_of(name: str, module: nn.Module) -> tuple[float, float]:
+    """(eps, offset) of a module that computes `x / √(mean(x²) + eps) · (w + offset)`, found by asking.
+
+    Families name their norms as they like, and Gemma's adds 1 to its weight.
+
+    Raises:
+        UnsupportedError: the module computes something else.
+    """
+    weight_H = module.weight.detach().double()  # pyright: ignore[reportAttributeAccessIssue]
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if isinstance(eps, float) and weight_H.dim() == 1:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(8, len(weight_H), generator=generator).to(weight_H.device)
+        x = x.to(module.weight.dtype)  # pyright: ignore
+        got = module(x).double()
+        normed = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps)
+        for offset in (0.0, 1.0):
+            expected = normed * (weight_H + offset)
+            bound = 4 * torch.finfo(x.dtype).eps * expected.abs() + 1e-6 * expected.abs().max()
+            if got.shape == expected.shape and ((got - expected).abs() <= bound).all():
+                return eps, offset
+    kind = type(module)
+    raise UnsupportedError(
+        f"{name}: several tenants can change the weight of an RMS norm, got "
+        f"{kind.__module__}.{kind.__qualname__}: attach this artifact alone, or merge it"
     )

@@ -1,4 +1,4 @@
-"""What a bands term adds to the output of a linear layer or of an embedding."""
+"""What the bands terms of a batch's tenants add to a linear layer or to an embedding."""
 
 from deltacome.ops.bands.api import band_rows, bands
 

@@ -1,21 +1,19 @@
 """Two custom ops, `deltacome::bands` and `deltacome::band_rows`: the entry to every implementation.
 
-They read the packed blob as it lies in the artifact and add to an output that the caller owns. In
-place, because the base's output is already there and a second one of the same size would be written
-and read again for nothing. Everything that an implementation needs comes through the arguments, the
-plan as two lists of integers: a layer's number in place of its tensors would be smaller, but then
-the op depends on state that neither a compiler nor a CUDA graph can see.
-
-The implementation is named by the caller. An unknown name is an error and never another
-implementation: whoever asks for a fast one must not time, or trust, the slow one.
+Rows of a batch belong to different tenants, or to none; one call serves them all. The ops read packed
+bytes as they lie in the artifact and add to an output that the caller owns. In place, because the
+base's output is already there and a second one of the same size would be written and read again for
+nothing. All that an implementation needs comes through the arguments, and what a slot holds is data on
+the device: a layer's number in place of its tensors would be smaller, but then the op depends on state
+that neither a compiler nor a CUDA graph can see.
 
 The ops are defined by `torch.library.Library`, not by its decorator `custom_op`: what that does for
 views and derivatives takes as long in each call as a small layer.
 
-There is no gradient. An op that writes in place and has no derivative would drop the delta's part
-from the gradients in silence, so tensors that ask for one are refused.
+There is no gradient. Tensors that ask for one are refused.
 
-Legend: T tokens, I in, O out, R directions.
+Legend: T tokens, I in, O out (all parts), S slots, N bytes of a slot, P parts, B bands, F fields,
+M tiles.
 """
 
 from __future__ import annotations
@@ -23,97 +21,99 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltacome.errors import MismatchError, UnsupportedError
-from deltacome.format.spec import GROUP, Band, Plan
+from deltacome.errors import MismatchError
 from deltacome.ops.bands import cpu, reference
-
-IMPLS = ("reference", "cpu")
+from deltacome.ops.impls import check_devices, check_floats, check_impl, refuse_gradients
+from deltacome.ops.rows import Rows
+from deltacome.ops.slots import BandTable
 
 
 def bands(
-    y_TO: Tensor,
-    x_TI: Tensor,
-    blob: Tensor,
-    plan: Plan,
-    group_size: int = GROUP,
-    *,
-    impl: str = "reference",
+    y_TO: Tensor, x_TI: Tensor, rows: Rows, table: BandTable, *, impl: str = "reference"
 ) -> None:
-    """Adds a bands term to the output of a linear layer, in place (Delta-CoMe, equation 5).
+    """Adds each row's own bands term to the output of a linear layer, in place.
 
-    `y += Σ_g ((x V̂_gᵀ) · s_g) Û_g`, with `V̂_g` (R, I) and `Û_g` (R, O) as they are stored: one
-    direction after the other. Sums are float32 and rounded to y's dtype once.
+    `y[t] += Σ_g ((x[t] V̂_gᵀ) · s_g) Û_g` (Delta-CoMe, equation 5) with the bands of row t's slot, for
+    each part into its own columns of y. Rows without a slot, and rows of an empty slot, keep every bit.
+    Sums are float32 and rounded to y's dtype once.
 
     Args:
-        y_TO: (T, O), any float dtype and strides.
-        x_TI: (T, I), any float dtype.
-        blob: uint8 (nbytes,), starting at a multiple of 16 bytes, laid out as
-            `band_sections((O, I), plan, group_size)` says.
-        plan: the bands.
-        group_size: entries of a direction that share a scale.
-        impl: one of `IMPLS`.
+        y_TO: (T, O), float32, float16 or bfloat16 (the reference: any float dtype), any strides; O is
+            the sum of `table.outs`.
+        x_TI: (T, I), likewise.
+        rows: the slots of the rows, from `group_rows`.
+        table: what the slots hold.
+        impl: `reference`, which waits for the device; `cpu`; or `triton`, which needs a CUDA device of
+            compute capability 8.0 or newer (or Triton's interpreter), and scale groups that are
+            multiples of 64. With 16-bit activations and tiles of more than one row, `triton` rounds
+            what lies between the two products to TF32, the 11 significant bits of float16.
 
     Raises:
-        UnsupportedError: an unknown `impl`, one that this installation lacks, or a tensor that
+        UnsupportedError: an implementation that is unknown or cannot run here, or a tensor that
             requires a gradient.
         MismatchError: shapes, dtypes or devices do not fit together.
-        ArtifactError: the blob's size is not what the plan asks for.
     """
-    _refuse_gradients(y_TO, x_TI)
-    bits, counts = [band.bits for band in plan], [band.count for band in plan]
-    torch.ops.deltacome.bands(y_TO, x_TI, blob, bits, counts, group_size, impl)
+    refuse_gradients(y_TO, x_TI)
+    if (y_TO.shape[1:], x_TI.shape[1:]) != ((sum(table.outs),), (table.in_size,)):
+        raise MismatchError(
+            f"bands: expected y (T, {sum(table.outs)}) and x (T, {table.in_size}), "
+            f"got {tuple(y_TO.shape)} and {tuple(x_TI.shape)}"
+        )
+    torch.ops.deltacome.bands(
+        *(y_TO, x_TI, rows.slot_T, rows.order_T, rows.tiles_M3),
+        *(table.pool.blobs_SN, table.fields_SPBF, table.outs),
+        *(rows.tile, table.max_rank, table.group_size, impl),
+    )
 
 
 def band_rows(
     y_TI: Tensor,
     ids_T: Tensor,
-    blob: Tensor,
-    rows: int,
-    plan: Plan,
-    group_size: int = GROUP,
+    rows: Rows,
+    table: BandTable,
     *,
     scale: float = 1.0,
     impl: str = "reference",
 ) -> None:
-    """Adds rows of a bands term to the output of an embedding, in place.
+    """Adds rows of each row's own bands term to the output of an embedding, in place.
 
-    `y += scale · Σ_g Û_g[:, ids]ᵀ diag(s_g) V̂_g`. Sums are float32 and rounded to y's dtype once.
+    `y[t] += scale · Σ_g Û_g[:, ids[t]]ᵀ diag(s_g) V̂_g` with the bands of row t's slot. Rows without a
+    slot, and rows of an empty slot, keep every bit, and their ids are not looked at. Sums are float32
+    and rounded to y's dtype once.
 
     Args:
-        y_TI: (T, I), any float dtype and strides; I is the size of an embedding.
-        ids_T: int64 or int32 (T,), each in [0, rows).
-        blob: uint8 (nbytes,), laid out as `band_sections((rows, I), plan, group_size)` says.
-        rows: rows of the matrix.
-        plan: the bands.
-        group_size: entries of a direction that share a scale.
+        y_TI: (T, I), dtypes as for `bands`, any strides; I is the size of an embedding.
+        ids_T: int64 or int32 (T,), each in [0, `table.outs[0]`).
+        rows: the slots of the rows, from `group_rows`.
+        table: of one part, the embedding's matrix.
         scale: what the module multiplies its rows by.
-        impl: one of `IMPLS`.
+        impl: as for `bands`.
 
     Raises:
-        UnsupportedError, MismatchError, ArtifactError: as `bands`.
-        IndexError: an id is out of range.
+        UnsupportedError, MismatchError: as `bands`.
+        IndexError: an id is out of range (`triton`: the device asserts).
     """
-    _refuse_gradients(y_TI)
-    bits, counts = [band.bits for band in plan], [band.count for band in plan]
-    torch.ops.deltacome.band_rows(y_TI, ids_T, blob, rows, bits, counts, group_size, scale, impl)
-
-
-def _refuse_gradients(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise UnsupportedError(
-            "packed deltas are for inference: expected tensors without gradients, got one that "
-            "requires a gradient; run under torch.no_grad()"
+    refuse_gradients(y_TI)
+    if y_TI.shape[1:] != (table.in_size,) or len(table.outs) != 1:
+        raise MismatchError(
+            f"band_rows: expected y (T, {table.in_size}) and a table of one part, "
+            f"got {tuple(y_TI.shape)} and parts {table.outs}"
         )
+    torch.ops.deltacome.band_rows(
+        *(y_TI, ids_T, rows.slot_T, rows.order_T, rows.tiles_M3),
+        *(table.pool.blobs_SN, table.fields_SPBF, table.outs[0]),
+        *(rows.tile, table.max_rank, table.group_size, scale, impl),
+    )
 
 
 _library = torch.library.Library("deltacome", "FRAGMENT")
 _library.define(
-    "bands(Tensor(a!) y, Tensor x, Tensor blob, int[] bits, int[] counts, int group_size, str impl)"
-    " -> ()"
+    "bands(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
+    "Tensor fields, int[] outs, int tile, int max_rank, int group_size, str impl) -> ()"
 )
 _library.define(
-    "band_rows(Tensor(a!) y, Tensor ids, Tensor blob, int rows, int[] bits, int[] counts, "
-    "int group_size, float scale, str impl) -> ()"
+    "band_rows(Tensor(a!) y, Tensor ids, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
+    "Tensor fields, int out, int tile, int max_rank, int group_size, float scale, str impl) -> ()"
 )
 
 
@@ -121,106 +121,116 @@ _library.define(
 def _bands(
     y: Tensor,
     x: Tensor,
-    blob: Tensor,
-    bits: list[int],
-    counts: list[int],
+    slot: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    blobs: Tensor,
+    fields: Tensor,
+    outs: list[int],
+    tile: int,
+    max_rank: int,
     group_size: int,
     impl: str,
 ) -> None:
-    _check_bands(y, x, blob, impl)
+    check_impl("bands", impl)
+    _check(y, x, slot, blobs, fields)
     if impl == "cpu":
-        cpu.bands(y, x, blob, bits, counts, group_size)
+        cpu.bands(y, x, slot, blobs, fields, outs, group_size)
+    elif impl == "triton":
+        from deltacome.ops.bands import triton
+
+        triton.bands(
+            *(y, x, order, tiles, blobs, fields, outs),
+            *(tile, max_rank, group_size),
+        )
     else:
-        reference.bands(y, x, blob, _plan(bits, counts), group_size)
+        reference.bands(y, x, slot, blobs, fields, outs, group_size)
 
 
 @torch.library.register_fake("deltacome::bands", lib=_library)
 def _(
     y: Tensor,
     x: Tensor,
-    blob: Tensor,
-    bits: list[int],
-    counts: list[int],
+    slot: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    blobs: Tensor,
+    fields: Tensor,
+    outs: list[int],
+    tile: int,
+    max_rank: int,
     group_size: int,
     impl: str,
 ) -> None:
-    _check_bands(y, x, blob, impl)
+    check_impl("bands", impl)
+    _check(y, x, slot, blobs, fields)
 
 
 @torch.library.impl(_library, "band_rows", "CompositeExplicitAutograd")
 def _band_rows(
     y: Tensor,
     ids: Tensor,
-    blob: Tensor,
-    rows: int,
-    bits: list[int],
-    counts: list[int],
+    slot: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    blobs: Tensor,
+    fields: Tensor,
+    out: int,
+    tile: int,
+    max_rank: int,
     group_size: int,
     scale: float,
     impl: str,
 ) -> None:
-    _check_rows(y, ids, blob, impl)
+    check_impl("band_rows", impl)
+    _check_rows(y, ids, slot, blobs, fields)
     if impl == "cpu":
-        cpu.band_rows(y, ids, blob, rows, bits, counts, group_size, scale)
+        cpu.band_rows(y, ids, slot, blobs, fields, out, group_size, scale)
+    elif impl == "triton":
+        from deltacome.ops.bands import triton
+
+        triton.band_rows(
+            *(y, ids, order, tiles, blobs, fields, out),
+            *(tile, max_rank, group_size, scale),
+        )
     else:
-        reference.band_rows(y, ids, blob, rows, _plan(bits, counts), group_size, scale)
+        reference.band_rows(y, ids, slot, blobs, fields, out, group_size, scale)
 
 
 @torch.library.register_fake("deltacome::band_rows", lib=_library)
 def _(
     y: Tensor,
     ids: Tensor,
-    blob: Tensor,
-    rows: int,
-    bits: list[int],
-    counts: list[int],
+    slot: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    blobs: Tensor,
+    fields: Tensor,
+    out: int,
+    tile: int,
+    max_rank: int,
     group_size: int,
     scale: float,
     impl: str,
 ) -> None:
-    _check_rows(y, ids, blob, impl)
+    check_impl("band_rows", impl)
+    _check_rows(y, ids, slot, blobs, fields)
 
 
-def _plan(bits: list[int], counts: list[int]) -> Plan:
-    return tuple(Band(b, count) for b, count in zip(bits, counts, strict=True))
+def _check(y: Tensor, x: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor) -> None:
+    check_floats("bands", y=y, x=x)
+    check_devices("bands", y, x, slot, blobs, fields)
+    if slot.shape != y.shape[:1]:
+        raise MismatchError(f"bands: expected {len(y)} slots, got {tuple(slot.shape)}")
 
 
-def _check_bands(y: Tensor, x: Tensor, blob: Tensor, impl: str) -> None:
-    _check_impl(impl)
-    if y.dim() != 2 or x.dim() != 2 or y.shape[0] != x.shape[0]:
+def _check_rows(y: Tensor, ids: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor) -> None:
+    check_floats("band_rows", y=y)
+    check_devices("band_rows", y, ids, slot, blobs, fields)
+    if not slot.shape == ids.shape == y.shape[:1]:
         raise MismatchError(
-            f"bands: expected y (T, O) and x (T, I), got {tuple(y.shape)} and {tuple(x.shape)}"
-        )
-    if not x.is_floating_point():
-        raise MismatchError(f"bands: expected x of a float dtype, got {x.dtype}")
-    _check_output(y, x, blob)
-
-
-def _check_rows(y: Tensor, ids: Tensor, blob: Tensor, impl: str) -> None:
-    _check_impl(impl)
-    if y.dim() != 2 or ids.dim() != 1 or y.shape[0] != ids.shape[0]:
-        raise MismatchError(
-            f"band_rows: expected y (T, I) and ids (T,), got {tuple(y.shape)} and "
+            f"band_rows: expected {len(y)} slots and ids, got {tuple(slot.shape)} and "
             f"{tuple(ids.shape)}"
         )
     if ids.dtype not in (torch.int64, torch.int32):
         raise MismatchError(f"band_rows: expected ids of int64 or int32, got {ids.dtype}")
-    _check_output(y, ids, blob)
-
-
-def _check_impl(impl: str) -> None:
-    if impl not in IMPLS:
-        raise UnsupportedError(f"bands: expected an implementation of {IMPLS}, got {impl!r}")
-
-
-def _check_output(y: Tensor, x: Tensor, blob: Tensor) -> None:
-    if not y.is_floating_point() or blob.dtype != torch.uint8:
-        raise MismatchError(
-            f"bands: expected y of a float dtype and a blob of uint8, got {y.dtype} and "
-            f"{blob.dtype}"
-        )
-    if not y.device == x.device == blob.device:
-        raise MismatchError(
-            f"bands: expected one device, got y on {y.device}, x on {x.device}, "
-            f"packed bands on {blob.device}"
-        )

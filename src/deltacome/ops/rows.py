@@ -23,7 +23,7 @@ class Rows:
     slot_T: Tensor
     """int32 (T,), the slot of each row or −1."""
     order_T: Tensor
-    """int32 (T,), row numbers sorted by slot, those without a slot first."""
+    """int32 (T,), row numbers sorted by slot, those without a slot last."""
     tiles_M3: Tensor
     """int32 (M, 3): slot (−1: nothing to do), first place in `order_T`, rows."""
     tile: int
@@ -44,7 +44,8 @@ def group_rows(slot_T: Tensor, slots: int, *, tile: int = 16) -> Rows:
     tokens, device = slot_T.shape[0], slot_T.device
     known = ((slot_T >= -1) & (slot_T < slots)).all()
     torch.ops.aten._assert_async.msg(known, f"slots: not in [-1, {slots})")
-    sorted_T, order_T = torch.sort(slot_T, stable=True)
+    # Rows without a slot come last, so that more of them move no other row's place.
+    sorted_T, order_T = torch.sort(torch.where(slot_T < 0, slots, slot_T), stable=True)
     slot_S = torch.arange(slots, device=device, dtype=slot_T.dtype)
     first_S = torch.searchsorted(sorted_T, slot_S)
     last_S = torch.searchsorted(sorted_T, slot_S, right=True)

@@ -1,4 +1,4 @@
-// The bands ops on a CPU, from packed codes; `cpu.py` says why it is built this way.
+// The ops on a CPU, from packed codes; `native.py` says why it is built this way.
 //
 // Compiled once for each instruction set into a library of its own; the compiler's flags pick the
 // width of a vector below. A block of 64 codes is decoded into V vectors that stay in registers and
@@ -13,6 +13,7 @@
 // Legend: T tokens, R directions, N entries of a direction, one float a lane.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -318,6 +319,26 @@ NOINLINE void expand(const Factor &f, int64_t count, int64_t b, const float *t, 
     for (int i = 0; i < NB * V; ++i) store(y + j * NB * BLOCK + i * LANES, acc[j][i]);
 }
 
+// Σ_n ±x[j, n] over all blocks of a row of signs, for TT tokens.
+template <int TT>
+NOINLINE void sign_sums(const uint8_t *words, int64_t blocks, const float *x, int64_t ldx,
+                        float *sums) {
+  vf table;  // at every even place −1, at every odd one +1
+  for (int lane = 0; lane < LANES; ++lane) table[lane] = lane % 2 ? 1.f : -1.f;
+  vf acc[TT][2] = {};
+  for (int64_t b = 0; b < blocks; ++b)
+    UNROLL
+    for (int i = 0; i < V; ++i) {
+      const vu code = digits<1>(words + b * 8, i);
+      const vf sign = TABLE<1> ? lookup(table, code)
+                               : __builtin_convertvector((vi)(code & 1), vf) * 2.f - 1.f;
+      UNROLL
+      for (int j = 0; j < TT; ++j)
+        acc[j][i % 2] += load(x + j * ldx + b * BLOCK + i * LANES) * sign;
+    }
+  for (int j = 0; j < TT; ++j) sums[j] = sum(acc[j][0] + acc[j][1]);
+}
+
 template <int TT>
 void shrink_any(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1, const float *x,
                 int64_t ldx, float *t) {
@@ -348,7 +369,7 @@ void expand_any(const Factor &f, int64_t count, int64_t b, const float *t, float
 }
 
 struct Band {
-  int64_t count, first;  // first: its place among the directions of all bands
+  int64_t count, first;  // first: its place among the directions of its slot
   Factor v, u;
   const uint8_t *s;
 
@@ -359,29 +380,38 @@ struct Band {
   }
 };
 
-constexpr int FIELDS = 11;  // of a band, as cpu.py lays them out: bits, count, V, U, s
+// What the slots of a pool hold for one layer; `fields` as ops/slots.py lays them out.
+struct Table {
+  const uint8_t *blobs;
+  int64_t slot_bytes;
+  const int64_t *fields;
+  int64_t slots, parts, max_bands;
+  const int64_t *outs;  // rows of each part
+  int64_t in, group_size;
 
-std::vector<Band> read(const uint8_t *blob, const int64_t *layout, int64_t bands, int64_t out,
-                       int64_t in, int64_t group_size) {
-  const auto factor = [&](const int64_t *offset, int64_t bits, int64_t size) {
-    return Factor{bits,
-                  size,
-                  (size + group_size - 1) / group_size,
-                  group_size,
-                  blob + offset[0],
-                  blob + offset[1],
-                  blob + offset[2],
-                  blob + offset[3]};
-  };
-  std::vector<Band> result;
-  int64_t first = 0;
-  for (int64_t i = 0; i < bands; ++i, layout += FIELDS) {
-    result.push_back({layout[1], first, factor(layout + 2, layout[0], in),
-                      factor(layout + 6, layout[0], out), blob + layout[10]});
-    first += layout[1];
+  static constexpr int FIELDS = 12;  // of a band: bits, count, first, V (4), U (4), s
+
+  std::vector<Band> bands(int64_t slot, int64_t part) const {
+    const uint8_t *base = blobs + slot * slot_bytes;
+    const auto factor = [&](const int64_t *offset, int64_t bits, int64_t size) {
+      return Factor{bits,
+                    size,
+                    (size + group_size - 1) / group_size,
+                    group_size,
+                    base + offset[0],
+                    base + offset[1],
+                    base + offset[2],
+                    base + offset[3]};
+    };
+    std::vector<Band> result;
+    const int64_t *f = fields + (slot * parts + part) * max_bands * FIELDS;
+    for (int64_t i = 0; i < max_bands; ++i, f += FIELDS)
+      if (f[1])
+        result.push_back({f[1], f[2], factor(f + 3, f[0], in), factor(f + 7, f[0], outs[part]),
+                          base + f[11]});
+    return result;
   }
-  return result;
-}
+};
 
 // Rows of float32 or bfloat16; strides in entries, columns contiguous.
 struct Matrix {
@@ -392,6 +422,14 @@ struct Matrix {
   float get(int64_t row, int64_t column) const {
     const int64_t at = row * stride + column;
     return bf16 ? from_bf16(((const uint16_t *)data)[at]) : ((const float *)data)[at];
+  }
+
+  void set(int64_t row, const float *from, int64_t count) const {
+    const int64_t at = row * stride;
+    if (bf16)
+      for (int64_t k = 0; k < count; ++k) ((uint16_t *)data)[at + k] = to_bf16(from[k]);
+    else
+      std::memcpy((float *)data + at, from, 4 * count);
   }
 
   void add(int64_t row, int64_t column, const float *from, int64_t count) const {
@@ -413,39 +451,41 @@ inline int64_t chunk_of(int64_t j, int64_t tokens) {
   return left >= MAX_TOKENS ? MAX_TOKENS : left >= 2 ? 2 : 1;
 }
 
+// One part's outputs of one tenant's rows, or all inputs for rows of an embedding.
+struct Target {
+  const std::vector<Band> *bands;
+  bool with_u;
+  int64_t rank, size, column;  // column: the first in y
+  const int64_t *rows;         // of y
+  int64_t tokens;
+  const float *t;
+};
+
 template <int TT, int NB>
-void expand_tile(const std::vector<Band> &bands, bool with_u, int64_t b, int64_t j, const float *t,
-                 const Matrix &y, int64_t size) {
+void expand_tile(const Target &to, int64_t b, int64_t j, const Matrix &y) {
   float tile[TT * NB * BLOCK] __attribute__((aligned(64))) = {};
-  for (const Band &band : bands)
-    expand_any<TT, NB>(with_u ? band.u : band.v, band.count, b, t + band.first * TT, tile);
-  const int64_t column = b * BLOCK, count = std::min<int64_t>(NB * BLOCK, size - column);
-  for (int64_t i = 0; i < TT; ++i) y.add(j + i, column, tile + i * NB * BLOCK, count);
+  const float *t = to.t + j * to.rank;
+  for (const Band &band : *to.bands)
+    expand_any<TT, NB>(to.with_u ? band.u : band.v, band.count, b, t + band.first * TT, tile);
+  const int64_t first = b * BLOCK, count = std::min<int64_t>(NB * BLOCK, to.size - first);
+  for (int64_t i = 0; i < TT; ++i)
+    y.add(to.rows[j + i], to.column + first, tile + i * NB * BLOCK, count);
 }
 
 template <int TT>
-void expand_span(const std::vector<Band> &bands, bool with_u, int64_t b, int64_t b1, int64_t j,
-                 const float *t, const Matrix &y, int64_t size) {
+void expand_span(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y) {
   constexpr int NB = std::max(1, TILE / TT);
-  for (; b + NB <= b1; b += NB) expand_tile<TT, NB>(bands, with_u, b, j, t, y, size);
-  for (; b < b1; ++b) expand_tile<TT, 1>(bands, with_u, b, j, t, y, size);
+  for (; b + NB <= b1; b += NB) expand_tile<TT, NB>(to, b, j, y);
+  for (; b < b1; ++b) expand_tile<TT, 1>(to, b, j, y);
 }
 
-// y += tᵀ · (Û or V̂), inside of a parallel region.
-void expand_all(const std::vector<Band> &bands, bool with_u, int64_t tokens, int64_t rank,
-                const float *t, const Matrix &y, int64_t size) {
-  const int64_t blocks = (size + BLOCK - 1) / BLOCK, span = 4;  // 2-bit codes of a cache line
-#pragma omp for schedule(dynamic)
-  for (int64_t b = 0; b < blocks; b += span) {
-    const int64_t b1 = std::min(blocks, b + span);
-    for (int64_t j = 0; j < tokens;) {
-      const int64_t chunk = chunk_of(j, tokens);
-      const float *tj = t + j * rank;
-      if (chunk == 4) expand_span<4>(bands, with_u, b, b1, j, tj, y, size);
-      if (chunk == 2) expand_span<2>(bands, with_u, b, b1, j, tj, y, size);
-      if (chunk == 1) expand_span<1>(bands, with_u, b, b1, j, tj, y, size);
-      j += chunk;
-    }
+void expand_blocks(const Target &to, int64_t b, int64_t b1, const Matrix &y) {
+  for (int64_t j = 0; j < to.tokens;) {
+    const int64_t chunk = chunk_of(j, to.tokens);
+    if (chunk == 4) expand_span<4>(to, b, b1, j, y);
+    if (chunk == 2) expand_span<2>(to, b, b1, j, y);
+    if (chunk == 1) expand_span<1>(to, b, b1, j, y);
+    j += chunk;
   }
 }
 
@@ -473,7 +513,67 @@ int threads_for(int64_t work, int64_t threads) {
   return int(std::max<int64_t>(1, std::min(threads, work / THREAD_WORK)));
 }
 
-int64_t rank_of(const std::vector<Band> &bands) { return bands.back().first + bands.back().count; }
+// The rows of one slot, and where their x and t lie in the scratch.
+struct Group {
+  int64_t slot, first, tokens;        // first: place of the first row among those of all groups
+  std::vector<std::vector<Band>> parts;
+  int64_t rank, t;
+};
+
+// Rows by slot. -1 if a slot is out of range, else the number of rows that have one.
+int64_t group(const int32_t *slot, int64_t tokens, int64_t slots, std::vector<Group> &groups,
+              std::vector<int64_t> &rows) {
+  int64_t live = 0;
+  for (int64_t j = 0; j < tokens; ++j) {
+    if (slot[j] < -1 || slot[j] >= slots) return -1;
+    live += slot[j] >= 0;
+  }
+  if (!live) return 0;
+  std::vector<int64_t> count(slots, 0);
+  for (int64_t j = 0; j < tokens; ++j)
+    if (slot[j] >= 0) ++count[slot[j]];
+  int64_t first = 0;
+  for (int64_t s = 0; s < slots; ++s) {
+    if (count[s]) groups.push_back({s, first, count[s], {}, 0, 0});
+    first += count[s];
+    count[s] = first - count[s];  // from here on: where its next row goes
+  }
+  rows.resize(live);
+  for (int64_t j = 0; j < tokens; ++j)
+    if (slot[j] >= 0) rows[count[slot[j]]++] = j;
+  return live;
+}
+
+// Reads what the slots of the groups hold; drops those that hold nothing. The floats of all t.
+int64_t read(const Table &table, std::vector<Group> &groups) {
+  int64_t floats = 0;
+  size_t kept = 0;
+  for (Group &g : groups) {
+    for (int64_t p = 0; p < table.parts; ++p) {
+      g.parts.push_back(table.bands(g.slot, p));
+      for (const Band &band : g.parts.back()) g.rank = std::max(g.rank, band.first + band.count);
+    }
+    g.t = floats;
+    floats += g.rank * g.tokens;
+    if (g.rank) std::swap(groups[kept++], g);
+  }
+  groups.resize(kept);
+  return floats;
+}
+
+// Memory that a thread keeps from call to call.
+float *scratch(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (int64_t(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
+struct Task {
+  const Group *group;
+  int64_t part, band, first, last;
+};
+
+constexpr int64_t SPAN = 4;  // blocks of outputs: 2-bit codes of a cache line
 
 }  // namespace
 
@@ -481,61 +581,203 @@ extern "C" {
 
 const char *deltacome_source() { return SOURCE; }
 
-// y (T, O) += Σ ((x V̂ᵀ) · s) Û; scratch holds T · (64 ⌈I / 64⌉ + R) floats.
-void deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data, int64_t x_stride,
-                     int64_t x_bf16, const uint8_t *blob, const int64_t *layout, int64_t n_bands,
-                     int64_t tokens, int64_t out, int64_t in, int64_t group_size, float *scratch,
-                     int64_t threads) {
-  const std::vector<Band> bands = read(blob, layout, n_bands, out, in, group_size);
+// y (T, O) += Σ ((x V̂ᵀ) · s) Û with the bands of each row's slot. -1, and nothing written, if a slot
+// is out of range.
+int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data,
+                        int64_t x_stride, int64_t x_bf16, const int32_t *slot, int64_t tokens,
+                        const uint8_t *blobs, int64_t slot_bytes, const int64_t *fields,
+                        int64_t slots, int64_t parts, int64_t max_bands, const int64_t *outs,
+                        int64_t in, int64_t group_size, int64_t threads) {
+  std::vector<Group> groups;
+  std::vector<int64_t> rows;
+  const int64_t live = group(slot, tokens, slots, groups, rows);
+  if (live <= 0) return live;
+  const Table table{blobs, slot_bytes, fields, slots, parts, max_bands, outs, in, group_size};
+  const int64_t floats = read(table, groups);
+  if (groups.empty()) return live;
   const Matrix y{y_data, y_stride, y_bf16 != 0}, x{x_data, x_stride, x_bf16 != 0};
-  const int64_t rank = rank_of(bands), ldx = (in + BLOCK - 1) / BLOCK * BLOCK;
-  float *x_TI = scratch, *t_RT = scratch + tokens * ldx;
-  const int64_t span = tokens > 32 ? 64 : 16;  // directions that use one piece of x from L1
-  const int team = threads_for(rank * (in + out) * tokens, threads);
+  const int64_t ldx = (in + BLOCK - 1) / BLOCK * BLOCK;
+  float *x_TI = scratch(live * ldx + floats), *t = x_TI + live * ldx;
+
+  std::vector<Task> shrinks, expands;
+  std::vector<Target> targets;
+  int64_t work = 0;
+  for (const Group &g : groups) {
+    const int64_t span = g.tokens > 32 ? 64 : 16;  // directions that use one piece of x from L1
+    int64_t column = 0;
+    for (int64_t p = 0; p < parts; ++p) {
+      const std::vector<Band> &bands = g.parts[p];
+      for (int64_t i = 0; i < int64_t(bands.size()); ++i) {
+        for (int64_t r = 0; r < bands[i].count; r += span)
+          shrinks.push_back({&g, p, i, r, std::min(bands[i].count, r + span)});
+        work += bands[i].count * (in + outs[p]) * g.tokens;
+      }
+      if (!bands.empty()) {
+        const int64_t blocks = (outs[p] + BLOCK - 1) / BLOCK;
+        for (int64_t b = 0; b < blocks; b += SPAN)
+          expands.push_back({&g, int64_t(targets.size()), 0, b, std::min(blocks, b + SPAN)});
+        targets.push_back({&bands, true, g.rank, outs[p], column, rows.data() + g.first, g.tokens,
+                           t + g.t});
+      }
+      column += outs[p];
+    }
+  }
+  const int team = threads_for(work, threads);
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    for (const Group &g : groups) {
+#pragma omp for nowait
+      for (int64_t j = g.first; j < g.first + g.tokens; ++j) {
+        for (int64_t n = 0; n < in; ++n) x_TI[j * ldx + n] = x.get(rows[j], n);
+        std::fill(x_TI + j * ldx + in, x_TI + (j + 1) * ldx, 0.f);
+      }
+    }
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+    for (const Task &task : shrinks) {
+      const Group &g = *task.group;
+      shrink_range(g.parts[task.part][task.band], task.first, task.last, g.tokens, g.rank,
+                   x_TI + g.first * ldx, ldx, t + g.t);
+    }
+#pragma omp for schedule(dynamic)
+    for (const Task &task : expands) expand_blocks(targets[task.part], task.first, task.last, y);
+  }
+  return live;
+}
+
+// y (T, I) += scale · Σ Û[:, ids]ᵀ diag(s) V̂ with the bands of each row's slot. -1 if a slot is out of
+// range, -2 if an id is no row; nothing is written then.
+int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, const int64_t *ids,
+                            const int32_t *slot, int64_t tokens, const uint8_t *blobs,
+                            int64_t slot_bytes, const int64_t *fields, int64_t slots,
+                            int64_t max_bands, int64_t out, int64_t in, int64_t group_size,
+                            float scale, int64_t threads) {
+  std::vector<Group> groups;
+  std::vector<int64_t> rows;
+  const int64_t live = group(slot, tokens, slots, groups, rows);
+  if (live <= 0) return live;
+  const Table table{blobs, slot_bytes, fields, slots, 1, max_bands, &out, in, group_size};
+  const int64_t floats = read(table, groups);
+  for (const Group &g : groups)
+    for (int64_t j = g.first; j < g.first + g.tokens; ++j)
+      if (ids[rows[j]] < 0 || ids[rows[j]] >= out) return -2;
+  const Matrix y{y_data, y_stride, y_bf16 != 0};
+  float *t = scratch(floats);
+  std::vector<Task> expands;
+  std::vector<Target> targets;
+  const int64_t blocks = (in + BLOCK - 1) / BLOCK;
+  int64_t work = 0;
+  for (const Group &g : groups) {
+    for (int64_t b = 0; b < blocks; b += SPAN)
+      expands.push_back({&g, int64_t(targets.size()), 0, b, std::min(blocks, b + SPAN)});
+    targets.push_back(
+        {&g.parts[0], false, g.rank, in, 0, rows.data() + g.first, g.tokens, t + g.t});
+    work += g.rank * in * g.tokens;
+  }
+  const int team = threads_for(work, threads);
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    for (const Group &g : groups)
+      for (const Band &band : g.parts[0]) {
+#pragma omp for nowait
+        for (int64_t r = 0; r < band.count; ++r)
+          for (int64_t j = 0; j < g.tokens;) {
+            const int64_t chunk = chunk_of(j, g.tokens);
+            float *tj = t + g.t + j * g.rank + (band.first + r) * chunk;
+            for (int64_t i = 0; i < chunk; ++i)
+              tj[i] = band.u.value(r, ids[rows[g.first + j + i]]) * (scale * band.singular(r));
+            j += chunk;
+          }
+      }
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+    for (const Task &task : expands) expand_blocks(targets[task.part], task.first, task.last, y);
+  }
+  return live;
+}
+
+// y[t, o] += α[o] · Σ ±x[t] with the signs of each row's slot; `fields` (slots, parts, 3) are offsets of
+// words and scales, and how many scales there are. -1 as above.
+int64_t deltacome_signs(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data,
+                        int64_t x_stride, int64_t x_bf16, const int32_t *slot, int64_t tokens,
+                        const uint8_t *blobs, int64_t slot_bytes, const int64_t *fields,
+                        int64_t slots, int64_t parts, const int64_t *outs, int64_t in,
+                        int64_t threads) {
+  std::vector<Group> groups;
+  std::vector<int64_t> rows;
+  const int64_t live = group(slot, tokens, slots, groups, rows);
+  if (live <= 0) return live;
+  const Matrix y{y_data, y_stride, y_bf16 != 0}, x{x_data, x_stride, x_bf16 != 0};
+  const int64_t ldx = (in + BLOCK - 1) / BLOCK * BLOCK;
+  float *x_TI = scratch(live * ldx);
+  std::vector<Task> tasks;
+  int64_t work = 0;
+  for (const Group &g : groups) {
+    int64_t column = 0;
+    for (int64_t p = 0; p < parts; ++p) {
+      if (fields[(g.slot * parts + p) * 3 + 2]) {
+        for (int64_t o = 0; o < outs[p]; o += 16)
+          tasks.push_back({&g, p, column, o, std::min(outs[p], o + 16)});
+        work += outs[p] * in * g.tokens;
+      }
+      column += outs[p];
+    }
+  }
+  const int team = threads_for(work, threads);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
 #pragma omp for
-    for (int64_t j = 0; j < tokens; ++j) {
-      for (int64_t n = 0; n < in; ++n) x_TI[j * ldx + n] = x.get(j, n);
+    for (int64_t j = 0; j < live; ++j) {
+      for (int64_t n = 0; n < in; ++n) x_TI[j * ldx + n] = x.get(rows[j], n);
       std::fill(x_TI + j * ldx + in, x_TI + (j + 1) * ldx, 0.f);
     }
-    for (const Band &band : bands) {
-#pragma omp for schedule(dynamic) nowait
-      for (int64_t r = 0; r < band.count; r += span)
-        shrink_range(band, r, std::min(band.count, r + span), tokens, rank, x_TI, ldx, t_RT);
-    }
-#pragma omp barrier
-    expand_all(bands, true, tokens, rank, t_RT, y, out);
-  }
-}
-
-// y (T, I) += scale · Σ Û[:, ids]ᵀ diag(s) V̂; scratch holds T · R floats. -1, and nothing written, if
-// an id is no row.
-int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, const int64_t *ids,
-                            const uint8_t *blob, const int64_t *layout, int64_t n_bands,
-                            int64_t tokens, int64_t rows, int64_t in, int64_t group_size,
-                            float scale, float *scratch, int64_t threads) {
-  for (int64_t j = 0; j < tokens; ++j)
-    if (ids[j] < 0 || ids[j] >= rows) return -1;
-  const std::vector<Band> bands = read(blob, layout, n_bands, rows, in, group_size);
-  const Matrix y{y_data, y_stride, y_bf16 != 0};
-  const int64_t rank = rank_of(bands);
-  const int team = threads_for(rank * in * tokens, threads);
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-    for (const Band &band : bands) {
-#pragma omp for nowait
-      for (int64_t r = 0; r < band.count; ++r)
-        for (int64_t j = 0; j < tokens;) {
-          const int64_t chunk = chunk_of(j, tokens);
-          float *tj = scratch + j * rank + (band.first + r) * chunk;
-          for (int64_t i = 0; i < chunk; ++i)
-            tj[i] = band.u.value(r, ids[j + i]) * (scale * band.singular(r));
+#pragma omp for schedule(dynamic)
+    for (const Task &task : tasks) {
+      const Group &g = *task.group;
+      const int64_t *f = fields + (g.slot * parts + task.part) * 3;
+      const uint8_t *base = blobs + g.slot * slot_bytes;
+      for (int64_t o = task.first; o < task.last; ++o) {
+        float alpha;
+        std::memcpy(&alpha, base + f[1] + 4 * (f[2] > 1 ? o : 0), 4);
+        const uint8_t *words = base + f[0] + o * (ldx / 8);
+        for (int64_t j = 0; j < g.tokens;) {
+          const int64_t chunk = chunk_of(j, g.tokens);
+          const float *xj = x_TI + (g.first + j) * ldx;
+          float sums[MAX_TOKENS];
+          if (chunk == 4) sign_sums<4>(words, ldx / BLOCK, xj, ldx, sums);
+          if (chunk == 2) sign_sums<2>(words, ldx / BLOCK, xj, ldx, sums);
+          if (chunk == 1) sign_sums<1>(words, ldx / BLOCK, xj, ldx, sums);
+          for (int64_t i = 0; i < chunk; ++i) {
+            sums[i] *= alpha;
+            y.add(rows[g.first + j + i], task.band + o, sums + i, 1);
+          }
           j += chunk;
         }
+      }
     }
-#pragma omp barrier
-    expand_all(bands, false, tokens, rank, scratch, y, in);
+  }
+  return live;
+}
+
+// y[t] = x[t] / √(mean(x[t]²) + eps) · w[slot] for rows that have a slot. -1 as above.
+int64_t deltacome_norm(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data,
+                       int64_t x_stride, int64_t x_bf16, const int32_t *slot, int64_t tokens,
+                       const float *weights, int64_t slots, int64_t size, double eps) {
+  for (int64_t j = 0; j < tokens; ++j)
+    if (slot[j] < -1 || slot[j] >= slots) return -1;
+  const Matrix y{y_data, y_stride, y_bf16 != 0}, x{x_data, x_stride, x_bf16 != 0};
+  float *row = scratch(size);
+  for (int64_t j = 0; j < tokens; ++j) {
+    if (slot[j] < 0) continue;
+    double squares = 0;
+    for (int64_t n = 0; n < size; ++n) {
+      row[n] = x.get(j, n);
+      squares += double(row[n]) * row[n];
+    }
+    const float factor = float(1 / std::sqrt(squares / size + eps));
+    const float *w = weights + slot[j] * size;
+    for (int64_t n = 0; n < size; ++n) row[n] = row[n] * factor * w[n];
+    y.set(j, row, size);
   }
   return 0;
 }

@@ -1,0 +1,71 @@
+"""The implementations that an op can have, which of them run here, and what all ops refuse.
+
+An implementation is named by the caller. An unknown or missing one is an error and never another
+implementation: whoever asks for a fast one must not time, or trust, the slow one. `fastest` is for
+those who leave the choice to us, and they can print what it chose.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.ops import native
+
+IMPLS = ("reference", "cpu", "triton")
+OLDEST_GPU = (8, 0)
+"""Compute capability of Ampere, whose tensor cores the kernels use."""
+
+
+def fastest(device: torch.device) -> str:
+    """The best implementation for tensors on a device."""
+    if device.type == "cpu" and native.missing() is None:
+        return "cpu"
+    gpu = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if gpu and torch.cuda.get_device_capability(device) >= OLDEST_GPU:
+        return "triton"
+    return "reference"
+
+
+def check_impl(op: str, impl: str) -> None:
+    """Raises UnsupportedError unless there is such an implementation, and it can run here."""
+    if impl not in IMPLS:
+        raise UnsupportedError(f"{op}: expected an implementation of {IMPLS}, got {impl!r}")
+    if impl == "cpu" and (missing := native.missing()):
+        raise missing
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        raise UnsupportedError(f"{op}: impl 'triton' needs the package triton")
+
+
+def check_floats(op: str, **tensors: Tensor) -> None:
+    """Raises MismatchError unless all are matrices of float dtypes with equally many rows."""
+    rows = next(iter(tensors.values())).shape[0]
+    if any(tensor.dim() != 2 or tensor.shape[0] != rows for tensor in tensors.values()):
+        got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise MismatchError(f"{op}: expected matrices of equally many rows, got {got}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise MismatchError(f"{op}: expected {name} of a float dtype, got {tensor.dtype}")
+
+
+def check_devices(op: str, *tensors: Tensor) -> None:
+    """Raises MismatchError unless all lie on one device."""
+    first = tensors[0].device
+    if any(tensor.device != first for tensor in tensors):
+        devices = sorted({str(tensor.device) for tensor in tensors})
+        raise MismatchError(f"{op}: expected one device, got {devices}")
+
+
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Raises UnsupportedError for a tensor that asks for a gradient.
+
+    An op that writes in place and has no derivative would drop the delta's part from it in silence.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise UnsupportedError(
+            "packed deltas are for inference: expected tensors without gradients, got one that "
+            "requires a gradient; run under torch.no_grad()"
+        )

@@ -1,0 +1,141 @@
+"""The library behind the CPU implementations: a little C++ that reads packed codes, called through ctypes.
+
+At decode a delta is some hundred thousand to some million codes a layer, each used once. What could
+run them, and why it does not:
+
+- torch has packed-weight products for CPUs, but for int4 and int8 weights in layouts of its own. Bands
+  have six widths, and a second copy in another layout would cost the memory that packing saves.
+- `torch.compile` of the reference still writes decoded codes to memory, takes seconds for each plan,
+  and needs a compiler at run time.
+- numba brings LLVM along, and leaves to it what a shift by an amount that depends on the lane becomes.
+- torch's C++ extensions compile against its headers, slowly, and a wheel of them fits one version.
+
+So `native.cpp` has a plain C interface and no dependency. The wheel's build hook compiles it in seconds
+with the system's compiler, once for each instruction set, into libraries of which one is loaded
+here. Which one follows `torch.backends.cpu.get_cpu_capability()`, so that the variable
+`ATEN_CPU_CAPABILITY` that lowers torch's own kernels lowers these too. Without a compiler the package
+installs as before, and asking for this implementation is an error that says why.
+
+Threads are OpenMP's, of the runtime that torch has loaded, as many as `torch.get_num_threads()`; a call
+too small to be worth waking one stays on the caller's. All tenants of a call are one list of tasks. Sums
+are ordered alike for any number of threads.
+
+Activations of float32 and bfloat16 are read and written as they lie; other dtypes and outputs with
+gaps between columns are converted by torch and copied back, which a float16 model pays for.
+
+What it costs: each direction is decoded again for every four rows of a tenant, and sums are float32
+where the CPU may have bfloat16 products twice as fast. So with many rows a layer's delta takes longer
+than the layer itself in bfloat16 (`benchmarks/cpu_bands.py`).
+
+Legend: T tokens, N columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltacome.errors import MismatchError, UnsupportedError
+
+_CAPABILITY = {"AVX512": "avx512", "AVX2": "avx2"}
+_I, _P = ctypes.c_int64, ctypes.c_void_p
+_MATRIX = (_P, _I, _I)
+_SLOTS = (_P, _I)
+_POOL = (_P, _I, _P, _I)
+_FUNCTIONS = {
+    "bands": (*_MATRIX, *_MATRIX, *_SLOTS, *_POOL, _I, _I, _P, _I, _I, _I),
+    "band_rows": (*_MATRIX, _P, *_SLOTS, *_POOL, _I, _I, _I, _I, ctypes.c_float, _I),
+    "signs": (*_MATRIX, *_MATRIX, *_SLOTS, *_POOL, _I, _P, _I, _I),
+    "norm": (*_MATRIX, *_MATRIX, *_SLOTS, _P, _I, _I, ctypes.c_double),
+}
+_NATIVE = (torch.float32, torch.bfloat16)
+
+
+def default_isa() -> str:
+    """The instruction set to use: that of torch's own kernels in this process."""
+    return _CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "portable")
+
+
+@functools.cache
+def library(isa: str) -> ctypes.CDLL:
+    """The native library for an instruction set: `avx512`, `avx2` or `portable`.
+
+    Calling one that the CPU lacks ends the process.
+
+    Raises:
+        UnsupportedError: it was not built, or cannot be loaded.
+    """
+    file = Path(__file__).with_name(f"_native_{isa}.so")
+    if not file.is_file():
+        raise UnsupportedError(
+            f"impl 'cpu' needs {file.name}, which was not built when deltacome was installed; "
+            "install a C++ compiler with OpenMP (g++) and then deltacome again, or use impl "
+            "'reference'"
+        )
+    try:
+        loaded = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise UnsupportedError(f"impl 'cpu': cannot load {file}: {error}") from error
+    for name, arguments in _FUNCTIONS.items():
+        function = getattr(loaded, f"deltacome_{name}")
+        function.argtypes = arguments
+        function.restype = _I
+    loaded.deltacome_source.restype = ctypes.c_char_p
+    return loaded
+
+
+@functools.cache
+def missing() -> UnsupportedError | None:
+    """Why the library cannot run here; None if it can."""
+    try:
+        library(default_isa())
+    except UnsupportedError as error:
+        return error
+    return None
+
+
+def readable(a: Tensor) -> Tensor:
+    """The matrix itself where C can walk it (rows apart, columns together), else a float32 copy."""
+    apart = a.shape[0] <= 1 or a.stride(0) >= a.shape[1]  # rows that overlap are torch's to refuse
+    together = a.shape[1] == 1 or a.stride(1) == 1
+    if a.dtype in _NATIVE and apart and together:
+        return a
+    return a.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def matrix(a_TN: Tensor) -> tuple[int, int, bool]:
+    """Address, stride of rows, and whether it is bfloat16, of a matrix that is `readable`."""
+    return a_TN.data_ptr(), a_TN.stride(0), a_TN.dtype == torch.bfloat16
+
+
+def check(op: str, y: Tensor, slot_T: Tensor, *tables: Tensor) -> None:
+    """Refuses what C could not walk: other devices, slots of another dtype, tables with gaps.
+
+    Raises:
+        MismatchError: says what was expected.
+    """
+    if y.device.type != "cpu":
+        raise MismatchError(f"{op}: impl 'cpu': expected tensors on the CPU, got {y.device}")
+    if slot_T.dtype != torch.int32 or not slot_T.is_contiguous():
+        raise MismatchError(f"{op}: expected int32 slots in one piece, got {slot_T.dtype}")
+    for table in tables:
+        if not table.is_contiguous():
+            raise MismatchError(
+                f"{op}: expected tables and blobs in one piece, got strides {table.stride()}"
+            )
+
+
+def check_result(op: str, result: int, slots: int) -> None:
+    """Raises MismatchError where C found a slot that does not exist."""
+    if result == -1:
+        raise MismatchError(f"{op}: slots: expected each in [-1, {slots}), got another")
+
+
+@functools.lru_cache(maxsize=4096)
+def sizes(outs: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    """Sizes as C reads them."""
+    return (ctypes.c_int64 * len(outs))(*outs)

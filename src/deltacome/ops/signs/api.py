@@ -1,0 +1,107 @@
+"""The custom op `deltacome::signs`: dense 1-bit deltas of several tenants, in place.
+
+It is to BitDelta's deltas (Liu et al. 2024, equation 2: `α · sign(Δ)`) what `deltacome::bands` is to
+Delta-CoMe's, and built the same way: one call for all tenants, plans as data on the device, the
+implementation named by the caller, no gradient.
+
+Legend: T tokens, I in, O out (all parts), S slots, N bytes of a slot, P parts, F fields, M tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltacome.errors import MismatchError
+from deltacome.ops.impls import check_devices, check_floats, check_impl, refuse_gradients
+from deltacome.ops.rows import Rows
+from deltacome.ops.signs import cpu, reference
+from deltacome.ops.slots import SignTable
+
+
+def signs(
+    y_TO: Tensor, x_TI: Tensor, rows: Rows, table: SignTable, *, impl: str = "reference"
+) -> None:
+    """Adds each row's own signs term to the output of a linear layer, in place.
+
+    `y[t, o] += α[o] · Σ_i (2 · code[o, i] − 1) · x[t, i]` with the signs of row t's slot. Rows without a
+    slot, and rows of an empty slot, keep every bit. Sums are float32 and rounded to y's dtype once.
+
+    Args:
+        y_TO: (T, O), float32, float16 or bfloat16 (the reference: any float dtype), any strides; O is
+            the sum of `table.outs`.
+        x_TI: (T, I), likewise.
+        rows: the slots of the rows, from `group_rows`.
+        table: what the slots hold.
+        impl: `reference`, `cpu` or `triton`.
+
+    Raises:
+        UnsupportedError: an implementation that is unknown or cannot run here, or a tensor that
+            requires a gradient.
+        MismatchError: shapes, dtypes or devices do not fit together.
+    """
+    refuse_gradients(y_TO, x_TI)
+    if (y_TO.shape[1:], x_TI.shape[1:]) != ((sum(table.outs),), (table.in_size,)):
+        raise MismatchError(
+            f"signs: expected y (T, {sum(table.outs)}) and x (T, {table.in_size}), "
+            f"got {tuple(y_TO.shape)} and {tuple(x_TI.shape)}"
+        )
+    torch.ops.deltacome.signs(
+        *(y_TO, x_TI, rows.slot_T, rows.order_T, rows.tiles_M3),
+        *(table.pool.blobs_SN, table.fields_SPF, table.outs, rows.tile, impl),
+    )
+
+
+_library = torch.library.Library("deltacome", "FRAGMENT")
+_library.define(
+    "signs(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
+    "Tensor fields, int[] outs, int tile, str impl) -> ()"
+)
+
+
+@torch.library.impl(_library, "signs", "CompositeExplicitAutograd")
+def _signs(
+    y: Tensor,
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    blobs: Tensor,
+    fields: Tensor,
+    outs: list[int],
+    tile: int,
+    impl: str,
+) -> None:
+    _check(y, x, slot, blobs, fields, impl)
+    if impl == "cpu":
+        cpu.signs(y, x, slot, blobs, fields, outs)
+    elif impl == "triton":
+        from deltacome.ops.signs import triton
+
+        triton.signs(y, x, order, tiles, blobs, fields, outs, tile)
+    else:
+        reference.signs(y, x, slot, blobs, fields, outs)
+
+
+@torch.library.register_fake("deltacome::signs", lib=_library)
+def _(
+    y: Tensor,
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    blobs: Tensor,
+    fields: Tensor,
+    outs: list[int],
+    tile: int,
+    impl: str,
+) -> None:
+    _check(y, x, slot, blobs, fields, impl)
+
+
+def _check(y: Tensor, x: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor, impl: str) -> None:
+    check_impl("signs", impl)
+    check_floats("signs", y=y, x=x)
+    check_devices("signs", y, x, slot, blobs, fields)
+    if slot.shape != y.shape[:1]:
+        raise MismatchError(f"signs: expected {len(y)} slots, got {tuple(slot.shape)}")

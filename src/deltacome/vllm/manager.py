@@ -1,0 +1,178 @@
+"""vLLM's managers of adapters, taught that some of them are tenants.
+
+The worker's manager loads what a request names: an artifact's folder becomes a `Tenant`, anything else is
+vLLM's. The model's manager owns the slots; a tenant that moves into one has its bytes copied into the
+pool and its tables written. vLLM decides which moves out, the one used longest ago.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltacome.errors import ArtifactError, DeltaError
+from deltacome.format.manifest import MANIFEST_FILE
+from deltacome.ops.impls import check_impl, fastest
+from deltacome.ops.slots import Pool
+from deltacome.vllm import compat
+from deltacome.vllm.layers import Delta, NormDelta, install
+from deltacome.vllm.places import Place, find_places
+from deltacome.vllm.request import artifact_path
+from deltacome.vllm.settings import Settings
+from deltacome.vllm.step import Step
+from deltacome.vllm.tenant import Base, Tenant, load_tenant
+
+
+class ModelManager(compat.LRUCacheLoRAModelManager):
+    """Slots of tenants and of ordinary adapters, in one model."""
+
+    def __init__(
+        self, model: Any, *args: Any, vllm_config: Any, device: Any, **kwargs: Any
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.settings = Settings.parse(vllm_config.additional_config)
+        super().__init__(model, *args, vllm_config=vllm_config, device=device, **kwargs)
+
+    def _create_lora_modules(self) -> None:
+        """Hooks every module, before vLLM wraps some of them for its own adapters."""
+        device = torch.device(self.device)
+        places = find_places(self.model)  # pyright: ignore[reportArgumentType]
+        slots = self.lora_slots
+        impl = self.settings.impl or fastest(device)
+        check_impl("vLLM", impl)
+        nbytes = self.settings.slot_bytes or default_slot_bytes(places)
+        self.pool = Pool(slots, nbytes, device=device)
+        scheduler = self.vllm_config.scheduler_config
+        rows = max(self.max_num_batched_tokens, scheduler.max_num_seqs)
+        self.step = Step(slots, rows, device)
+        self.places = places
+        self.deltas: dict[str, Delta | NormDelta] = {}
+        for place in places:
+            delta = install(place, self.pool, self.step, impl, self.settings)
+            if delta is not None:
+                self.deltas[place.name] = delta
+        model_config = self.vllm_config.model_config
+        self.base = Base(self.settings.base or model_config.model, model_config.revision)
+        if self.settings.lora:
+            self._create_lora_buffers()
+        else:
+            self.supported_lora_modules = []
+
+    def _create_lora_buffers(self) -> None:
+        # On a CPU vLLM reads slot −1, no adapter, as the last one: one more slot, which stays empty.
+        config = self.lora_config
+        config.max_loras += 1
+        try:
+            super()._create_lora_modules()
+        finally:
+            config.max_loras -= 1
+
+    def _create_merged_loras_inplace(self, lora_model: Any) -> None:
+        if lora_model.loras:
+            super()._create_merged_loras_inplace(lora_model)
+
+    def _add_adapter(self, lora: Any) -> None:
+        if isinstance(lora, Tenant):
+            self._registered_adapters[lora.id] = lora  # pyright: ignore[reportArgumentType]
+        else:
+            super()._add_adapter(lora)
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Moves an adapter into a slot; a move that fails leaves the slot free."""
+        if not super().activate_adapter(lora_id):
+            return False
+        slot = self.lora_index_to_id.index(lora_id)
+        adapter = self._registered_adapters[lora_id]
+        try:
+            self._fill(slot, adapter if isinstance(adapter, Tenant) else None)
+        except BaseException:
+            self._active_adapters.pop(lora_id, None)
+            self._deactivate_adapter(lora_id)
+            raise
+        return True
+
+    def _fill(self, slot: int, tenant: Tenant | None) -> None:
+        for delta in self.deltas.values():
+            delta.clear(slot)
+        if tenant is None:
+            return
+        for offset, chunk in tenant.chunks:
+            self.pool.load(slot, offset, chunk)
+        for place in self.places:
+            if place.name in self.deltas:
+                self.deltas[place.name].load(slot, tenant, place)
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        slots = {
+            id: slot
+            for slot, id in enumerate(self.lora_index_to_id)
+            if id is not None and isinstance(self._registered_adapters.get(id), Tenant)
+        }
+        self.step.set(
+            [slots.get(id, -1) for id in mapping.index_mapping],
+            [slots.get(id, -1) for id in mapping.prompt_mapping],
+        )
+        # To vLLM's own kernels a tenant's row is one without an adapter.
+        others = compat.LoRAMapping(
+            tuple(0 if id in slots else id for id in mapping.index_mapping),
+            tuple(0 if id in slots else id for id in mapping.prompt_mapping),
+            is_prefill=mapping.is_prefill,
+            type=mapping.type,
+        )
+        super()._set_adapter_mapping(others)
+
+    def check_fits(self, tenant: Tenant) -> None:
+        """Raises unless a tenant fits into a slot.
+
+        Raises:
+            ArtifactError: it has more bytes; says what to set.
+            PlanError: a plan has too many bands or directions.
+        """
+        nbytes = self.pool.blobs_SN.shape[1]
+        if tenant.nbytes > nbytes:
+            raise ArtifactError(
+                f"{tenant.path}: has {tenant.nbytes} bytes of packed terms, a slot {nbytes}: set "
+                f"slot_bytes to {tenant.nbytes} in additional_config's deltacome"
+            )
+        for place in self.places:
+            delta = self.deltas.get(place.name)
+            if isinstance(delta, Delta) and place.name in tenant.bands:
+                delta.bands.fields(0, tenant.bands[place.name])
+
+
+class WorkerManager(compat.LRUCacheWorkerLoRAManager):
+    """Loads artifacts where requests name them."""
+
+    _manager_cls = ModelManager
+
+    def _load_adapter(self, lora_request: Any) -> Any:
+        folder = artifact_path(lora_request.lora_path)
+        if not (Path(folder) / MANIFEST_FILE).is_file():
+            if (
+                isinstance(self._adapter_manager, ModelManager)
+                and not self._adapter_manager.settings.lora
+            ):
+                raise DeltaError(
+                    f"{folder}: expected an artifact ({MANIFEST_FILE}), found none; ordinary adapters "
+                    "are off (lora is false in additional_config's deltacome)"
+                )
+            return super()._load_adapter(lora_request)
+        manager: Any = self._adapter_manager
+        tenant = load_tenant(
+            *(lora_request.lora_int_id, folder, manager.model, manager.places),
+            *(manager.base, manager.settings),
+        )
+        manager.check_fits(tenant)
+        return tenant
+
+
+def default_slot_bytes(places: list[Place]) -> int:
+    """A sixteenth of the bytes of this worker's matrices at 16 bit, and 3 % for what is not codes."""
+    entries = 0
+    for place in places:
+        if place.kind != "norm" and not place.tied:
+            for part in place.parts:
+                entries += part.size * (part.columns[1] - part.columns[0])
+    return int(2 * entries / 16 * 1.03)

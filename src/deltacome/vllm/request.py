@@ -1,0 +1,31 @@
+"""How an artifact is named in a request: its folder, and what it holds.
+
+The engine's prefix cache keeps the blocks of adapters apart by name and path. New weights in the same
+folder would find the old ones' blocks, so the path that the engine sees ends in a digest of the
+manifest, which has the checksums of all weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from deltacome.format.manifest import MANIFEST_FILE
+
+_MARK = "#deltacome-"
+
+
+def content_path(folder: str) -> str:
+    """The path of an artifact's folder with the digest of what it holds now."""
+    digest = hashlib.sha256((Path(folder) / MANIFEST_FILE).read_bytes()).hexdigest()[:16]
+    return f"{artifact_path(folder)}{_MARK}{digest}"
+
+
+def artifact_path(path: str) -> str:
+    """The folder of such a path; any other path as it is."""
+    return path.rpartition(_MARK)[0] or path
+
+
+def is_artifact(path: str) -> bool:
+    """Whether a path names an artifact's folder."""
+    return (Path(artifact_path(path)) / MANIFEST_FILE).is_file()

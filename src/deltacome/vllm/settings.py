@@ -1,0 +1,62 @@
+"""What can be set: the key `deltacome` of vLLM's `--additional-config`.
+
+    vllm serve BASE --enable-lora --additional-config '{"deltacome": {"slot_bytes": 20000000}}'
+
+Everything has a default. That of `slot_bytes` fits artifacts of a sixteenth of the base's bytes;
+`deltacome serve` sets it from the artifacts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from deltacome.errors import UnsupportedError
+from deltacome.format.spec import GROUP
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one engine."""
+
+    slot_bytes: int | None = None
+    """Bytes of packed terms that a resident tenant can have (on each worker); None: 1/16 of the base."""
+    max_rank: int | None = None
+    """Directions that a layer of a tenant can have; None: as many as there can be."""
+    max_bands: int = 6
+    """Bands that a matrix of a tenant can have."""
+    group_size: int = GROUP
+    """Entries of a direction that share a scale, the same for all tenants."""
+    signs: bool = False
+    """Whether tenants with dense 1-bit terms are served: a second op for each layer."""
+    lora: bool = True
+    """Whether ordinary LoRA adapters are served too, which reserves vLLM's own buffers for them."""
+    base: str | None = None
+    """The checkpoint that deltas were taken against, where that is not the model served: a quantised
+    base, say."""
+    impl: str | None = None
+    """Implementation of the ops; None: the fastest that runs here."""
+    tenants: str | None = None
+    """Where tenants that no one has loaded are looked for by name: a folder of artifacts, or an address
+    that fsspec understands."""
+
+    @classmethod
+    def parse(cls, additional_config: Any) -> Settings:
+        """Reads vLLM's additional configuration.
+
+        Raises:
+            UnsupportedError: a key that does not exist, or a value of another type.
+        """
+        values = (additional_config or {}).get("deltacome", {})
+        known = {field.name: str(field.type) for field in fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                raise UnsupportedError(
+                    f"additional_config: deltacome: expected keys of {sorted(known)}, got {key!r}"
+                )
+            kinds = {kind.strip() for kind in known[key].split("|")}
+            if type(value).__name__.replace("NoneType", "None") not in kinds:
+                raise UnsupportedError(
+                    f"additional_config: deltacome: {key}: expected {known[key]}, got {value!r}"
+                )
+        return cls(**values)

@@ -1,0 +1,255 @@
+"""An artifact as a worker holds it on the host: its shards of the packed terms, and where they go.
+
+A tenant is all that activation needs, so that making one resident is copying and nothing else. To vLLM it
+is an adapter without low-rank pairs.
+
+Loading checks everything: the configuration, the fingerprints of the base, that each tensor that the
+artifact changes has its place in the model, that it fits into a slot. What does not fit is refused with
+the list of tensors or the figure to set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltacome.arch.checkpoint import Checkpoint, sample_digest
+from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
+from deltacome.format.manifest import Record
+from deltacome.format.spec import ALIGN
+from deltacome.ops.slots import PlacedBands, PlacedSigns
+from deltacome.runtime.match import check_config
+from deltacome.vllm import compat
+from deltacome.vllm.places import Place, missing_prefixes
+from deltacome.vllm.settings import Settings
+from deltacome.vllm.shard import shard_bands, shard_signs
+
+
+@dataclass
+class Tenant:
+    """What one worker holds of an artifact; by the names of places."""
+
+    id: int
+    path: str
+    chunks: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Packed terms, uint8, and their offsets in a slot."""
+    nbytes: int = 0
+    bands: dict[str, list[PlacedBands | None]] = field(default_factory=dict)
+    signs: dict[str, list[PlacedSigns | None]] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    """float32 (H,), the weight that multiplies."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """float32 (O,), tuned minus base."""
+
+    # What vLLM asks of an adapter; a tenant has no low-rank pairs.
+    loras: dict[str, Any] = field(default_factory=dict)
+    modules_to_save: dict[str, Any] = field(default_factory=dict)
+    is_3d_lora_weight: bool = False
+
+    def get_lora(self, module_name: str) -> None:
+        """No low-rank pair, for any module."""
+
+    def get_module_to_save(self, module_name: str) -> None:
+        """No module saved whole."""
+
+    def check_lora_name(self, module_name: str) -> bool:
+        """No low-rank pair, for any module."""
+        return False
+
+
+class Base:
+    """The checkpoint that deltas were taken against, read for its fingerprints."""
+
+    def __init__(self, name_or_path: str, revision: str | None) -> None:
+        self.checkpoint = Checkpoint(name_or_path, revision)
+        self._samples: dict[str, str] = {}
+
+    def check(self, record: Record) -> None:
+        """Raises MismatchError unless the base's tensor is the one the delta was taken against."""
+        name = record.base_name
+        if name is None:
+            raise UnsupportedError(
+                f"{record.name}: the base has no such tensor: merge the artifact"
+            )
+        if name not in self._samples:
+            if name not in self.checkpoint.tensors:
+                raise MismatchError(f"{name}: the base {self.checkpoint.path} has no such tensor")
+            self._samples[name] = sample_digest(self.checkpoint.read(name))
+        if self._samples[name] != record.base_sample:
+            raise MismatchError(
+                f"{record.name}: wrong base: expected {name} of fingerprint {record.base_sample}, got "
+                f"{self._samples[name]} in {self.checkpoint.path}"
+            )
+
+    def read(self, record: Record) -> Tensor:
+        """The base's value of a tensor."""
+        assert record.base_name is not None
+        return self.checkpoint.read(record.base_name)
+
+
+def load_tenant(
+    id: int, path: str, model: nn.Module, places: Sequence[Place], base: Base, settings: Settings
+) -> Tenant:
+    """Reads an artifact for this worker's part of the model.
+
+    Raises:
+        ArtifactError: the folder is not a whole artifact.
+        MismatchError: another base, or tensors that the model does not have.
+        UnsupportedError: something that cannot be served, with the way out.
+    """
+    artifact = Artifact.open(path)
+    _check_artifact(artifact, model, settings)
+    rename = compat.renamer(model)
+    elsewhere = tuple(missing_prefixes(model))
+    where: dict[str, list[tuple[Place, int]]] = {}
+    for place in places:
+        for index, part in enumerate(place.parts):
+            where.setdefault(part.name, []).append((place, index))
+    own_head = {rename(name) for name in artifact.manifest.records}
+    tenant, unknown = Tenant(id, path), []
+    for record in artifact.manifest.records.values():
+        if record.base_name is not None:
+            base.check(record)
+        if record.kind == "same" or rename(record.name).startswith(elsewhere or ("\0",)):
+            continue
+        name, _, attribute = rename(record.name).rpartition(".")
+        found = where.get(name, [])
+        if not found and (place := _untied_head(name, record, places)):
+            found = [(place, 0)]
+        # A head that the tuned model no longer ties has a record of its own.
+        found = [
+            (p, i)
+            for p, i in found
+            if not (p.tied and name != p.name and f"{p.name}.weight" in own_head)
+        ]
+        if not found:
+            unknown.append(record.name)
+        for place, index in found:
+            _add(tenant, artifact, record, place, index, attribute, base, settings)
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+        raise MismatchError(
+            f"{path}: {len(unknown)} tensors that this artifact changes have no place in "
+            f"{type(model).__name__} as vLLM runs it: {shown}"
+        )
+    return tenant
+
+
+def _check_artifact(artifact: Artifact, model: nn.Module, settings: Settings) -> None:
+    manifest = artifact.manifest
+    if manifest.group_size != settings.group_size:
+        raise UnsupportedError(
+            f"{artifact.path}: expected scale groups of {settings.group_size}, got "
+            f"{manifest.group_size}: set group_size in additional_config's deltacome"
+        )
+    grown = [r.name for r in manifest.records.values() if r.exact_rows and not r.replaced]
+    if grown:
+        raise UnsupportedError(
+            f"{artifact.path}: {grown[0]} has rows that the base lacks (a grown vocabulary), which "
+            "cannot be served beside the base: give the base the added tokens before tuning, or merge"
+        )
+    file = artifact.path / TUNED_CONFIG_FILE
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{file}: expected a model configuration: {error}") from error
+        check_config(SimpleNamespace(config=model.config), config)  # pyright: ignore
+
+
+def _untied_head(name: str, record: Record, places: Sequence[Place]) -> Place | None:
+    """The head whose own tensor only the tuned model has; its base is the embedding."""
+    return next(
+        (p for p in places if p.kind == "head" and p.tied and p.name == name and record.base_name),
+        None,
+    )
+
+
+def _add(
+    tenant: Tenant,
+    artifact: Artifact,
+    record: Record,
+    place: Place,
+    index: int,
+    attribute: str,
+    base: Base,
+    settings: Settings,
+) -> None:
+    part = place.parts[index]
+    if attribute == "weight" and place.kind != "norm" and not record.replaced:
+        _add_packed(tenant, artifact, record, place, index, settings)
+    elif (
+        attribute == "weight"
+        and place.kind == "norm"
+        and not isinstance(place.module, compat.NORMS[2])
+    ):
+        value = artifact.exact(record.name).float()
+        if value.shape != (part.size,):
+            raise MismatchError(f"{record.name}: expected {part.size} values, got {value.shape}")
+        gemma = isinstance(place.module, compat.GemmaRMSNorm)
+        tenant.norms[place.name] = value + 1 if gemma else value
+    elif attribute == "bias" and place.kind == "linear" and record.base_name is not None:
+        change = artifact.exact(record.name).float() - base.read(record).float()
+        sizes = [p.size for p in place.parts]
+        whole = tenant.biases.setdefault(place.name, torch.zeros(sum(sizes)))
+        rows = torch.cat([change[start:stop] for start, stop in part.rows])
+        torch.split(whole, sizes)[index].copy_(rows)
+    else:
+        raise UnsupportedError(
+            f"{record.name}: {record.kind} {attribute} of {type(place.module).__name__} cannot be "
+            "served beside the base: merge the artifact"
+        )
+
+
+def _add_packed(
+    tenant: Tenant,
+    artifact: Artifact,
+    record: Record,
+    place: Place,
+    index: int,
+    settings: Settings,
+) -> None:
+    part, shape, name = place.parts[index], record.bands_shape, record.name
+    if part.rows[-1][1] > shape[0] or part.columns[1] > shape[1] or record.shape != shape:
+        raise UnsupportedError(
+            f"{name}: the model has {part.rows} × {part.columns} of it, the artifact {record.shape}: a "
+            "vocabulary of another size cannot be served beside the base: merge the artifact"
+        )
+    parts = len(place.parts)
+    if record.plan:
+        group = artifact.manifest.group_size
+        blob = shard_bands(
+            *(name, artifact.blob(name), shape, record.plan, group, part.rows, part.columns)
+        )
+        placed = PlacedBands(_append(tenant, blob), record.plan)
+        tenant.bands.setdefault(place.name, [None] * parts)[index] = placed
+    scales = getattr(record, "sign_scales", None)
+    if scales:
+        if not settings.signs:
+            raise UnsupportedError(
+                f"{name}: has a dense 1-bit term: set signs to true in additional_config's deltacome"
+            )
+        blob = shard_signs(
+            *(name, artifact.signs_blob(name), shape, scales, part.rows, part.columns)  # pyright: ignore
+        )
+        mine = 1 if scales == 1 else part.size
+        placed = PlacedSigns(_append(tenant, blob), mine)
+        tenant.signs.setdefault(place.name, [None] * parts)[index] = placed
+
+
+def _append(tenant: Tenant, blob: Tensor) -> int:
+    """Places a blob behind the others; one that is there already (a tied weight's) is shared."""
+    for offset, chunk in tenant.chunks[-1:]:
+        if chunk.data_ptr() == blob.data_ptr():
+            return offset
+    offset = tenant.nbytes
+    tenant.chunks.append((offset, blob))
+    tenant.nbytes += -(-blob.numel() // ALIGN) * ALIGN
+    return offset

@@ -1,0 +1,204 @@
+"""Pools filled with tenants of random codes, what each row should get, and the implementations.
+
+Triton decides at its first import whether it interprets, so `test_triton.py` runs the tests of the ops
+once more in a process of their own, with TRITON_INTERPRET=1; there, and nowhere else, `IMPLS` is Triton.
+
+T tokens, I in, O out.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from artifact_helpers import random_bands
+
+from deltacome.format.codec import dense, write_bands, write_signs
+from deltacome.format.spec import Band, bands_nbytes, rank
+from deltacome.ops import native
+from deltacome.ops.rows import group_rows
+from deltacome.ops.slots import BandTable, PlacedBands, PlacedSigns, Pool, SignTable, arrange
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+assert spec is not None
+assert spec.loader is not None
+hatch_build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hatch_build)
+
+RUNS = {"avx2": torch.cpu._is_avx2_supported, "avx512": torch.cpu._is_avx512_supported}
+ISAS = [isa for isa in hatch_build.instruction_sets() if isa not in RUNS or RUNS[isa]()]
+"""Instruction sets that this CPU has; `test_native.py` sees to it that their libraries are there."""
+
+
+def implementations():
+    if INTERPRETED:
+        return ["triton"]
+    if DEVICE == "cuda":
+        return ["reference", "triton"]
+    # Only without a compiler is there nothing to test; then `test_native.py` says so.
+    native_ones = [f"cpu-{isa}" for isa in ISAS] if hatch_build.compiler() else []
+    return ["reference", *native_ones]
+
+
+IMPLS = implementations()
+TILES = (1, 16, 64) if "triton" in IMPLS else (16,)
+PLANS = ((Band(8, 2), Band(3, 3), Band(2, 5)), (Band(16, 1), Band(4, 33)), (Band(1, 4),))
+MIXES = [
+    [],
+    [-1],
+    [1],
+    [-1] * 5,
+    [0, 1, 2],
+    [2, -1, 0, 3, 2, 1, 1, -1, 0],  # 3 is empty
+    [3, 3, 3],
+    [0] * 17 + [2] * 3 + [-1],
+]
+"""Slots of a batch's rows, for pools of four of which the last is empty."""
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(DEVICE, dtype)
+
+
+def filled(in_size, outs, plans, group=128, slots=None):
+    """A table with a tenant for each plan, and their dense deltas; slots left over are empty.
+
+    Every part of a tenant has its plan, cut to what fits, but the last part of every third tenant none.
+    """
+    slots = len(plans) if slots is None else slots
+    tenants = [
+        [
+            None if slot % 3 == 2 and part == 2 else fitted(plan, min(out, in_size))
+            for part, out in enumerate(outs)
+        ]
+        for slot, plan in enumerate(plans)
+    ]
+    layouts = [
+        arrange(
+            {
+                str(i): bands_nbytes((out, in_size), plan, group)
+                for i, (out, plan) in enumerate(zip(outs, parts, strict=True))
+                if plan
+            }
+        )
+        for parts in tenants
+    ]
+    pool = Pool(slots, max(n for _, n in layouts), device=DEVICE)
+    pool.blobs_SN.fill_(0xFF)  # what lies behind a blob must not be read
+    table = BandTable(
+        *(pool, in_size, outs),
+        max_rank=max(sum(rank(p) for p in parts if p) for parts in tenants),
+        max_bands=max(map(len, plans)),
+        group_size=group,
+    )
+    deltas = [torch.zeros(sum(outs), in_size, dtype=torch.float64) for _ in range(slots)]
+    for slot, (parts, (offsets, _)) in enumerate(zip(tenants, layouts, strict=True)):
+        placed, pieces = [], []
+        for i, (out, plan) in enumerate(zip(outs, parts, strict=True)):
+            if plan is None:
+                placed.append(None)
+                pieces.append(torch.zeros(out, in_size, dtype=torch.float64))
+                continue
+            bands = random_bands((out, in_size), plan, group, seed=7 * slot + i)
+            pool.load(slot, offsets[str(i)], write_bands(bands))
+            placed.append(PlacedBands(offsets[str(i)], plan))
+            pieces.append(dense(bands).double())
+        table.load(slot, placed)
+        deltas[slot] = torch.cat(pieces)
+    return table, deltas
+
+
+def fitted(plan, most):
+    """A plan with at most so many directions, at least one in its first band."""
+    kept, left = [], most
+    for band in plan:
+        if left:
+            kept.append(Band(band.bits, min(band.count, left)))
+            left -= kept[-1].count
+    return tuple(kept)
+
+
+def filled_signs(in_size, outs, slots=3, empty=1):
+    """A table of signs, with one scale for the matrix or one for each row, and the dense deltas."""
+    total = slots + empty
+    pool = Pool(total, 16 * sum(outs) * (in_size // 64 + 4), device=DEVICE)
+    pool.blobs_SN.fill_(0xFF)
+    table = SignTable(pool, in_size, outs)
+    deltas = [torch.zeros(sum(outs), in_size, dtype=torch.float64) for _ in range(total)]
+    for slot in range(slots):
+        placed, pieces, offset = [], [], 0
+        for i, out in enumerate(outs):
+            if slot == 1 and i == 1:
+                placed.append(None)
+                pieces.append(torch.zeros(out, in_size, dtype=torch.float64))
+                continue
+            scales = out if slot % 2 else 1
+            positive = randn(out, in_size, seed=slot * 10 + i).cpu() > 0
+            scale = (randn(scales, seed=slot).cpu().abs() + 0.1) / in_size**0.5
+            blob = write_signs(positive, scale)
+            pool.load(slot, offset, blob)
+            placed.append(PlacedSigns(offset, scales))
+            pieces.append((2.0 * positive.double() - 1) * scale.double()[:, None])
+            offset += len(blob)
+        table.load(slot, placed)
+        deltas[slot] = torch.cat(pieces)
+    return table, deltas
+
+
+def expected_of(x_TI, slots, deltas):
+    """float64 (T, O), what each row should get."""
+    rows = [
+        deltas[slot] @ row if slot >= 0 else torch.zeros(len(deltas[0]), dtype=torch.float64)
+        for slot, row in zip(slots, x_TI.cpu().double(), strict=True)
+    ]
+    return torch.stack(rows) if rows else torch.zeros(0, len(deltas[0]), dtype=torch.float64)
+
+
+def rows_of(slots, table, tile=16):
+    slot_T = torch.tensor(slots, dtype=torch.int64, device=DEVICE)
+    return group_rows(slot_T, len(table.pool.blobs_SN), tile=tile)
+
+
+def assert_added(y, before, expected, *, exact_t=True):
+    """`y` is `before + expected` in float32 and rounded once; rows that get nothing kept every bit.
+
+    With `exact_t` false what lies between two products may have been rounded to 11 bits.
+    """
+    y, before = y.cpu(), before.cpu()
+    untouched = (expected == 0).all(-1)
+    assert torch.equal(y[untouched], before[untouched])
+    eps = torch.finfo(y.dtype).eps if y.dtype.itemsize < 4 else 0.0
+    total = before.double() + expected
+    size = expected.norm(dim=-1, keepdim=True) + 0.1
+    bound = 0.51 * eps * total.abs() + (1e-5 if exact_t else 2**-10) * size
+    assert y.isfinite().all()
+    error = (y.double() - total).abs()
+    assert (error <= bound).all(), (error / bound).max()
+
+
+def framed(values_TN):
+    """The values in the middle of NaN, so that what is written beside them shows."""
+    rows, columns = values_TN.shape
+    frame = torch.full((rows + 2, columns + 3), float("nan"), dtype=values_TN.dtype, device=DEVICE)
+    inside = frame[1 : rows + 1, 1 : columns + 1]
+    inside.copy_(values_TN)
+    return frame, inside
+
+
+def assert_framed(frame, columns):
+    assert frame[[0, -1]].isnan().all()
+    assert frame[:, 0].isnan().all()
+    assert frame[:, columns + 1 :].isnan().all()
+
+
+def use(impl, monkeypatch):
+    """The name for the op, with the CPU's library set to that of the instruction set."""
+    name, _, isa = impl.partition("-")
+    if isa:
+        monkeypatch.setattr(native, "default_isa", lambda: isa)
+    return name

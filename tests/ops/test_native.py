@@ -1,0 +1,65 @@
+"""The library of the CPU kernels: built, found, and missing."""
+
+import pytest
+import torch
+from ops_helpers import PLANS, filled, hatch_build, randn, rows_of
+
+from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.ops import native
+from deltacome.ops.bands import bands, cpu
+
+COMPILER = hatch_build.compiler()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("isa", hatch_build.instruction_sets())
+def test_a_compiler_means_a_library_of_this_source(isa):
+    # If this fails after a change of native.cpp: python hatch_build.py
+    assert native.library(isa).deltacome_source().decode() == hatch_build.source_digest()
+
+
+def test_without_a_library_it_is_an_error(monkeypatch):
+    table, _ = filled(140, [70], PLANS)
+    y_TO = torch.zeros(2, 70)
+    monkeypatch.setattr(native, "default_isa", lambda: "absent")
+    native.missing.cache_clear()
+    try:
+        with pytest.raises(UnsupportedError, match=r"install a C\+\+ compiler"):
+            bands(y_TO, randn(2, 140).cpu(), rows_of([0, 1], table), table, impl="cpu")
+    finally:
+        native.missing.cache_clear()
+    assert not y_TO.any()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_what_c_could_not_walk():
+    table, _ = filled(140, [70], PLANS)
+    y_TO, x_TI, rows = torch.zeros(2, 70), randn(2, 140).cpu(), rows_of([0, 1], table)
+    blobs, fields = table.pool.blobs_SN, table.fields_SPBF
+
+    def call(y=y_TO, slot=rows.slot_T, blobs=blobs, fields=fields):
+        cpu.bands(y, x_TI, slot, blobs, fields, table.outs, 128)
+
+    with pytest.raises(MismatchError, match="on the CPU"):
+        call(y=y_TO.to("meta"))
+    with pytest.raises(MismatchError, match="int32 slots"):
+        call(slot=rows.slot_T.long())
+    with pytest.raises(MismatchError, match="in one piece"):
+        call(blobs=blobs.T.contiguous().T)
+    with pytest.raises(MismatchError, match="in one piece"):
+        call(fields=fields.transpose(2, 3).contiguous().transpose(2, 3))
+    for slot in (-2, 3):
+        with pytest.raises(MismatchError, match=r"\[-1, 3\)"):
+            call(slot=torch.tensor([0, slot], dtype=torch.int32))
+    assert not y_TO.any()
+    with pytest.raises(RuntimeError, match="memory"):  # as torch says of outputs that overlap
+        call(y=torch.zeros(1, 70).expand(2, 70))
+
+
+@pytest.mark.parametrize(("command", "says"), [("/no/compiler", "no C++"), ("false", "without")])
+def test_the_build_goes_on_without_a_compiler(command, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "_native_portable.so").write_bytes(b"of an older build")
+    monkeypatch.setenv("CXX", command)
+    assert hatch_build.build(tmp_path) == []
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

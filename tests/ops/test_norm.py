@@ -1,0 +1,70 @@
+"""`norm` against float64."""
+
+import pytest
+import torch
+from ops_helpers import DEVICE, MIXES, assert_framed, framed, randn
+
+from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.ops.norm import norm
+from deltacome.ops.rows import group_rows
+
+
+def rows_of(slots):
+    return group_rows(torch.tensor(slots, dtype=torch.int64, device=DEVICE), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("slots", MIXES, ids=str)
+def test_tenants_have_their_own_weight(impl, slots, dtype):
+    for size in (1, 63, 576, 1100):
+        x_TH, weights_SH = 3 * randn(len(slots), size, dtype=dtype), randn(4, size, seed=2)
+        frame, y_TH = framed(randn(len(slots), size, seed=1, dtype=dtype))
+        before = y_TH.clone()
+        assert norm(y_TH, x_TH, rows_of(slots), weights_SH, 1e-5, impl=impl) is None
+        assert_framed(frame, size)
+        x = x_TH.double()
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+        for row, slot in enumerate(slots):
+            if slot < 0:
+                assert torch.equal(y_TH[row], before[row])
+                continue
+            expected = normed[row] * weights_SH[slot].double()
+            eps = torch.finfo(dtype).eps
+            bound = (0.51 * eps if eps > 1e-6 else 1e-6) * expected.abs() + 1e-6
+            assert ((y_TH[row].double() - expected).abs() <= bound).all()
+
+
+def test_strides_are_free_and_inputs_stay(impl):
+    x_TH, whole, weights_SH = randn(70, 3).T, randn(3, 200, seed=1), randn(4, 70, seed=2)
+    copy = x_TH.clone()
+    for y_TH in (whole[:, 5:75], whole[:, 1:141:2]):
+        norm(y_TH, x_TH, rows_of([2, -1, 0]), weights_SH, 1e-5, impl=impl)
+        expected = torch.nn.functional.rms_norm(x_TH, (70,), eps=1e-5)[[0, 2]] * weights_SH[[2, 0]]
+        torch.testing.assert_close(y_TH[[0, 2]], expected)
+        assert torch.equal(x_TH, copy)
+
+
+def test_what_does_not_fit(impl):
+    y_TH, x_TH, weights_SH = torch.zeros(2, 70, device=DEVICE), randn(2, 70), randn(4, 70)
+    rows = rows_of([0, 1])
+    for arguments in (
+        (y_TH[:, :69], x_TH, rows, weights_SH),
+        (y_TH, x_TH[:1], rows, weights_SH),
+        (y_TH, x_TH, rows_of([0]), weights_SH),
+        (y_TH, x_TH, rows, weights_SH[:, :69]),
+        (y_TH, x_TH, rows, weights_SH.half()),
+    ):
+        with pytest.raises(MismatchError, match="norm: expected"):
+            norm(*arguments, 1e-5, impl=impl)
+    with pytest.raises(UnsupportedError, match="'fast'"):
+        norm(y_TH, x_TH, rows, weights_SH, 1e-5, impl="fast")
+    with pytest.raises(UnsupportedError, match="inference"):
+        norm(y_TH, x_TH.requires_grad_(), rows, weights_SH, 1e-5, impl=impl)
+    assert not y_TH.any()
+
+
+def test_registration(impl):
+    rows = rows_of([0, -1, 1])
+    arguments = (randn(3, 70), randn(3, 70), rows.slot_T, randn(4, 70), 1e-5, impl)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.deltacome.norm.default, arguments, test_utils=tests)
