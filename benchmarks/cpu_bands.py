@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from deltacome.errors import DeltaError
 from deltacome.format.codec import BandTensors, Factor, dense, read_bands, write_bands
 from deltacome.format.spec import GROUP, Band, Plan, format_plan
-from deltacome.ops.bands import bands, cpu
+from deltacome.ops import native
+from deltacome.ops.bands import bands
+from deltacome.ops.rows import group_rows
+from deltacome.ops.slots import BandTable, PlacedBands, Pool
 
 SHAPES = ("4096x4096", "11008x4096", "576x1536")
 POOL = 128 << 20
@@ -62,11 +65,28 @@ def pool(a: Tensor) -> list[Tensor]:
     return [a.clone() for _ in range(max(2, POOL // (a.numel() * a.element_size())))]
 
 
+def tables_of(
+    out: int, inputs: int, blob: Tensor, plan: Plan, tenants: int, copies: int
+) -> list[BandTable]:
+    """Tables whose tenants' bytes lie apart, though they are the same."""
+    tables = []
+    for _ in range(copies):
+        where = Pool(tenants, blob.numel())
+        table = BandTable(where, inputs, [out], max_bands=len(plan))
+        for slot in range(tenants):
+            where.load(slot, 0, blob)
+            table.load(slot, [PlacedBands(0, plan)])
+        tables.append(table)
+    return tables
+
+
 def check(out: int, inputs: int, blob: Tensor, plan: Plan, delta_OI: Tensor) -> None:
     """Ends the run unless `cpu` gives the dense delta."""
+    (table,) = tables_of(out, inputs, blob, plan, 2, 1)
     for tokens in (1, 8):
+        rows = group_rows(torch.arange(tokens) % 2, 2)
         x_TI, y_TO = torch.randn(tokens, inputs), torch.zeros(tokens, out)
-        bands(y_TO, x_TI, blob, plan, impl="cpu")
+        bands(y_TO, x_TI, rows, table, impl="cpu")
         expected = x_TI.double() @ delta_OI.T
         error = float((y_TO - expected).norm() / expected.norm())
         if not error < 1e-5:
@@ -88,18 +108,19 @@ def copy_bandwidth() -> float:
 
 
 def measure(
-    out: int, inputs: int, tokens: int, dtype: torch.dtype, blobs: list[Tensor], plan: Plan
+    out: int, inputs: int, tokens: int, tenants: int, dtype: torch.dtype, tables: list[BandTable]
 ) -> Callable[[float], dict[str, list[float]]]:
     """A function that takes turns for some seconds and gives the seconds of each turn."""
     weights = pool(torch.randn(out, inputs, dtype=dtype))
     x_TI, y_TO = torch.randn(tokens, inputs, dtype=dtype), torch.zeros(tokens, out, dtype=dtype)
+    rows = group_rows(torch.arange(tokens) % tenants, tenants)
     turn = 0
 
     def linear() -> None:
         nn.functional.linear(x_TI, weights[turn % len(weights)])
 
     def packed(impl: str) -> Callable[[], None]:
-        return lambda: bands(y_TO, x_TI, blobs[turn % len(blobs)], plan, impl=impl)
+        return lambda: bands(y_TO, x_TI, rows, tables[turn % len(tables)], impl=impl)
 
     calls = {"base": linear, "cpu": packed("cpu"), "reference": packed("reference")}
 
@@ -134,7 +155,12 @@ def milliseconds(times: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", action="append", help="OUTxIN; may be repeated")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=["1/1", "8/1", "64/1", "16/4", "16/16"],
+        help="rows of the batch / tenants that they belong to",
+    )
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each row of the table")
@@ -142,9 +168,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     limit = copy_bandwidth()
-    print(f"torch {torch.__version__}, {args.threads} threads, {cpu.default_isa()}")
+    print(f"torch {torch.__version__}, {args.threads} threads, {native.default_isa()}")
     print(f"copy: {limit:.1f} GB/s read and written\n")
-    print("| out × in | dtype | T | base ms | cpu ms | reference ms | reference ÷ cpu | "
+    print("| out × in | dtype | rows / tenants | base ms | cpu ms | reference ms | reference ÷ cpu | "
           "cpu ÷ base | GB/s | of the copy |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
     for shape in args.shape or SHAPES:
@@ -152,15 +178,17 @@ def main() -> None:
         plan = paper_plan(out, inputs)
         blob = random_blob(out, inputs, plan)
         check(out, inputs, blob, plan, dense(read_bands(blob, (out, inputs), plan)).double())
-        blobs = pool(blob)
         for name in args.dtype:
-            for tokens in args.tokens:
+            for batch in args.rows:
+                tokens, tenants = map(int, batch.split("/"))
+                copies = max(2, POOL // (tenants * blob.numel()))
+                tables = tables_of(out, inputs, blob, plan, tenants, copies)
                 dtype = getattr(torch, name)
-                times = measure(out, inputs, tokens, dtype, blobs, plan)(args.seconds)
+                times = measure(out, inputs, tokens, tenants, dtype, tables)(args.seconds)
                 ms = {key: milliseconds(value) for key, value in times.items()}
-                rate = blob.numel() / ms["cpu"] / 1e6
+                rate = tenants * blob.numel() / ms["cpu"] / 1e6
                 print(
-                    f"| {out} × {inputs} | {name} | {tokens} | {ms['base']:.3f} | {ms['cpu']:.3f} | "
+                    f"| {out} × {inputs} | {name} | {batch} | {ms['base']:.3f} | {ms['cpu']:.3f} | "
                     f"{ms['reference']:.1f} | {ratio(times, 'reference', 'cpu'):.1f} | "
                     f"{100 * ratio(times, 'cpu', 'base'):.0f} % | {rate:.1f} | "
                     f"{100 * rate / limit:.0f} % |",

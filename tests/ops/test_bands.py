@@ -200,6 +200,8 @@ def test_rows_out_of_range(impl, ids):
 
 
 def test_threads_do_not_change_a_bit(impl):
+    if impl == "triton":  # has no threads of ours
+        return
     table, _ = filled(640, [512, 100], [(Band(8, 3), Band(3, 20), Band(2, 100))] * 3)
     before = torch.get_num_threads()
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_helpers import DEVICE, MIXES, assert_framed, framed, randn
+from ops_helpers import DEVICE, INTERPRETED, MIXES, assert_framed, framed, randn
 
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.ops.norm import norm
@@ -13,7 +13,10 @@ def rows_of(slots):
     return group_rows(torch.tensor(slots, dtype=torch.int64, device=DEVICE), 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+# The interpreter cuts float32 off to bfloat16; that GPUs round is read from the PTX.
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+)
 @pytest.mark.parametrize("slots", MIXES, ids=str)
 def test_tenants_have_their_own_weight(impl, slots, dtype):
     for size in (1, 63, 576, 1100):

@@ -77,6 +77,21 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: {name} cannot be read: {error}") from error
 
+    def sample(self, name: str) -> str:
+        """Fingerprint of a tensor's sampled values (`sample_digest`); reads little of the file.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path}: no tensor named {name}")
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                return sample_digest(file.get_tensor(name))  # a view: pages come as they are read
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: {name} cannot be read: {error}") from error
+
     def nbytes(self) -> int:
         """Bytes of all weight files."""
         return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})

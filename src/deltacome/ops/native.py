@@ -1,4 +1,5 @@
-"""The library behind the CPU implementations: a little C++ that reads packed codes, called through ctypes.
+"""The library behind the CPU implementations: a little C++ that reads packed codes, called through
+ctypes.
 
 At decode a delta is some hundred thousand to some million codes a layer, each used once. What could
 run them, and why it does not:
@@ -10,15 +11,15 @@ run them, and why it does not:
 - numba brings LLVM along, and leaves to it what a shift by an amount that depends on the lane becomes.
 - torch's C++ extensions compile against its headers, slowly, and a wheel of them fits one version.
 
-So `native.cpp` has a plain C interface and no dependency. The wheel's build hook compiles it in seconds
-with the system's compiler, once for each instruction set, into libraries of which one is loaded
-here. Which one follows `torch.backends.cpu.get_cpu_capability()`, so that the variable
+So `native.cpp` has a plain C interface and no dependency. The wheel's build hook compiles it in
+seconds with the system's compiler, once for each instruction set, into libraries of which one is
+loaded here. Which one follows `torch.backends.cpu.get_cpu_capability()`, so that the variable
 `ATEN_CPU_CAPABILITY` that lowers torch's own kernels lowers these too. Without a compiler the package
 installs as before, and asking for this implementation is an error that says why.
 
-Threads are OpenMP's, of the runtime that torch has loaded, as many as `torch.get_num_threads()`; a call
-too small to be worth waking one stays on the caller's. All tenants of a call are one list of tasks. Sums
-are ordered alike for any number of threads.
+Threads are OpenMP's, of the runtime that torch has loaded, as many as `torch.get_num_threads()`; a
+call too small to be worth waking one stays on the caller's. All tenants of a call are one list of
+tasks. Sums are ordered alike for any number of threads.
 
 Activations of float32 and bfloat16 are read and written as they lie; other dtypes and outputs with
 gaps between columns are converted by torch and copied back, which a float16 model pays for.

@@ -1,8 +1,8 @@
 """Everything of vLLM that is not its public interface, in one place, checked when the plugin starts.
 
-A plugin that hooks into an engine breaks when the engine changes, and the worst way to break is to serve
-the base under a tenant's name. So a version outside of the tested range is refused, and so is one whose
-functions have other parameters than those that the hooks were written for.
+A plugin that hooks into an engine breaks when the engine changes, and the worst way to break is to
+serve the base under a tenant's name. So a version outside of the tested range is refused, and so is
+one whose functions have other parameters than those that the hooks were written for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from packaging.version import Version
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
@@ -43,7 +44,6 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from deltacome.errors import UnsupportedError
 
 __all__ = [
-    "BaseLayerWithLoRA",
     "ColumnParallelLinear",
     "GPUModelRunner",
     "GemmaRMSNorm",
@@ -56,6 +56,7 @@ __all__ = [
     "LoRARequest",
     "LoRAResolver",
     "LoRAResolverRegistry",
+    "LogitsProcessorWithLoRA",
     "MergedColumnParallelLinear",
     "OpenAIServingModels",
     "PPMissingLayer",
@@ -92,6 +93,9 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     VocabParallelEmbedding.forward: ("self", "input_"),
     RMSNorm.forward_native: ("self", "x", "residual"),
     GemmaRMSNorm.forward_native: ("self", "x", "residual"),
+    LogitsProcessorWithLoRA._get_logits: (
+        *("self", "hidden_states", "lm_head", "embedding_bias", "skip_gather"),
+    ),
     OpenAIServingModels.load_lora_adapter: ("self", "request", "base_model_name"),
     OpenAIServingModels.unload_lora_adapter: ("self", "request"),
     OpenAIServingModels.resolve_lora: ("self", "lora_name"),

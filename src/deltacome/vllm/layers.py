@@ -1,9 +1,9 @@
 """What a tenant changes in a layer of vLLM's model.
 
-Linears, embedding and head get their deltas where their `quant_method` computes: before the collectives
-of tensor parallelism, and over a quantised base as well. The object that a layer has already gets a
-subclass of its own class, so that whatever asks what it is gets the answer it expects. (A subclass of two
-classes would not: their layouts differ, and Python refuses the assignment.)
+Linears, embedding and head get their deltas where their `quant_method` computes: before the
+collectives of tensor parallelism, and over a quantised base as well. The object that a layer has
+already gets a subclass of its own class, so that whatever asks what it is gets the answer it expects.
+(A subclass of two classes would not: their layouts differ, and Python refuses the assignment.)
 
 A norm gets another `forward`: rows of tenants are normalised again with their own weight.
 

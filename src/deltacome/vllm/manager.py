@@ -1,12 +1,13 @@
 """vLLM's managers of adapters, taught that some of them are tenants.
 
-The worker's manager loads what a request names: an artifact's folder becomes a `Tenant`, anything else is
-vLLM's. The model's manager owns the slots; a tenant that moves into one has its bytes copied into the
-pool and its tables written. vLLM decides which moves out, the one used longest ago.
+The worker's manager loads what a request names: an artifact's folder becomes a `Tenant`, anything else
+is vLLM's. The model's manager owns the slots; a tenant that moves into one has its bytes copied into
+the pool and its tables written. vLLM decides which moves out, the one used longest ago.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         slots = self.lora_slots
         impl = self.settings.impl or fastest(device)
         check_impl("vLLM", impl)
+        self.evictions = 0
+        self._slot_of: dict[int, int] = {}
         nbytes = self.settings.slot_bytes or default_slot_bytes(places)
         self.pool = Pool(slots, nbytes, device=device)
         scheduler = self.vllm_config.scheduler_config
@@ -68,6 +71,10 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             super()._create_lora_modules()
         finally:
             config.max_loras -= 1
+        if torch.device(self.device).type == "cpu":
+            for module in self.model.modules():
+                if isinstance(module, compat.LogitsProcessorWithLoRA):
+                    _skip_without_adapters(module)
 
     def _create_merged_loras_inplace(self, lora_model: Any) -> None:
         if lora_model.loras:
@@ -84,6 +91,10 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         if not super().activate_adapter(lora_id):
             return False
         slot = self.lora_index_to_id.index(lora_id)
+        before = next((id for id, s in self._slot_of.items() if s == slot), None)
+        if before is not None:
+            del self._slot_of[before]
+            self.evictions += before != lora_id and before in self._registered_adapters
         adapter = self._registered_adapters[lora_id]
         try:
             self._fill(slot, adapter if isinstance(adapter, Tenant) else None)
@@ -91,6 +102,7 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             self._active_adapters.pop(lora_id, None)
             self._deactivate_adapter(lora_id)
             raise
+        self._slot_of[lora_id] = slot
         return True
 
     def _fill(self, slot: int, tenant: Tenant | None) -> None:
@@ -147,25 +159,81 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
 
     _manager_cls = ModelManager
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="deltacome")
+        self._reading: dict[tuple[int, str], Future[Tenant]] = {}
+
     def _load_adapter(self, lora_request: Any) -> Any:
         folder = artifact_path(lora_request.lora_path)
         if not (Path(folder) / MANIFEST_FILE).is_file():
-            if (
-                isinstance(self._adapter_manager, ModelManager)
-                and not self._adapter_manager.settings.lora
-            ):
+            if not self._tenants.settings.lora:
                 raise DeltaError(
                     f"{folder}: expected an artifact ({MANIFEST_FILE}), found none; ordinary adapters "
                     "are off (lora is false in additional_config's deltacome)"
                 )
             return super()._load_adapter(lora_request)
-        manager: Any = self._adapter_manager
+        key = (lora_request.lora_int_id, lora_request.lora_path)
+        reading = self._reading.pop(key, None)
+        return reading.result() if reading is not None else self._read(*key)
+
+    @property
+    def _tenants(self) -> ModelManager:
+        manager = self._adapter_manager
+        assert isinstance(manager, ModelManager)
+        return manager
+
+    def _read(self, id: int, path: str) -> Tenant:
+        manager: Any = self._tenants
+        folder = artifact_path(path)
         tenant = load_tenant(
-            *(lora_request.lora_int_id, folder, manager.model, manager.places),
-            *(manager.base, manager.settings),
+            id, folder, manager.model, manager.places, manager.base, manager.settings
         )
         manager.check_fits(tenant)
+        if torch.device(self.device).type == "cuda":
+            tenant.pin()
         return tenant
+
+    def prefetch(self, id: int, path: str) -> None:
+        """Starts reading an artifact in a thread; `_load_adapter` takes the result."""
+        self._reading[id, path] = self._thread.submit(self._read, id, path)
+
+    def fetched(self, id: int, path: str) -> bool | str:
+        """Whether a prefetch is done; or why the artifact was refused, which ends it."""
+        reading = self._reading.get((id, path))
+        if reading is None or not reading.done():
+            return reading is None
+        if error := reading.exception():
+            del self._reading[id, path]
+            return f"{type(error).__name__}: {error}"
+        return True
+
+    def figures(self) -> dict[str, int]:
+        """What this worker holds, for metrics."""
+        manager = self._tenants
+        tenants = [id for id, one in manager.list_adapters().items() if isinstance(one, Tenant)]
+        return {
+            "known": len(tenants),
+            "resident": sum(id in tenants for id in manager.lora_index_to_id),
+            "slot_bytes": manager.pool.blobs_SN.shape[1],
+            "evictions": manager.evictions,
+        }
+
+
+def _skip_without_adapters(module: Any) -> None:
+    """Lets a head compute as without adapters where the batch has none.
+
+    On a CPU vLLM gathers its low-rank pairs for every row of logits even then, and cannot do it for the
+    logprobs of prompts, whose rows are not those of the batch.
+    """
+    with_adapters = module._get_logits
+
+    def get_logits(*args: Any, **kwargs: Any) -> Any:
+        if module.punica_wrapper.no_lora:
+            return module.base_layer._get_logits(*args, **kwargs)
+        return with_adapters(*args, **kwargs)
+
+    module._get_logits = get_logits
 
 
 def default_slot_bytes(places: list[Place]) -> int:

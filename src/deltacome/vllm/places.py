@@ -1,7 +1,7 @@
 """Where in vLLM's model the tensors of a checkpoint live: fused, renamed and sharded.
 
-vLLM multiplies q, k and v at once, and gate and up; a worker has some rows or columns of each; names are
-those of vLLM's own classes. A place is one module of this worker, and says for each tensor of the
+vLLM multiplies q, k and v at once, and gate and up; a worker has some rows or columns of each; names
+are those of vLLM's own classes. A place is one module of this worker, and says for each tensor of the
 checkpoint in it which rows and columns it has. What a model's loader does by hand is not guessed at: a
 tensor that no place names is reported, and a tenant that changes it is refused.
 """

@@ -1,9 +1,9 @@
 """A worker's part of a packed term, under tensor parallelism: slices of the same bytes.
 
-A factor is stored direction by direction, so a shard of a matrix's rows is a run of every direction of U,
-and one of its columns a run of every direction of V. Runs begin where a scale group begins: to cut a
-group in two, its codes would have to be packed anew around another scale, and no two workers would hold
-what the artifact holds. Shards of real models are multiples of the group.
+A factor is stored direction by direction, so a shard of a matrix's rows is a run of every direction of
+U, and one of its columns a run of every direction of V. Runs begin where a scale group begins: to cut
+a group in two, its codes would have to be packed anew around another scale, and no two workers would
+hold what the artifact holds. Shards of real models are multiples of the group.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """An artifact as a worker holds it on the host: its shards of the packed terms, and where they go.
 
-A tenant is all that activation needs, so that making one resident is copying and nothing else. To vLLM it
-is an adapter without low-rank pairs.
+A tenant is all that activation needs, so that making one resident is copying and nothing else. To vLLM
+it is an adapter without low-rank pairs.
 
 Loading checks everything: the configuration, the fingerprints of the base, that each tensor that the
-artifact changes has its place in the model, that it fits into a slot. What does not fit is refused with
-the list of tensors or the figure to set.
+artifact changes has its place in the model, that it fits into a slot. What does not fit is refused
+with the list of tensors or the figure to set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltacome.arch.checkpoint import Checkpoint, sample_digest
+from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.manifest import Record
@@ -53,6 +53,13 @@ class Tenant:
     modules_to_save: dict[str, Any] = field(default_factory=dict)
     is_3d_lora_weight: bool = False
 
+    def pin(self) -> None:
+        """Moves the packed terms into one piece of pinned memory: one copy to the device."""
+        image = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
+        for offset, chunk in self.chunks:
+            image[offset : offset + chunk.numel()] = chunk
+        self.chunks = [(0, image)]
+
     def get_lora(self, module_name: str) -> None:
         """No low-rank pair, for any module."""
 
@@ -81,7 +88,7 @@ class Base:
         if name not in self._samples:
             if name not in self.checkpoint.tensors:
                 raise MismatchError(f"{name}: the base {self.checkpoint.path} has no such tensor")
-            self._samples[name] = sample_digest(self.checkpoint.read(name))
+            self._samples[name] = self.checkpoint.sample(name)
         if self._samples[name] != record.base_sample:
             raise MismatchError(
                 f"{record.name}: wrong base: expected {name} of fingerprint {record.base_sample}, got "

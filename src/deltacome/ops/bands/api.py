@@ -190,7 +190,7 @@ def _band_rows(
         from deltacome.ops.bands import triton
 
         triton.band_rows(
-            *(y, ids, order, tiles, blobs, fields, out),
+            *(y, ids, slot, order, tiles, blobs, fields, out),
             *(tile, max_rank, group_size, scale),
         )
     else:

@@ -1,0 +1,32 @@
+"""The Triton kernels in Triton's interpreter: the tests of the ops, once more in a process of their own.
+
+Where there is a GPU the tests run on it as well (`ops_helpers.IMPLS`).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ops_helpers import INTERPRETED
+
+FILES = ("test_bands.py", "test_signs.py", "test_norm.py")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the child")
+def test_in_the_interpreter():
+    here = Path(__file__).parent
+    files = [str(here / name) for name in FILES]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", *files],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    passed = (
+        int(child.stdout.rpartition(" passed")[0].split()[-1]) if " passed" in child.stdout else 0
+    )
+    assert passed > 150 or child.stdout.count(".") > 150, child.stdout
