@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltacome.errors import ArtifactError, DeltaError
-from deltacome.format.codec import BandTensors, read_bands
+from deltacome.format.codec import BandTensors, SignTensors, read_bands, read_signs
 from deltacome.format.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -110,8 +110,11 @@ class Artifact:
         A view of the file where it lies aligned there, else a copy (exact tensors of odd size push
         what follows them in a file off its alignment).
         """
-        blob = self._read(f"{name}.bands")
-        return blob if blob.data_ptr() % ALIGN == 0 else blob.clone()
+        return self._blob(f"{name}.bands")
+
+    def signs_blob(self, name: str) -> Tensor:
+        """The packed signs of a tensor, as `blob` gives its bands: uint8 (nbytes,)."""
+        return self._blob(f"{name}.signs")
 
     def bands(self, name: str) -> list[BandTensors]:
         """The packed bands of a tensor, views of its blob."""
@@ -119,6 +122,12 @@ class Artifact:
         return read_bands(
             self.blob(name), record.bands_shape, record.plan, self.manifest.group_size
         )
+
+    def signs(self, name: str) -> SignTensors:
+        """The packed signs of a tensor, views of their blob."""
+        record = self.manifest.records[name]
+        assert record.sign_scales is not None, name
+        return read_signs(self.signs_blob(name), record.bands_shape, record.sign_scales)
 
     def exact(self, name: str) -> Tensor:
         """The exact rows of a tensor, in the tuned model's dtype."""
@@ -145,6 +154,7 @@ class Artifact:
                 "shape": list(record.shape),
                 "kind": record.kind,
                 "plan": [[band.bits, band.count] for band in record.plan],
+                "sign_scales": record.sign_scales,
                 "bytes": record.nbytes(manifest.group_size),
                 "error": record.error,
             }
@@ -173,6 +183,10 @@ class Artifact:
                 raise ArtifactError(
                     f"{self.path / name}: expected SHA-256 {shard.sha256}, got {got}"
                 )
+
+    def _blob(self, key: str) -> Tensor:
+        blob = self._read(key)
+        return blob if blob.data_ptr() % ALIGN == 0 else blob.clone()
 
     def _read(self, key: str) -> Tensor:
         file = self.path / self._where[key]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from deltacome.errors import ArtifactError, PlanError
-from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, codes_nbytes, rank
+from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, codes_nbytes, rank, sign_sections
 
 SCHEMA = 1
 MANIFEST_FILE = "delta_config.json"
@@ -35,8 +35,8 @@ DTYPES = {
 class Record:
     """What the artifact holds of one tensor of the tuned checkpoint.
 
-    The tuned value of the rows `[0, plan_rows)` is base + bands, that of `exact_rows` is stored as
-    it is, and a record with neither is the same as the base.
+    The tuned value of the rows that base and tuned have in common is base + signs + bands, that of
+    `exact_rows` is stored as it is, and a record with none of them is the same as the base.
     """
 
     name: str
@@ -50,6 +50,8 @@ class Record:
     base_digest: str | None
     """Fingerprint of all bytes of the base's tensor (`arch.checkpoint.full_digest`)."""
     plan: Plan = ()
+    sign_scales: int | None = None
+    """Scales of the signs term: 1, or one for each row that it covers; None without the term."""
     exact_rows: tuple[int, int] | None = None
     """Rows stored as their tuned value, [start, stop); all of a 0-dimensional tensor is (0, 1)."""
     error: float | None = None
@@ -57,10 +59,14 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """`same`, `bands` or `exact`: the name of the term that stands for most of the tensor."""
-        if self.plan:
-            return "bands"
-        return "exact" if self.exact_rows else "same"
+        """What stands for most of the tensor: `bands`, `signs`, `signs+bands`, `exact` or `same`."""
+        packed = [*(["signs"] if self.sign_scales else []), *(["bands"] if self.plan else [])]
+        return "+".join(packed) or ("exact" if self.exact_rows else "same")
+
+    @property
+    def packed(self) -> bool:
+        """Whether there is a term of codes: bands, signs or both."""
+        return bool(self.plan or self.sign_scales)
 
     @property
     def replaced(self) -> bool:
@@ -69,7 +75,7 @@ class Record:
 
     @property
     def bands_shape(self) -> tuple[int, int]:
-        """(out, in) of the part that bands cover: the rows that base and tuned have in common."""
+        """(out, in) of what bands and signs cover: the rows that base and tuned have in common."""
         assert self.base_shape is not None
         return min(self.shape[0], self.base_shape[0]), self.shape[1]
 
@@ -86,6 +92,9 @@ class Record:
         if self.plan:
             nbytes = bands_nbytes(self.bands_shape, self.plan, group)
             entries[f"{self.name}.bands"] = ("uint8", (nbytes,))
+        if self.sign_scales:
+            nbytes = sign_sections(self.bands_shape, self.sign_scales)[2]
+            entries[f"{self.name}.signs"] = ("uint8", (nbytes,))
         if self.exact_rows:
             entries[f"{self.name}.exact"] = (self.dtype, self.exact_shape)
         return entries
@@ -96,7 +105,10 @@ class Record:
 
     def codes_nbytes(self) -> float:
         """Bytes of codes alone, as papers count."""
-        return codes_nbytes(self.bands_shape, self.plan) if self.plan else 0.0
+        if not self.packed:
+            return 0.0
+        signs = math.prod(self.bands_shape) / 8 if self.sign_scales else 0.0
+        return codes_nbytes(self.bands_shape, self.plan) + signs
 
     def tuned_nbytes(self) -> int:
         """Bytes of the tuned tensor as if at 16 bit."""
@@ -135,12 +147,12 @@ class Manifest:
         return sum(record.tuned_nbytes() for record in self.records.values())
 
     def nominal_ratio(self) -> float | None:
-        """16-bit bytes ÷ bytes of codes, over the tensors held as bands: the ratio of papers."""
-        banded = [record for record in self.records.values() if record.plan]
-        if not banded:
+        """16-bit bytes ÷ bytes of codes, over the tensors held as codes: the ratio of papers."""
+        packed = [record for record in self.records.values() if record.packed]
+        if not packed:
             return None
-        covered = sum(2 * record.bands_shape[0] * record.bands_shape[1] for record in banded)
-        return covered / sum(record.codes_nbytes() for record in banded)
+        covered = sum(2 * math.prod(record.bands_shape) for record in packed)
+        return covered / sum(record.codes_nbytes() for record in packed)
 
     def to_json(self) -> str:
         """The text of the file, one line."""
@@ -211,6 +223,8 @@ def record_to_json(record: Record) -> dict[str, Any]:
         value["base_digest"] = record.base_digest
     if record.plan:
         value["plan"] = [[band.bits, band.count] for band in record.plan]
+    if record.sign_scales:
+        value["sign_scales"] = record.sign_scales
     if record.exact_rows:
         value["exact_rows"] = list(record.exact_rows)
     if record.error is not None:
@@ -240,6 +254,7 @@ def record_from_json(name: str, value: Any) -> Record:
         base_sample=_take(value, "base_sample", _string, where) if has_base else None,
         base_digest=_take(value, "base_digest", _string, where) if has_base else None,
         plan=_take(value, "plan", _plan, where, default=()),
+        sign_scales=_take(value, "sign_scales", _integer(1, MAX_DIM), where, default=None),
         exact_rows=_take(value, "exact_rows", _rows, where, default=None),
         error=_take(value, "error", _number, where, default=None),
     )
@@ -262,11 +277,15 @@ def _check_record(record: Record, kind: str, where: str) -> None:
         if record.base_shape[1:] != record.shape[1:] or (not record.shape and record.base_shape):
             refuse(f"a base of row shape {record.shape[1:]}", record.base_shape)
         covered = min(rows, record.base_shape[0] if record.base_shape else 1)
-    if record.plan:
+    if record.packed:
         if len(record.shape) != 2 or record.base_shape is None:
-            refuse("bands only on a matrix that the base has too", record.shape)
-        if covered == 0 or rank(record.plan) > min(record.bands_shape):
-            refuse(f"at most {min(record.bands_shape)} directions", rank(record.plan))
+            refuse("bands and signs only on a matrix that the base has too", record.shape)
+        if covered == 0 or record.shape[1] == 0:
+            refuse("bands and signs only where they cover rows", f"{covered} rows")
+    if record.plan and rank(record.plan) > min(record.bands_shape):
+        refuse(f"at most {min(record.bands_shape)} directions", rank(record.plan))
+    if record.sign_scales not in (None, 1, covered):
+        refuse(f"1 or {covered} sign_scales", record.sign_scales)
     start, stop = record.exact_rows or (rows, rows)
     if not (start == covered and stop == rows) or (record.exact_rows and start == stop and rows):
         refuse(f"exact_rows [{covered}, {rows})", f"[{start}, {stop})")

@@ -118,6 +118,8 @@ def tuned_tensor(base: Checkpoint, artifact: Artifact, record: Record) -> Tensor
         assert exact is not None  # the manifest has an account of every row
         return exact
     kept = before[: record.shape[0]] if record.shape else before
+    if record.sign_scales:
+        kept = artifact.signs(record.name).dense().add_(kept)
     if record.plan:
         kept = dense(artifact.bands(record.name)).add_(kept)
     kept = kept.to(DTYPES[record.dtype])

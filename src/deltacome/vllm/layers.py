@@ -51,15 +51,19 @@ class Delta:
         """Whether there is nothing to add, where that may be asked for."""
         return self.step.idle and not _must_run(self.bands.fields_SPBF)
 
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """Adds each row's own delta to a linear's output, in place."""
+    def add(self, y: Tensor, x: Tensor, *, biased: bool) -> None:
+        """Adds each row's own delta to a linear's output, in place.
+
+        Args:
+            biased: the layer added its bias; of the workers that share a row-parallel layer one does.
+        """
         size = sum(self.bands.outs)
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])[:, :size]
         rows = self.step.sampled(x_TI) if self.head else self.step.tokens(x_TI.shape[0])
         bands(y_TO, x_TI, rows, self.bands, impl=self.impl)
         if self.signs is not None:
             signs(y_TO, x_TI, rows, self.signs, impl=self.impl)
-        if self.bias_SO is not None:
+        if self.bias_SO is not None and biased:
             y_TO.add_(self.bias_SO[rows.slot_T.long()].to(y.dtype))
 
     def add_rows(self, y: Tensor, ids: Tensor) -> None:
@@ -164,7 +168,7 @@ def _with_delta(kind: type) -> type:
         y = kind.apply(self, layer, x, bias)  # pyright: ignore[reportAttributeAccessIssue]
         delta = layer._delta
         if not delta.idle:
-            delta.add(y, x)
+            delta.add(y, x, biased=bias is not None)
         return y
 
     def embedding(self: Any, layer: Any, input_: Tensor) -> Tensor:

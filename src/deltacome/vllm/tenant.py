@@ -237,14 +237,13 @@ def _add_packed(
         )
         placed = PlacedBands(_append(tenant, blob), record.plan)
         tenant.bands.setdefault(place.name, [None] * parts)[index] = placed
-    scales = getattr(record, "sign_scales", None)
-    if scales:
+    if scales := record.sign_scales:
         if not settings.signs:
             raise UnsupportedError(
                 f"{name}: has a dense 1-bit term: set signs to true in additional_config's deltacome"
             )
         blob = shard_signs(
-            *(name, artifact.signs_blob(name), shape, scales, part.rows, part.columns)  # pyright: ignore
+            *(name, artifact.signs_blob(name), shape, scales, part.rows, part.columns)
         )
         mine = 1 if scales == 1 else part.size
         placed = PlacedSigns(_append(tenant, blob), mine)

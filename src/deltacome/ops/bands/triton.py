@@ -23,8 +23,8 @@ the long axis lies within one group, shrink multiplies its partial sums and expa
 *Splits.* Few rows make few programs, so shrink can cut its sum over `in` into several parts, which
 expand adds in a fixed order: results do not depend on timing, as those of atomic additions do.
 
-What is not known: no GPU has run this. It is checked in Triton's interpreter and compiled ahead of time for
-sm_80 and sm_90, its registers and shared memory read from the compiler's report. By its instructions
+What is not known: no GPU has run this. It is checked in Triton's interpreter and compiled ahead of time
+for sm_80 and sm_90, its registers and shared memory read from the compiler's report. By its instructions
 (about 4.5 for a 2-bit code at a tile of one row) decoding will be limited by them and not by bandwidth.
 
 Legend: T tokens, I in, O out, S slots, N bytes of a slot, P parts, B bands, F fields, M tiles.

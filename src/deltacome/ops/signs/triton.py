@@ -31,7 +31,7 @@ CONFIGS = {
     torch.float16: ((4, 2, 64, 2 * BLOCK), (8, 2, 64, 2 * BLOCK), (4, 1, 64, 2 * BLOCK)),
     torch.bfloat16: ((4, 2, 64, 2 * BLOCK), (8, 2, 64, 2 * BLOCK), (4, 1, 64, 2 * BLOCK)),
 }
-"""(warps, stages, outputs of a block, inputs taken at a time), by the dtype of x; none spills registers."""
+"""(warps, stages, outputs of a block, inputs taken at a time), by the dtype of x; none spills."""
 
 _WORDS = tl.constexpr(fields.WORDS)
 _SCALES = tl.constexpr(fields.SCALES)

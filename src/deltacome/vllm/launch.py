@@ -1,0 +1,127 @@
+"""What `deltacome serve` runs: vLLM with the flags and the environment that its tenants need.
+
+Nothing of vLLM is imported here. The command is that of vLLM's API server, and `--dry-run` shows it; what
+follows `--` goes to it as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltacome.arch.checkpoint import Checkpoint
+from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.format.artifact import Artifact
+from deltacome.format.spec import bands_nbytes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command and what its environment adds to ours."""
+
+    command: list[str]
+    environment: dict[str, str]
+
+    def __str__(self) -> str:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.command)])
+
+    def run(self) -> None:
+        """Becomes the server; does not return."""
+        os.execvpe(self.command[0], self.command, os.environ | self.environment)
+
+
+def plan_launch(
+    base: str,
+    tenants: Mapping[str, str],
+    *,
+    folder: str | None = None,
+    slots: int | None = None,
+    slot_bytes: int | None = None,
+    lora: bool = False,
+    port: int = 8000,
+    more: Sequence[str] = (),
+) -> Launch:
+    """The command that serves a base and its tenants; checks every tenant first.
+
+    Args:
+        base: folder or Hub name of the base.
+        tenants: name → folder of an artifact.
+        folder: where tenants that are not named are found when a request names them: a folder, or an
+            address that fsspec understands.
+        slots: tenants in one batch; by default all of them, at most 16.
+        slot_bytes: bytes of a slot; by default those of the largest tenant, in `tenants` or a local
+            `folder`.
+        lora: whether ordinary LoRA adapters are served too.
+        port: of the server.
+        more: arguments of vLLM.
+
+    Raises:
+        MismatchError: a tenant of another base.
+        ArtifactError: a folder is not a whole artifact.
+        UnsupportedError: tenants with scale groups of different sizes.
+    """
+    known = {name: Artifact.open(path) for name, path in tenants.items()}
+    found = dict(known)
+    if folder is not None and Path(folder).is_dir():
+        for one in sorted(Path(folder).iterdir()):
+            if (one / "delta_config.json").is_file():
+                found.setdefault(one.name, Artifact.open(one))
+    checkpoint = Checkpoint(base)
+    for name, artifact in found.items():
+        check_base(name, artifact, checkpoint)
+    groups = {artifact.manifest.group_size for artifact in found.values()}
+    if len(groups) > 1:
+        raise UnsupportedError(f"tenants: expected one size of scale groups, got {sorted(groups)}")
+    settings: dict[str, object] = {"lora": lora}
+    if slot_bytes is None and found:
+        slot_bytes = max(map(packed_nbytes, found.values()))
+    if slot_bytes is not None:
+        settings["slot_bytes"] = slot_bytes
+    if groups:
+        (settings["group_size"],) = groups
+    if folder is not None:
+        settings["tenants"] = folder
+    slots = slots or min(16, max(1, len(found)))
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base]
+    command += ["--port", str(port), "--enable-lora", "--max-loras", str(slots)]
+    command += ["--max-cpu-loras", str(max(slots, len(found), 4 * slots))]
+    command += ["--additional-config", json.dumps({"deltacome": settings})]
+    if known:
+        modules = [f"{name}={artifact.path.resolve()}" for name, artifact in known.items()]
+        command += ["--lora-modules", *modules]
+    return Launch([*command, *more], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"})
+
+
+def packed_nbytes(artifact: Artifact) -> int:
+    """Bytes of an artifact's packed terms, as a slot holds them."""
+    group = artifact.manifest.group_size
+    return sum(
+        bands_nbytes(record.bands_shape, record.plan, group)
+        for record in artifact.manifest.records.values()
+        if record.plan
+    )
+
+
+def check_base(name: str, artifact: Artifact, base: Checkpoint) -> None:
+    """Compares sampled fingerprints of all tensors.
+
+    Raises:
+        MismatchError: names the tensor.
+    """
+    for record in artifact.manifest.records.values():
+        if record.base_name is None or record.base_sample is None:
+            continue
+        if record.base_name not in base.tensors:
+            raise MismatchError(f"{name}: {record.base_name}: {base.path} has no such tensor")
+        got = base.sample(record.base_name)
+        if got != record.base_sample:
+            raise MismatchError(
+                f"{name}: {record.name}: wrong base: expected fingerprint {record.base_sample}, got "
+                f"{got} in {base.path}"
+            )
