@@ -34,7 +34,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltacome.format.codec import BandTensors, Factor, dense, write_bands, write_signs
+from deltacome.format.codec import (
+    BandTensors,
+    Factor,
+    SignTensors,
+    dense,
+    write_bands,
+    write_signs,
+)
 from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, format_plan, rank
 from deltacome.ops.bands import bands
 from deltacome.ops.rows import Rows, group_rows
@@ -66,7 +73,8 @@ class Deltas:
         distinct = [random_bands(shape, plan) for _ in range(min(DISTINCT, tenants))]
         positive = [torch.rand(out, size) > 0.5 for _ in distinct]
         blobs = [write_bands(b).to(device) for b in distinct]
-        sign_blobs = [write_signs(p, torch.full((1,), 0.02)).to(device) for p in positive]
+        scale = torch.full((1,), 0.02)
+        sign_blobs = [write_signs(SignTensors.from_signs(p, scale)).to(device) for p in positive]
         self.dense = [dense(b) for b in distinct]
         self.dense_signs = [0.02 * (2.0 * p - 1) for p in positive]
         self.nbytes, self.sign_nbytes = len(blobs[0]), len(sign_blobs[0])

@@ -164,7 +164,7 @@ LAYER = ("tensors", "layer.weight")
         ((*LAYER, "exact_rows", [6, 7]), r"exact_rows \[7, 7\)"),
         ((*LAYER, "exact_rows", [7, 8]), r"exact_rows \[7, 7\)"),
         ((*LAYER, "exact_rows", [7, 7]), r"exact_rows \[7, 7\)"),
-        ((*LAYER, "exact_rows", [0, 7]), "at most 7 directions"),
+        ((*LAYER, "exact_rows", [0, 7]), "only where they cover rows"),
         (("tensors", "embed.weight", "exact_rows", ABSENT), r"exact_rows \[7, 9\)"),
         (("tensors", "embed.weight", "exact_rows", [8, 9]), r"exact_rows \[7, 9\)"),
         (("tensors", "embed.weight", "exact_rows", [7, 8]), r"exact_rows \[7, 9\)"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from artifact_helpers import random_bands
 
-from deltacome.format.codec import dense, write_bands, write_signs
+from deltacome.format.codec import SignTensors, dense, write_bands, write_signs
 from deltacome.format.spec import Band, bands_nbytes, rank
 from deltacome.ops import native
 from deltacome.ops.rows import group_rows
@@ -140,7 +140,7 @@ def filled_signs(in_size, outs, slots=3, empty=1):
             scales = out if slot % 2 else 1
             positive = randn(out, in_size, seed=slot * 10 + i).cpu() > 0
             scale = (randn(scales, seed=slot).cpu().abs() + 0.1) / in_size**0.5
-            blob = write_signs(positive, scale)
+            blob = write_signs(SignTensors.from_signs(positive, scale))
             pool.load(slot, offset, blob)
             placed.append(PlacedSigns(offset, scales))
             pieces.append((2.0 * positive.double() - 1) * scale.double()[:, None])

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltacome.errors import ArtifactError, DeltaError
-from deltacome.format.codec import BandTensors, SignTensors, read_bands, read_signs
+from deltacome.format.codec import BandTensors, Packed, SignTensors, read_bands, read_signs
 from deltacome.format.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -128,6 +128,12 @@ class Artifact:
         record = self.manifest.records[name]
         assert record.sign_scales is not None, name
         return read_signs(self.signs_blob(name), record.bands_shape, record.sign_scales)
+
+    def packed(self, name: str) -> Packed:
+        """All packed terms of a tensor, views of their blobs."""
+        record = self.manifest.records[name]
+        bands = self.bands(name) if record.plan else ()
+        return Packed(bands, self.signs(name) if record.sign_scales else None)
 
     def exact(self, name: str) -> Tensor:
         """The exact rows of a tensor, in the tuned model's dtype."""

@@ -258,25 +258,25 @@ class SignTensors:
     size: int
     """I."""
 
+    @classmethod
+    def from_signs(cls, positive_OI: Tensor, scale: Tensor) -> SignTensors:
+        """Packs where a delta is positive, bool (O, I), with (1,) scale or (O,) scales."""
+        (words_OW,) = pack(positive_OI.to(torch.uint8), 1)
+        return cls(words_OW, scale.float(), positive_OI.shape[1])
+
     def dense(self) -> Tensor:
         """float32 (O, I)."""
         codes_OI = unpack((self.words,), 1, self.size)
         return (2 * codes_OI.float() - 1) * self.scale[:, None]
 
 
-def write_signs(positive_OI: Tensor, scale: Tensor) -> Tensor:
-    """Lays out a signs term as the blob that goes to disk: uint8 (nbytes,), padding bytes zero.
-
-    Args:
-        positive_OI: bool (O, I), where the delta is positive.
-        scale: float32, (1,) for the matrix or (O,) for its rows.
-    """
-    shape = (positive_OI.shape[0], positive_OI.shape[1])
-    words, scales, nbytes = sign_sections(shape, scale.numel())
+def write_signs(signs: SignTensors) -> Tensor:
+    """Lays out a signs term as the blob that goes to disk: uint8 (nbytes,), padding bytes zero."""
+    shape = (len(signs.words), signs.size)
+    words, scales, nbytes = sign_sections(shape, signs.scale.numel())
     blob = torch.zeros(nbytes, dtype=torch.uint8)
-    (words_OW,) = pack(positive_OI.to(torch.uint8).cpu(), 1)
-    for at, tensor in ((words, words_OW), (scales, scale.float().cpu().contiguous())):
-        raw = tensor.contiguous().view(-1).view(torch.uint8)
+    for at, tensor in ((words, signs.words), (scales, signs.scale)):
+        raw = tensor.cpu().contiguous().view(-1).view(torch.uint8)
         blob[at : at + len(raw)] = raw
     return blob
 
@@ -297,3 +297,25 @@ def read_signs(blob: Tensor, shape: tuple[int, int], scales: int) -> SignTensors
     words_OW = blob[words : words + 4 * row_words * shape[0]].view(torch.int32)
     scale = blob[at : at + 4 * scales].view(torch.float32)
     return SignTensors(words_OW.view(shape[0], row_words), scale, shape[1])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The packed terms of one matrix: its delta is the sum of what is there."""
+
+    bands: Sequence[BandTensors] = ()
+    signs: SignTensors | None = None
+
+    def dense(self) -> Tensor:
+        """float32 (O, I): the delta that the terms stand for together."""
+        if self.signs is None:
+            return dense(self.bands)
+        total_OI = self.signs.dense()
+        for band in self.bands:
+            total_OI += band.dense()
+        return total_OI
+
+    def blobs(self) -> dict[str, Tensor]:
+        """What goes to disk: kind of term → uint8 (nbytes,); its entry is called `<name>.<kind>`."""
+        blobs = {"bands": write_bands(self.bands)} if self.bands else {}
+        return blobs if self.signs is None else blobs | {"signs": write_signs(self.signs)}

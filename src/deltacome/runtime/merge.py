@@ -21,7 +21,6 @@ from deltacome.arch.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, full_
 from deltacome.errors import ArtifactError, CheckpointError, MismatchError
 from deltacome.format.artifact import INDEX_FILE as DELTA_INDEX_FILE
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped, write_atomic
-from deltacome.format.codec import dense
 from deltacome.format.manifest import DTYPES, MANIFEST_FILE, Record, entry_nbytes
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -118,10 +117,8 @@ def tuned_tensor(base: Checkpoint, artifact: Artifact, record: Record) -> Tensor
         assert exact is not None  # the manifest has an account of every row
         return exact
     kept = before[: record.shape[0]] if record.shape else before
-    if record.sign_scales:
-        kept = artifact.signs(record.name).dense().add_(kept)
-    if record.plan:
-        kept = dense(artifact.bands(record.name)).add_(kept)
+    if record.packed:
+        kept = artifact.packed(record.name).dense().add_(kept)
     kept = kept.to(DTYPES[record.dtype])
     return kept if exact is None else torch.cat([kept, exact])
 

@@ -27,7 +27,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Packed:
+class Tables:
     """What the tenants change in a matrix, as the ops read it."""
 
     bands: BandTable | None
@@ -46,7 +46,7 @@ class Packed:
 
 def tuned_linear(
     base: Forward,
-    packed: Packed | None,
+    packed: Tables | None,
     added_NI: Tensor | None,
     bias_SO: Tensor | None,
     choice: Choice,

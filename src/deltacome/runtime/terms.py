@@ -16,7 +16,7 @@ from deltacome.format.artifact import Artifact
 from deltacome.format.spec import bands_nbytes, rank
 from deltacome.ops.slots import BandTable, PlacedBands, Pool, arrange
 from deltacome.runtime.match import Place
-from deltacome.runtime.modules import Packed
+from deltacome.runtime.modules import Tables
 
 
 class Terms:
@@ -60,7 +60,7 @@ class Terms:
                 pool.load(slot, offset, self.artifacts[slot].blob(name))
                 self._offsets[slot, name, device] = offset
 
-    def packed(self, places: Sequence[Place | None]) -> Packed | None:
+    def packed(self, places: Sequence[Place | None]) -> Tables | None:
         """The tables of one matrix; None if no tenant has packed terms for it.
 
         Args:
@@ -80,7 +80,7 @@ class Terms:
             if place is not None and place.record.plan:
                 offset = self._offsets[slot, place.record.name, device]
                 table.load(slot, [PlacedBands(offset, place.record.plan)])
-        return Packed(table, None)
+        return Tables(table, None)
 
     def exact(self, slot: int, place: Place) -> Tensor:
         """Stored rows of a tensor, on the device and in the dtype of its place."""

@@ -72,13 +72,13 @@ def shard_signs(
     """The blob of some rows and columns of a signs term; arguments and errors as `shard_bands`."""
     if list(rows) == [(0, shape[0])] and columns == (0, shape[1]):
         return blob
-    signs: SignTensors = read_signs(blob, shape, scales)
+    signs = read_signs(blob, shape, scales)
     positive_OI = signs.dense() * signs.scale.sign()[:, None] > 0
     scale = signs.scale
     if len(scale) > 1:
         scale = torch.cat([scale[start:stop] for start, stop in rows])
     picked = torch.cat([positive_OI[start:stop] for start, stop in rows])
-    return write_signs(picked[:, columns[0] : columns[1]], scale)
+    return write_signs(SignTensors.from_signs(picked[:, columns[0] : columns[1]], scale))
 
 
 def _runs(name: str, factor: Factor, runs: Sequence[Range]) -> Factor:
