@@ -51,7 +51,7 @@ def survey(
         if pair.base_name is None:
             exact = (0, rows) if rows else None
             records[pair.name] = Record(
-                pair.name, pair.shape, dtype, None, None, None, None, (), exact
+                pair.name, pair.shape, dtype, None, None, None, None, exact_rows=exact
             )
             on_tensor(pair.name)
             continue

@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from deltacome.errors import UnsupportedError
 from deltacome.ops.impls import OLDEST_GPU
@@ -27,7 +27,7 @@ def check_gpu(op: str, *tensors: Tensor) -> None:
         UnsupportedError: names the device or the dtype.
     """
     device = tensors[0].device
-    if not triton.knobs.runtime.interpret:
+    if not knobs.runtime.interpret:
         if device.type != "cuda":
             raise UnsupportedError(
                 f"{op}: impl='triton' expects a CUDA device (or TRITON_INTERPRET=1), got {device}"
@@ -65,7 +65,7 @@ def tuned(
     """
     config = _fastest.get(key)
     if config is None:
-        silent = triton.knobs.runtime.interpret or torch.cuda.is_current_stream_capturing()
+        silent = knobs.runtime.interpret or torch.cuda.is_current_stream_capturing()
         if silent or len(configs) == 1:
             run(configs[0])
             return

@@ -183,7 +183,7 @@ def norm_of(name: str, module: nn.Module) -> tuple[float, float]:
     Raises:
         UnsupportedError: the module computes something else.
     """
-    weight_H = module.weight.detach().double()  # pyright: ignore[reportAttributeAccessIssue]
+    weight_H = module.weight.detach().double()  # pyright: ignore
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(eps, float) and weight_H.dim() == 1:
         generator = torch.Generator().manual_seed(0)

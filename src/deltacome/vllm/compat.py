@@ -150,7 +150,7 @@ def renamer(model: nn.Module) -> Any:
 
 def ties_head(model: nn.Module) -> bool:
     """Whether the head uses the embedding's weight."""
-    config = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return bool(getattr(text, "tie_word_embeddings", False))
 

@@ -8,8 +8,9 @@ tensor that no place names is reported, and a tenant that changes it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -90,18 +91,16 @@ def _place(name: str, module: nn.Module, packed: dict[str, list[str]]) -> Place 
         return Place(name, module, "embedding", (_vocabulary(name, module),))
     if isinstance(module, compat.LinearBase):
         return Place(name, module, "linear", tuple(_linear(name, module, packed)))
-    if isinstance(module, compat.NORMS) and isinstance(
-        getattr(module, "weight", None), nn.Parameter
-    ):
-        size = module.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
-        return Place(name, module, "norm", (Part(name, ((0, size),), (0, 1)),))
+    weight = getattr(module, "weight", None)
+    if isinstance(module, compat.NORMS) and isinstance(weight, nn.Parameter):
+        return Place(name, module, "norm", (Part(name, ((0, len(weight)),), (0, 1)),))
     return None
 
 
-def _vocabulary(name: str, module: nn.Module) -> Part:
-    shard = module.shard_indices  # pyright: ignore
-    rows = (shard.org_vocab_start_index, shard.org_vocab_end_index)  # pyright: ignore
-    return Part(name, (rows,), (0, module.embedding_dim))  # pyright: ignore
+def _vocabulary(name: str, module: Any) -> Part:
+    shard = module.shard_indices
+    rows = (shard.org_vocab_start_index, shard.org_vocab_end_index)
+    return Part(name, (rows,), (0, module.embedding_dim))
 
 
 def _linear(name: str, module: nn.Module, packed: dict[str, list[str]]) -> Iterator[Part]:
@@ -134,39 +133,33 @@ def _joined(rows: Sequence[Range]) -> Iterator[Range]:
     yield start, stop
 
 
-def _runs(name: str, module: nn.Module) -> tuple[list[tuple[int, Range]], Range]:
+def _runs(name: str, module: Any) -> tuple[list[tuple[int, Range]], Range]:
     """For each matrix of a linear: its rows in all, and those of this worker; and the columns."""
     rank, size = compat.tensor_parallel(module)
-    mine: Callable[[int], Range] = lambda full: (rank * (full // size), (rank + 1) * (full // size))  # noqa: E731
-    every = (0, module.input_size)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def mine(full: int) -> Range:
+        return rank * (full // size), (rank + 1) * (full // size)
+
+    every: Range = (0, module.input_size)
     if isinstance(module, compat.QKVParallelLinear):
-        return [*_qkv(module, rank)], every  # pyright: ignore[reportReturnType]
+        return [*_qkv(module, rank)], every
     if isinstance(module, compat.MergedColumnParallelLinear):
-        sizes: list[int] = module.output_sizes
-        return [(full, mine(full)) for full in sizes], every  # pyright: ignore[reportReturnType]
-    full: int = module.output_size  # pyright: ignore
+        return [(full, mine(full)) for full in module.output_sizes], every
+    full: int = module.output_size
     if isinstance(module, compat.RowParallelLinear):
-        return [(full, (0, full))], mine(every[1])  # pyright: ignore
+        return [(full, (0, full))], mine(module.input_size)
     if isinstance(module, compat.ColumnParallelLinear):
-        return [(full, mine(full))], every  # pyright: ignore[reportReturnType]
+        return [(full, mine(full))], every
     if isinstance(module, compat.ReplicatedLinear):
-        return [(full, (0, full))], every  # pyright: ignore[reportReturnType]
+        return [(full, (0, full))], every
     raise UnsupportedError(f"{name}: a linear layer of type {type(module).__name__} is not covered")
 
 
-def _qkv(module: nn.Module, rank: int) -> Iterator[tuple[int, Range]]:
-    heads = (
-        (module.total_num_heads, module.num_heads, module.head_size, rank),
-        *(
-            (
-                module.total_num_kv_heads,
-                module.num_kv_heads,
-                size,
-                rank // module.num_kv_head_replicas,
-            )  # pyright: ignore
-            for size in (module.head_size, module.v_head_size)
-        ),
-    )
-    for total, mine, size, which in heads:
-        first = which * mine * size  # pyright: ignore
-        yield total * size, (first, first + mine * size)  # pyright: ignore
+def _qkv(module: Any, rank: int) -> Iterator[tuple[int, Range]]:
+    queries = (module.total_num_heads, module.num_heads, rank)
+    # Workers outnumbering the heads of k and v hold copies of them.
+    pairs = (module.total_num_kv_heads, module.num_kv_heads, rank // module.num_kv_head_replicas)
+    sizes = (module.head_size, module.head_size, module.v_head_size)
+    for (total, mine, which), size in zip((queries, pairs, pairs), sizes, strict=True):
+        first = which * mine * size
+        yield total * size, (first, first + mine * size)

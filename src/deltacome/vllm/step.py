@@ -87,7 +87,7 @@ class Step:
         if not self._prompt:
             return self._sampled.get(x_TI.shape[0])
         # For the logprobs of a prompt the engine passes a view of the hidden states of all tokens.
-        first, count = x_TI.storage_offset() // x_TI.stride(0), x_TI.shape[0]
+        first, count = int(x_TI.storage_offset()) // x_TI.stride(0), x_TI.shape[0]
         return self._regrouped(self._tokens.slot_T[first : first + count])
 
     def _regrouped(self, slot_T: Tensor) -> Rows:

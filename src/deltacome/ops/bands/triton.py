@@ -30,6 +30,7 @@ for sm_80 and sm_90, its registers and shared memory read from the compiler's re
 Legend: T tokens, I in, O out, S slots, N bytes of a slot, P parts, B bands, F fields, M tiles.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
