@@ -82,9 +82,12 @@ def write_artifact(output, records, entries, *, config=None, group_size=32, file
     """An artifact on disk from records and their entries."""
     writer = ArtifactWriter(output, {}, resume=False)
     writer.save("all", Unit(tuple(records), entries))
-    extra = {TUNED_CONFIG_FILE: json.dumps(config).encode()} if config is not None else {}
+    extra = dict(files or {})
+    if config is not None:
+        extra[TUNED_CONFIG_FILE] = json.dumps(config).encode()
+    card = extra.pop("README.md", None)
     manifest = Manifest("a base", None, {"name": "random"}, {}, {}, group_size=group_size)
-    writer.finish(["all"], manifest, lambda artifact: extra | (files or {}))
+    writer.finish(["all"], manifest, extra, card and (lambda artifact: card))
     return Artifact.open(output)
 
 

@@ -38,7 +38,9 @@ def folder(tmp_path):
     header += b" " * (-len(header) % 8)
     data = struct.pack("<Q", len(header)) + header + bytes.fromhex("803f00c0") + blob()
     manifest = json.dumps(json.loads(fenced("json manifest")), separators=(",", ":")) + "\n"
-    index = {"metadata": {}, "weight_map": dict.fromkeys(("norm.exact", "w.bands"), SHARD)}
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    weight_map = dict.fromkeys(("norm.exact", "w.bands"), SHARD)
+    index = {"metadata": {"sha256": digest}, "weight_map": weight_map}
     path = tmp_path / "delta"
     path.mkdir()
     (path / SHARD).write_bytes(data)

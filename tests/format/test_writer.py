@@ -74,12 +74,15 @@ def test_extra_files_and_their_rights(tmp_path):
     writer.save("all", golden.unit())
     seen = []
 
-    def extra_files(artifact):
+    def card(artifact):
         seen.append(artifact.ratio())
-        return {"README.md": b"# card", "tokenizer.json": b"{}"}
+        return b"# card"
 
-    out = writer.finish(["all"], golden.manifest(), extra_files)
-    assert seen == [Artifact.open(out).ratio()]
+    out = writer.finish(["all"], golden.manifest(), {"tokenizer.json": b"{}"}, card)
+    artifact = Artifact.open(out)
+    assert seen == [artifact.ratio()]
+    assert artifact.file("tokenizer.json") == b"{}"
+    assert artifact.file("README.md") is None
     assert (out / "README.md").read_bytes() == b"# card"
     (tmp_path / "file").touch()
     assert {file.stat().st_mode for file in out.iterdir()} == {(tmp_path / "file").stat().st_mode}
@@ -159,14 +162,14 @@ def test_nothing_at_the_output_when_finishing_fails(tmp_path, fault):
         del unit.entries["norm.weight.exact"]
     writer.save("all", unit)
 
-    def extra_files(artifact):
+    def card(artifact):
         if fault == "disk":
             raise OSError(28, "No space left on device")
         raise RuntimeError("a bug")
 
     expected = RuntimeError if fault == "bug" else ArtifactError
     with pytest.raises(expected):
-        writer.finish(["all"], golden.manifest(), extra_files)
+        writer.finish(["all"], golden.manifest(), card=card)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     # What was finished is still there, and the run can go on.
     writer.close()

@@ -28,7 +28,11 @@ def rewrite(artifact, change):
         manifest.shards[file.name], sha256=hashlib.sha256(file.read_bytes()).hexdigest()
     )
     manifest = dataclasses.replace(manifest, shards={file.name: info})
-    (artifact.path / "delta_config.json").write_text(manifest.to_json())
+    text = manifest.to_json()
+    (artifact.path / "delta_config.json").write_text(text)
+    index = json.loads((artifact.path / "delta.safetensors.index.json").read_text())
+    index["metadata"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (artifact.path / "delta.safetensors.index.json").write_text(json.dumps(index))
     return Artifact.open(artifact.path)
 
 

@@ -26,6 +26,12 @@ from deltacome.errors import CheckpointError, MismatchError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+SIDE_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "generation_config.json", "*.model", "*.tiktoken", "tekken.json"),
+    "*processor_config.json",
+)
+"""Files of a checkpoint that a model needs beside weights and configuration."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from deltacome.arch.checkpoint import SIDE_FILES
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
+from deltacome.format.manifest import CARRIED_NAME
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-CARRIED = (
-    *("tokenizer*", "chat_template*", "generation_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.*", "merges.txt", "preprocessor_config.json"),
-)
 
 
 def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
@@ -21,8 +19,10 @@ def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
     The tuned `config.json` is always carried, under a name that no loader takes for a model.
     """
     files = {TUNED_CONFIG_FILE: (tuned / "config.json").read_bytes()}
-    for pattern in CARRIED:
+    for pattern in SIDE_FILES:
         for file in sorted(file for file in tuned.glob(pattern) if file.is_file()):
+            if not CARRIED_NAME.fullmatch(file.name):
+                continue  # code, say: an artifact holds data
             content = file.read_bytes()
             twin = base / file.name
             if not (twin.is_file() and twin.read_bytes() == content):

@@ -38,7 +38,7 @@ from deltacome.compression.card import carried_files, model_card
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.survey import survey
 from deltacome.errors import ArtifactError, CalibrationError, DeltaError, PlanError
-from deltacome.format.artifact import Artifact, ArtifactWriter, Unit
+from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_digests
 from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Plan
@@ -139,15 +139,17 @@ def compress(
     writer = ArtifactWriter(output, identity, resume=resume)
     try:
         run = _prepare(base_checkpoint, tuned_checkpoint, method, device, compute, progress)
-        manifest = _manifest(run, calibration, samples, seq_len, seed)
+        carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
+        manifest = replace(
+            _manifest(run, calibration, samples, seq_len, seed), files=file_digests(carried)
+        )
         run.plans.update(make_plans(manifest, set(run.plans), method.template, ratio))
         rows = None
         if calibration != "none":
             rows = _calibration(run, writer, calibration, samples, seq_len, seed)
         names = _compress_units(run, writer, rows)
         progress(Progress("write", 0, 1))
-        carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
-        path = writer.finish(names, manifest, lambda a: {**carried, "README.md": model_card(a)})
+        path = writer.finish(names, manifest, carried, model_card)
         progress(Progress("write", 1, 1))
     except DeltaError:
         _forget_if_empty(writer.partial)

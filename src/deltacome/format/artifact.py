@@ -20,8 +20,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,7 @@ from deltacome.format.manifest import (
     Record,
     ShardInfo,
     entry_nbytes,
+    parse_json,
     record_from_json,
     record_to_json,
 )
@@ -48,7 +50,8 @@ INDEX_FILE = "delta.safetensors.index.json"
 TUNED_CONFIG_FILE = "tuned_config.json"
 SHARD_NAME = re.compile(r"delta-[0-9]{5}-of-[0-9]{5}\.safetensors")
 MAX_SHARD_BYTES = 4 << 30
-MAX_JSON_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20
+"""Of manifest and index; a mixture with 70,000 expert matrices needs a third of it."""
 
 
 class Artifact:
@@ -76,13 +79,14 @@ class Artifact:
                 unknown, or of another type or shape than the manifest's plan gives.
         """
         path = Path(path)
-        manifest = Manifest.from_json(_read_text(path, MANIFEST_FILE))
+        text = _read_text(path, MANIFEST_FILE)
+        manifest = Manifest.from_json(text)
         for name, shard in manifest.shards.items():
             _check_shard_file(path, name, shard)
         for file in sorted(path.glob("*.safetensors")):
             if file.name not in manifest.shards:
                 raise ArtifactError(f"{path}: shard {file.name} is not in {MANIFEST_FILE}")
-        where = _check_entries(path, manifest)
+        where = _check_entries(path, manifest, hashlib.sha256(text.encode()).hexdigest())
         return cls(path, manifest, where)
 
     @classmethod
@@ -139,6 +143,43 @@ class Artifact:
         """The exact rows of a tensor, in the tuned model's dtype."""
         return self._read(f"{name}.exact")
 
+    def file(self, name: str) -> bytes | None:
+        """A file of the tuned model that the artifact carries, checked; None if it carries none such.
+
+        Raises:
+            ArtifactError: the file is missing or not what it was.
+        """
+        expected = self.manifest.files.get(name)
+        if expected is None:
+            return None
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{self.path / name}: cannot be read: {error}") from error
+        got = hashlib.sha256(content).hexdigest()
+        if got != expected:
+            raise ArtifactError(f"{self.path / name}: expected SHA-256 {expected}, got {got}")
+        return content
+
+    def json_file(self, name: str) -> dict[str, Any] | None:
+        """`file`, read as a JSON object: `tuned_config.json`, `generation_config.json`.
+
+        Raises:
+            ArtifactError: as `file`, or it is not a JSON object.
+        """
+        content = self.file(name)
+        if content is None:
+            return None
+        try:
+            document = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{self.path / name}: not valid JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise ArtifactError(
+                f"{self.path / name}: expected an object, got {type(document).__name__}"
+            )
+        return document
+
     def bytes_on_disk(self) -> int:
         """Bytes of the weight files, the index and the manifest: what `ratio` divides by."""
         names = [MANIFEST_FILE, INDEX_FILE, *self.manifest.shards]
@@ -178,7 +219,7 @@ class Artifact:
         }
 
     def verify_bytes(self) -> None:
-        """Reads every byte of the weight files and compares checksums.
+        """Reads every byte of the weight files and of what they carry along, and compares checksums.
 
         Raises:
             ArtifactError: a file's SHA-256 is not the manifest's.
@@ -189,6 +230,8 @@ class Artifact:
                 raise ArtifactError(
                     f"{self.path / name}: expected SHA-256 {shard.sha256}, got {got}"
                 )
+        for name in self.manifest.files:
+            self.file(name)
 
     def _blob(self, key: str) -> Tensor:
         blob = self._read(key)
@@ -217,6 +260,8 @@ def _read_text(folder: Path, name: str) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{file}: not valid UTF-8: {error}") from error
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read: {error}") from error
 
 
 def _check_shard_file(folder: Path, name: str, shard: ShardInfo) -> None:
@@ -232,14 +277,14 @@ def _check_shard_file(folder: Path, name: str, shard: ShardInfo) -> None:
         raise ArtifactError(f"{file}: expected {shard.nbytes} bytes, got {file.stat().st_size}")
 
 
-def _check_entries(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Compares the shards' headers with the manifest; returns key → shard."""
+def _check_entries(folder: Path, manifest: Manifest, digest: str) -> dict[str, str]:
+    """Compares the shards' headers and the index with the manifest; returns key → shard."""
     expected = {}
     for record in manifest.records.values():
         expected |= record.entries(manifest.group_size)
     where = {}
     for name in manifest.shards:
-        for key, got in _header(folder / name).items():
+        for key, got in _header(folder / name):
             if key in where:
                 raise ArtifactError(f"{folder}: {key} is in both {where[key]} and {name}")
             if expected.get(key) != got:
@@ -252,32 +297,32 @@ def _check_entries(folder: Path, manifest: Manifest) -> dict[str, str]:
         raise ArtifactError(
             f"{folder}: {len(missing)} entries are missing, the first is {missing[0]}"
         )
-    index = _read_index(folder)
-    if index != where:
-        odd = sorted(key for key in where.keys() | index.keys() if where.get(key) != index.get(key))
-        raise ArtifactError(f"{folder / INDEX_FILE}: disagrees with the shards on {odd[0]}")
+    file = folder / INDEX_FILE
+    index = parse_json(_read_text(folder, INDEX_FILE), str(file))
+    weight_map = index.get("weight_map")
+    if index.keys() != {"metadata", "weight_map"} or not isinstance(weight_map, dict):
+        raise ArtifactError(f"{file}: expected metadata and weight_map, got {sorted(index)[:5]}")
+    if weight_map != where:
+        keys = where.keys() | weight_map.keys()
+        odd = min(key for key in keys if where.get(key) != weight_map.get(key))
+        raise ArtifactError(f"{file}: disagrees with the shards on {odd}")
+    if index["metadata"] != {"sha256": digest}:
+        raise ArtifactError(
+            f"{folder / MANIFEST_FILE}: expected the SHA-256 that {INDEX_FILE} gives, got {digest}"
+        )
     return where
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(_read_text(folder, INDEX_FILE))["weight_map"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ArtifactError(f"{folder / INDEX_FILE}: expected an index, got {error!r}") from error
-
-
-def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Entries of a safetensors file: key → (torch dtype name, shape)."""
+def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Entries of a safetensors file: key, (torch dtype name, shape)."""
     names = {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
     names |= {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
     names |= {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
     try:
         with safe_open(file, framework="pt") as shard:
-            slices = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
-            return {
-                key: (names.get(view.get_dtype() or "", "unknown"), tuple(view.get_shape()))
-                for key, view in slices.items()
-            }
+            for key in shard.keys():  # noqa: SIM118
+                view = shard.get_slice(key)
+                yield key, (names.get(view.get_dtype() or "", "unknown"), tuple(view.get_shape()))
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{file}: not a whole safetensors file: {error}") from error
 
@@ -359,14 +404,16 @@ class ArtifactWriter:
         self,
         names: list[str],
         manifest: Manifest,
-        extra_files: Callable[[Artifact], dict[str, bytes]] = lambda artifact: {},
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        card: Callable[[Artifact], bytes] | None = None,
     ) -> Path:
         """Assembles the artifact from its units and moves it into place.
 
         Args:
             names: the units, in the order of their bytes.
-            manifest: without shards and records.
-            extra_files: gives tokenizer, model card and so on (name → content) of the artifact.
+            manifest: without shards, records and files.
+            files: of the tuned model that go along (name → content).
+            card: gives the `README.md` of the artifact.
         """
         final = self.partial / "final"
         with _disk_errors(self.partial):
@@ -376,12 +423,18 @@ class ArtifactWriter:
             for name in names:
                 unit_records = json.loads((self.partial / f"{name}.json").read_text())
                 records |= {key: record_from_json(key, v) for key, v in unit_records.items()}
-            shards = self._write_shards(final, names)
-            manifest = dataclasses.replace(manifest, records=records, shards=shards)
-            write_atomic(final / MANIFEST_FILE, manifest.to_json())
-            artifact = Artifact.open(final)  # what is about to be published must be readable
-            for name, content in extra_files(artifact).items():
+            shards, weight_map = self._write_shards(final, names)
+            for name, content in files.items():
                 (final / name).write_bytes(content)
+            manifest = dataclasses.replace(
+                manifest, records=records, shards=shards, files=file_digests(files)
+            )
+            text = manifest.to_json()
+            write_atomic(final / MANIFEST_FILE, text)
+            _write_index(final, weight_map, hashlib.sha256(text.encode()).hexdigest())
+            artifact = Artifact.open(final)  # what is about to be published must be readable
+            if card is not None:
+                (final / "README.md").write_bytes(card(artifact))
             for file in final.iterdir():
                 # safetensors writes files that only their owner may read.
                 shutil.copymode(final / MANIFEST_FILE, file)
@@ -395,7 +448,9 @@ class ArtifactWriter:
         """Lets another process continue this run."""
         self._lock.close()
 
-    def _write_shards(self, final: Path, names: list[str]) -> dict[str, ShardInfo]:
+    def _write_shards(
+        self, final: Path, names: list[str]
+    ) -> tuple[dict[str, ShardInfo], dict[str, str]]:
         files = ((name, self.partial / f"{name}.safetensors") for name in names)
         groups = list(grouped(((name, f.stat().st_size) for name, f in files), MAX_SHARD_BYTES))
         weight_map, shards = {}, {}
@@ -410,9 +465,17 @@ class ArtifactWriter:
             weight_map |= dict.fromkeys(sorted(entries), shard)
             file = final / shard
             shards[shard] = ShardInfo(file.stat().st_size, file_sha256(file))
-        index = {"metadata": {}, "weight_map": weight_map}
-        write_atomic(final / INDEX_FILE, json.dumps(index, separators=(",", ":")) + "\n")
-        return shards
+        return shards, weight_map
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], digest: str) -> None:
+    index = {"metadata": {"sha256": digest}, "weight_map": weight_map}
+    write_atomic(folder / INDEX_FILE, json.dumps(index, separators=(",", ":")) + "\n")
+
+
+def file_digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of contents by name, as the manifest lists them."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def grouped(sizes: Iterable[tuple[T, int]], limit: int) -> Iterator[list[T]]:
@@ -434,7 +497,7 @@ def overhead_nbytes(manifest: Manifest) -> int:
     Exact for one shard up to the digits of errors and the alignment of the header; a plan that must
     meet a ratio needs it before anything is written.
     """
-    header, index = 64, 64
+    header, index = 64, 64 + 76  # with the manifest's checksum
     for record in manifest.records.values():
         for key, (dtype, shape) in record.entries(manifest.group_size).items():
             span = entry_nbytes(dtype, shape)

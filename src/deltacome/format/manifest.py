@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,11 @@ from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, codes_nbytes,
 SCHEMA = 1
 MANIFEST_FILE = "delta_config.json"
 MAX_DIM = 1 << 40
+CARRIED_NAME = re.compile(
+    r"(?!config\.|adapter_|delta|model)\w[\w.-]{0,99}\.(json|jinja|txt|model|tiktoken)", re.ASCII
+)
+"""Names of files that may go along with the weights: data, in the folder itself, and nothing that a
+loader takes for a model, an adapter or code."""
 DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -139,6 +145,8 @@ class Manifest:
     provenance: dict[str, Any]
     """Calibration source and seed, library versions."""
     records: dict[str, Record]
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file of the tuned model that goes along: configuration, tokenizer and so on."""
     shards: dict[str, ShardInfo] = field(default_factory=dict)
     group_size: int = GROUP
 
@@ -162,6 +170,7 @@ class Manifest:
             "method": self.method,
             "group_size": self.group_size,
             "provenance": self.provenance,
+            "files": dict(sorted(self.files.items())),
             "shards": {
                 name: {"bytes": shard.nbytes, "sha256": shard.sha256}
                 for name, shard in sorted(self.shards.items())
@@ -178,7 +187,7 @@ class Manifest:
             ArtifactError: not JSON, a newer schema, a missing or unknown field, a value of the
                 wrong type or out of range; the message names the field.
         """
-        document = _parse(text)
+        document = parse_json(text, MANIFEST_FILE)
         schema = _take(document, "schema", _integer(1, MAX_DIM))
         if schema != SCHEMA:
             raise ArtifactError(
@@ -192,6 +201,7 @@ class Manifest:
             method=_take(document, "method", _dict),
             group_size=_take(document, "group_size", _integer(1, 1 << 20)),
             provenance=_take(document, "provenance", _dict),
+            files=_take(document, "files", _files),
             shards={
                 name: _shard(name, value)
                 for name, value in _take(document, "shards", _dict).items()
@@ -238,9 +248,13 @@ def record_from_json(name: str, value: Any) -> Record:
     Raises:
         ArtifactError: the value is not a consistent record.
     """
-    where = f"tensors[{name!r}]"
+    where = f"tensors[{name!r:.200}]"
     if not isinstance(value, dict):
         raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected an object, got {value!r:.80}")
+    if name == "__metadata__" or not _is_text(name):
+        raise ArtifactError(
+            f"{MANIFEST_FILE}: {where}: no tensor of a safetensors file has this name"
+        )
     value = dict(value)
     kind = _take(value, "kind", _string, where)
     shape = _take(value, "shape", _shape, where)
@@ -297,16 +311,22 @@ _MISSING = object()
 Check = Callable[[Any], Any]
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """One JSON object, read strictly.
+
+    Raises:
+        ArtifactError: not JSON, not an object, a key that appears twice, a number that is not finite.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         document = dict(pairs)
         if len(document) != len(pairs):
-            raise ArtifactError(f"{MANIFEST_FILE}: a key appears twice in one object")
+            raise ArtifactError(f"{where}: a key appears twice in one object")
         return document
 
     def finite(number: str) -> float:
         if not math.isfinite(float(number)):  # NaN, Infinity, and 1e999
-            raise ArtifactError(f"{MANIFEST_FILE}: expected finite numbers, got {number}")
+            raise ArtifactError(f"{where}: expected finite numbers, got {number:.80}")
         return float(number)
 
     try:
@@ -314,9 +334,9 @@ def _parse(text: str) -> dict[str, Any]:
             text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite
         )
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{MANIFEST_FILE}: not valid JSON: {error}") from error
+        raise ArtifactError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(document, dict):
-        raise ArtifactError(f"{MANIFEST_FILE}: expected an object, got {type(document).__name__}")
+        raise ArtifactError(f"{where}: expected an object, got {type(document).__name__}")
     return document
 
 
@@ -348,9 +368,18 @@ def _no_more(value: dict[str, Any], where: str) -> None:
 
 
 def _string(item: Any) -> str:
-    if not isinstance(item, str):
+    if not isinstance(item, str) or not _is_text(item):
         raise TypeError("expected a string")
     return item
+
+
+def _is_text(item: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON can spell half of a surrogate pair."""
+    try:
+        item.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _dict(item: Any) -> dict[str, Any]:
@@ -394,6 +423,14 @@ def _shape(item: Any) -> tuple[int, ...]:
     if math.prod(shape) > MAX_DIM:  # torch.Size.numel() would overflow on a hostile shape
         raise ValueError(f"expected at most {MAX_DIM} entries")
     return shape
+
+
+def _files(item: Any) -> dict[str, str]:
+    files = _dict(item)
+    for name, digest in files.items():
+        if not CARRIED_NAME.fullmatch(name) or not isinstance(digest, str):
+            raise ValueError(f"expected file names like {CARRIED_NAME.pattern}")
+    return files
 
 
 def _rows(item: Any) -> tuple[int, int]:

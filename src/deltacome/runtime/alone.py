@@ -115,15 +115,14 @@ def _resize(stack: contextlib.ExitStack, model: nn.Module, places: Sequence[Plac
 def _set_generation_config(
     stack: contextlib.ExitStack, model: nn.Module, artifact: Artifact
 ) -> None:
-    if not (artifact.path / "generation_config.json").is_file():
-        return
     holder: Any = model
-    if getattr(holder, "generation_config", None) is None:
+    config = artifact.json_file("generation_config.json")
+    if config is None or getattr(holder, "generation_config", None) is None:
         return
     from transformers import GenerationConfig
 
     stack.callback(setattr, model, "generation_config", holder.generation_config)
     try:
-        holder.generation_config = GenerationConfig.from_pretrained(artifact.path)
-    except (OSError, ValueError, TypeError) as error:
+        holder.generation_config = GenerationConfig.from_dict(config)
+    except (AttributeError, ValueError, TypeError) as error:
         raise ArtifactError(f"{artifact.path}: generation_config.json: {error}") from error

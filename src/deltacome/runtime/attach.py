@@ -13,17 +13,15 @@ up half-way, has to unwind.
 from __future__ import annotations
 
 import contextlib
-import json
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
 
-from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
+from deltacome.errors import DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.ops.impls import IMPLS, check_impl, fastest
 from deltacome.runtime.alone import install_alone
@@ -86,7 +84,9 @@ def attach(
     if not sources:
         raise MismatchError("attach: expected at least one artifact, got none")
     artifacts = {name: _opened(source) for name, source in sources.items()}
-    places = [match(model, one.manifest, _tuned_config(one)) for one in artifacts.values()]
+    places = [
+        match(model, one.manifest, one.json_file(TUNED_CONFIG_FILE)) for one in artifacts.values()
+    ]
     if impl == "auto":
         impl = _fastest(places)
     choice = Choice(list(artifacts), 0 if alone else -1)
@@ -192,13 +192,3 @@ def _freeze(stack: contextlib.ExitStack, model: nn.Module) -> None:
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     # It would hold some tensors of the base and some of the tuned model.
     raise DeltaError("an artifact is attached: detach before saving, or merge into a checkpoint")
-
-
-def _tuned_config(artifact: Artifact) -> dict[str, Any] | None:
-    file = artifact.path / TUNED_CONFIG_FILE
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file}: expected a model configuration: {error}") from error

@@ -242,7 +242,10 @@ def _parsed(model: nn.Module, tuned_config: Config | None) -> Any:
             f"model_type: the tuned model has {tuned_config['model_type']!r}, the base "
             f"{config.model_type!r}"  # type: ignore
         )
-    return type(config).from_dict(tuned_config)  # type: ignore
+    try:
+        return type(config).from_dict(tuned_config)  # type: ignore
+    except Exception as error:  # runs through a library's code: any kind may come
+        raise UnsupportedError(f"tuned_config.json: not a model configuration: {error}") from error
 
 
 def _plain(config: Any) -> Config:

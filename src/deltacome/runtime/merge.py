@@ -17,18 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltacome.arch.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, full_digest
+from deltacome.arch.checkpoint import (
+    INDEX_FILE,
+    SIDE_FILES,
+    SINGLE_FILE,
+    Checkpoint,
+    full_digest,
+)
 from deltacome.errors import ArtifactError, CheckpointError, MismatchError
-from deltacome.format.artifact import INDEX_FILE as DELTA_INDEX_FILE
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped, write_atomic
-from deltacome.format.manifest import DTYPES, MANIFEST_FILE, Record, entry_nbytes
+from deltacome.format.manifest import DTYPES, Record, entry_nbytes
 
 MAX_SHARD_BYTES = 5 * 10**9
-CARRIED = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "generation_config.json", "*.model", "*processor_config.json", "*.py"),
-)
-"""Files of a checkpoint beside weights and configuration that a merged model needs as well."""
 
 
 def merge(
@@ -143,19 +143,16 @@ def _write_weights(
 
 
 def _write_rest(folder: Path, base: Checkpoint, artifact: Artifact) -> None:
-    config = artifact.path / TUNED_CONFIG_FILE
-    if not config.is_file():
+    if TUNED_CONFIG_FILE not in artifact.manifest.files:
         raise ArtifactError(f"{artifact.path}: expected {TUNED_CONFIG_FILE}, found none")
-    for pattern in CARRIED:
+    for pattern in (*SIDE_FILES, "*.py"):
         for file in base.path.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    own = {MANIFEST_FILE, DELTA_INDEX_FILE, TUNED_CONFIG_FILE, "README.md"}
-    own |= artifact.manifest.shards.keys()
-    for file in artifact.path.iterdir():
-        if file.is_file() and file.name not in own and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(config, folder / "config.json")
+    for name in artifact.manifest.files:
+        content = artifact.file(name)
+        assert content is not None
+        (folder / ("config.json" if name == TUNED_CONFIG_FILE else name)).write_bytes(content)
 
 
 def _sync(file: Path) -> None:

@@ -10,7 +10,6 @@ with the list of tensors or the figure to set.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
+from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.manifest import Record
 from deltacome.format.spec import ALIGN
@@ -162,13 +161,8 @@ def _check_artifact(artifact: Artifact, model: nn.Module, settings: Settings) ->
             f"{artifact.path}: {grown[0]} has rows that the base lacks (a grown vocabulary), which "
             "cannot be served beside the base: give the base the added tokens before tuning, or merge"
         )
-    file = artifact.path / TUNED_CONFIG_FILE
-    if file.is_file():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{file}: expected a model configuration: {error}") from error
-        check_config(SimpleNamespace(config=model.config), config)  # pyright: ignore
+    config = artifact.json_file(TUNED_CONFIG_FILE)
+    check_config(SimpleNamespace(config=model.config), config)  # pyright: ignore
 
 
 def _untied_head(name: str, record: Record, places: Sequence[Place]) -> Place | None:
