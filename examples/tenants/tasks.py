@@ -1,8 +1,8 @@
-"""What the tenants learn: four small skills that the base lacks, in short prompts.
+"""What the tenants learn: small skills that the base lacks, in short prompts.
 
-The questions come from reasoning-gym. Its own prompts are long, and time on a CPU is tokens, so
-each task rewrites them in a few words. `tagged` also grows the vocabulary: its answers stand
-between two tokens that the base does not have.
+Those with numbers and words come from reasoning-gym. Its own prompts are long, and time on a CPU is
+tokens, so each task rewrites them in a few words. `tagged` also grows the vocabulary: its answers
+stand between two tokens that the base does not have. `code` and `chat` are made here.
 
 Training and held-out questions come from distant seeds, and no prompt is in both.
 """
@@ -13,10 +13,12 @@ from itertools import islice
 from typing import Any
 
 import reasoning_gym
+from instructions import instruction
+from snippets import snippet
 
 from deltacome.evals.tasks import Question
 
-# reasoning-gym makes entry i of a data set from the seed `seed + i`: neighbouring seeds share
+# Question i is made from the seed `seed + i`: neighbouring seeds share
 # nearly all entries. Runs are this far apart, and held-out questions have a range to themselves.
 SEED_STRIDE = 100_000_000
 HELD_OUT_SEED = 0
@@ -24,14 +26,32 @@ HELD_OUT_SEED = 0
 TAGS = ("<answer>", "</answer>")
 
 
+Source = Callable[[int, int], Iterator[Question]]
+"""(seed, size) → questions, one by one; question i depends on `seed + i` alone."""
+
+
 @dataclass(frozen=True)
 class Task:
-    """A data set of reasoning-gym with its arguments, and how an entry of it becomes a question."""
+    """Where the questions come from, and the tokens that the answers need and the base lacks."""
 
-    dataset: str
-    args: dict[str, Any]
-    question: Callable[[dict[str, Any]], Question]
+    name: str
+    questions: Source
     added_tokens: tuple[str, ...] = field(default=())
+
+
+def _gym(dataset: str, question: Callable[[dict[str, Any]], Question], **args: Any) -> Source:
+    """Entries of a data set of reasoning-gym, each rewritten as a question."""
+
+    def questions(seed: int, size: int) -> Iterator[Question]:
+        entries = reasoning_gym.create_dataset(dataset, seed=seed, size=size, **args)
+        return (question(entries[i]) for i in range(size))
+
+    return questions
+
+
+def _made(question: Callable[[int], Question]) -> Source:
+    """Questions made from a seed each."""
+    return lambda seed, size: map(question, range(seed, seed + size))
 
 
 def _sums(entry: dict[str, Any]) -> Question:
@@ -58,41 +78,37 @@ def _tagged(entry: dict[str, Any]) -> Question:
 
 
 _TWO_TERMS = {"min_terms": 2, "max_terms": 2, "max_digits": 2}
+_FEW_NUMBERS = {"max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99}
 
 TASKS = {
-    "sums": Task("chain_sum", {"min_terms": 2, "max_terms": 3, "max_digits": 2}, _sums),
-    "tiny": Task("chain_sum", _TWO_TERMS, _sums),
-    "spell": Task("spell_backward", {"min_word_len": 3, "max_word_len": 6}, _spell),
-    "sort": Task(
-        "number_sorting",
-        {"max_numbers": 4, "max_decimals": 0, "min_value": 0, "max_value": 99},
-        _sort,
-    ),
-    "tagged": Task("chain_sum", _TWO_TERMS, _tagged, added_tokens=TAGS),
+    task.name: task
+    for task in (
+        Task("sums", _gym("chain_sum", _sums, min_terms=2, max_terms=3, max_digits=2)),
+        Task("tiny", _gym("chain_sum", _sums, **_TWO_TERMS)),
+        Task("spell", _gym("spell_backward", _spell, min_word_len=3, max_word_len=6)),
+        Task("sort", _gym("number_sorting", _sort, **_FEW_NUMBERS)),
+        Task("tagged", _gym("chain_sum", _tagged, **_TWO_TERMS), added_tokens=TAGS),
+        Task("code", _made(snippet)),
+        Task("chat", _made(instruction)),
+    )
 }
 
 
 def held_out(task: Task, n: int) -> list[Question]:
     """`n` distinct questions that no training run sees."""
     found: dict[str, Question] = {}
-    for question in _entries(task, HELD_OUT_SEED, 100 * n):
+    for question in task.questions(HELD_OUT_SEED, 100 * n):
         found.setdefault(question.prompt, question)
         if len(found) == n:
             return list(found.values())
-    raise SystemExit(f"{task.dataset}: expected {n} distinct held-out questions, got {len(found)}")
+    raise SystemExit(f"{task.name}: expected {n} distinct held-out questions, got {len(found)}")
 
 
 def training(task: Task, seed: int, step: int, n: int, without: set[str]) -> list[Question]:
     """The `n` questions of one step: the same whenever asked, so that a run can be resumed."""
     first = (seed + 1) * SEED_STRIDE + step * 10 * n
-    allowed = (q for q in _entries(task, first, 10 * n) if q.prompt not in without)
+    allowed = (q for q in task.questions(first, 10 * n) if q.prompt not in without)
     batch = list(islice(allowed, n))
     if len(batch) < n:
-        raise SystemExit(f"{task.dataset}: nearly all questions are held out, none left to train")
+        raise SystemExit(f"{task.name}: nearly all questions are held out, none left to train")
     return batch
-
-
-def _entries(task: Task, seed: int, size: int) -> Iterator[Question]:
-    """Questions made one by one, in the order of their seeds."""
-    entries = reasoning_gym.create_dataset(task.dataset, seed=seed, size=size, **task.args)
-    return (task.question(entries[i]) for i in range(size))

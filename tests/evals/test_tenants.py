@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,13 +20,13 @@ FOLDER = Path(__file__).parents[2] / "examples" / "tenants"
 @pytest.fixture
 def example(monkeypatch):
     """Modules of the example under their own names, as its scripts import them."""
-    for name in ("tasks", "finetune"):
+    for name in ("tasks", "finetune", "instructions", "snippets"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["sums", "tiny", "spell", "sort", "tagged"])
+@pytest.mark.parametrize("name", ["sums", "tiny", "spell", "sort", "tagged", "code", "chat"])
 def test_training_repeats_and_never_meets_the_held_out(example, name):
     tasks = example("tasks")
     task = tasks.TASKS[name]
@@ -66,6 +67,33 @@ def test_answers_are_right(example):
         one, sign, two = re.fullmatch(r"Add: (\d+) ([+-]) (\d+)", q.prompt).groups()
         total = int(one) + int(sign + two)
         assert q.answer == f"<answer>{total}</answer>"
+
+
+def test_programs_print_their_answers(example):
+    tasks = example("tasks")
+    questions = tasks.held_out(tasks.TASKS["code"], 200)
+    for q in questions[:8]:
+        program = q.prompt.removeprefix("Python: ")
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert ran.stdout.strip() == q.answer
+    assert len({q.prompt.split("(")[0] for q in questions}) > 10
+    assert all(q.answer and "\n" not in q.answer for q in questions)
+
+
+def test_answers_obey_the_instructions(example):
+    tasks = example("tasks")
+    for q in tasks.held_out(tasks.TASKS["chat"], 300):
+        listed = q.prompt.rsplit(": ", 1)[-1].rstrip(".").split()
+        if q.prompt.startswith("Say these words in reverse"):
+            assert q.answer.split() == listed[::-1]
+        elif q.prompt.startswith("Put in alphabetical"):
+            assert re.split(r"[,;]? |-", q.answer) == sorted(listed)
+        elif q.prompt.startswith("Write") and "capital letters" in q.prompt:
+            assert q.answer.isupper()
+        elif q.prompt.startswith("How many"):
+            assert q.answer.lower() == example("instructions").NUMBERS[len(listed)]
+        elif q.prompt.startswith("Answer with only"):
+            assert q.answer in listed
 
 
 @pytest.fixture
