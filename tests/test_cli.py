@@ -17,7 +17,7 @@ import deltacome.compression
 from deltacome.cli import main
 
 OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio", "tensors"}
-TENSOR = {"name", "shape", "kind", "plan", "bytes", "error"}
+TENSOR = {"name", "shape", "kind", "plan", "sign_scales", "bytes", "error"}
 QUICK = ["--ratio", "4", "--calibration", "none"]
 
 

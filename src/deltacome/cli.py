@@ -82,7 +82,8 @@ def compress_command(
     template = _template(plan or PRECISIONS[precision or "triple"])
     if ratio is not None and ratio <= 0:
         raise typer.BadParameter(f"expected a ratio above 0, got {ratio}", param_hint="--ratio")
-    if ratio is None and template.has_hole:
+    delta_come = DeltaCome(template, gptq=gptq)
+    if ratio is None and delta_come.adapts:
         ratio = 16.0
     _quiet_libraries()
     from deltacome.compression import compress
@@ -93,7 +94,7 @@ def compress_command(
             base,
             tuned,
             output,
-            method=DeltaCome(template, gptq=gptq),
+            method=delta_come,
             ratio=ratio,
             calibration=calibration,
             samples=samples,

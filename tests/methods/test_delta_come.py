@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from methods_helpers import IN, OUT, compressed, error_of, long_tailed, some_gram
 
 from deltacome.errors import CalibrationError
 from deltacome.format.codec import dense, dequantize, plan_of
@@ -12,39 +13,11 @@ from deltacome.numerics.gptq import quantize_u, quantize_v
 from deltacome.numerics.gram import relative_error
 from deltacome.numerics.svd import svd
 
-OUT, IN = 160, 192
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def long_tailed(out_size=OUT, in_size=IN, seed=0, power=1.0):
-    """float32 (out, in) with singular values r^-power."""
-    generator = torch.Generator().manual_seed(seed)
-    r = min(out_size, in_size)
-    u, _ = torch.linalg.qr(torch.randn(out_size, r, generator=generator))
-    v, _ = torch.linalg.qr(torch.randn(in_size, r, generator=generator))
-    return u * torch.arange(1, r + 1).float() ** -power @ v.T
-
-
-def some_gram(size=IN, seed=5, dead=0):
-    """Of inputs with a few loud directions; the last `dead` inputs are never active."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(600, size, generator=generator) * torch.logspace(0.5, -1, size)
-    x = x @ torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
-    x[:, size - dead :] *= 0 if dead else 1
-    return x.T @ x
-
-
-def error_of(method, delta, plan, gram):
-    bands = method.compress({"w": delta}, {"w": plan}, gram)["w"]
+def bands_of(delta, plan, gram):
+    bands = compressed(DeltaCome(), {"w": delta}, {"w": plan}, gram)["w"].bands
     assert plan_of(bands) == plan
-    return relative_error(delta, dense(bands), torch.eye(IN) if gram is None else gram)
+    return bands
 
 
 def test_gptq_beats_rounding_on_the_calibration_inputs():
@@ -79,7 +52,7 @@ def test_wide_bands_of_full_rank_give_the_delta_back(bits):
 def test_v_is_swept_against_the_inputs_and_u_against_what_v_lets_through():
     # Section 3.3: V̂ = GPTQ(Vᵀ; C), then Û = GPTQ(U; (S V̂ᵀ) C (S V̂ᵀ)ᵀ), band by band.
     delta, gram, plan = long_tailed(), some_gram(), (Band(8, 2), Band(3, 6), Band(2, 20))
-    bands = DeltaCome().compress({"w": delta}, {"w": plan}, gram)["w"]
+    bands = bands_of(delta, plan, gram)
     u_RO, s_R, v_RI = svd(delta, rank(plan))
     start = 0
     for band, made in zip(plan, bands, strict=True):
@@ -101,18 +74,18 @@ def test_linears_of_one_group_do_not_depend_on_each_other():
         "k": (Band(8, 1), Band(3, 3)),
         "v": (Band(16, 2),),
     }
-    together = DeltaCome().compress(deltas, plans, gram)
+    together = compressed(DeltaCome(), deltas, plans, gram)
     assert list(together) == ["q", "k", "v"]
     for name, delta in deltas.items():
-        alone = DeltaCome().compress({name: delta}, {name: plans[name]}, gram)[name]
-        assert plan_of(together[name]) == plans[name]
-        torch.testing.assert_close(dense(together[name]), dense(alone))
+        alone = bands_of(delta, plans[name], gram)
+        assert plan_of(together[name].bands) == plans[name]
+        torch.testing.assert_close(together[name].dense(), dense(alone))
 
 
 def test_neither_gram_nor_deltas_are_changed():
     delta, gram = long_tailed(), some_gram()
     copies = delta.clone(), gram.clone()
-    DeltaCome().compress({"w": delta}, {"w": (Band(8, 1), Band(2, 9))}, gram)
+    bands_of(delta, (Band(8, 1), Band(2, 9)), gram)
     assert torch.equal(delta, copies[0])
     assert torch.equal(gram, copies[1])
 
@@ -124,8 +97,8 @@ def test_dead_inputs():
 
 
 def test_a_delta_of_zero_stays_zero():
-    bands = DeltaCome().compress({"w": torch.zeros(OUT, IN)}, {"w": (Band(8, 1), Band(2, 3))}, None)
-    assert not dense(bands["w"]).any()
+    bands = bands_of(torch.zeros(OUT, IN), (Band(8, 1), Band(2, 3)), None)
+    assert not dense(bands).any()
 
 
 def test_more_directions_than_the_delta_has():
@@ -137,7 +110,7 @@ def test_more_directions_than_the_delta_has():
 def test_tiny_deltas_do_not_underflow():
     # float16 scales of unit vectors this long would be subnormal, were factors not rescaled.
     delta = 1e-6 * long_tailed(4000, 40, power=0.5)
-    bands = DeltaCome().compress({"w": delta}, {"w": (Band(8, 40),)}, None)["w"]
+    bands = bands_of(delta, (Band(8, 40),), None)
     assert relative_error(delta, dense(bands), torch.eye(40)) < 1e-3
 
 
@@ -145,15 +118,13 @@ def test_a_gram_that_cannot_be_factored_is_refused():
     gram = some_gram()
     gram[3, 3] = float("nan")
     with pytest.raises(CalibrationError, match="NaN"):
-        DeltaCome().compress({"w": long_tailed()}, {"w": (Band(2, 3),)}, gram)
+        bands_of(long_tailed(), (Band(2, 3),), gram)
 
 
 def test_equal_inputs_give_equal_bytes():
     plan = (Band(8, 2), Band(3, 4), Band(2, 30))
     assert rank(plan) == 36
-    first, second = (
-        DeltaCome().compress({"w": long_tailed()}, {"w": plan}, some_gram())["w"] for _ in range(2)
-    )
+    first, second = (bands_of(long_tailed(), plan, some_gram()) for _ in range(2))
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one.s, two.s)
         for a, b in ((one.u, two.u), (one.v, two.v)):

@@ -1,9 +1,8 @@
-"""From a ratio to plans: how many bytes each matrix gets.
+"""From a ratio to plans: how many bytes there are for terms, and whether they suffice.
 
 The ratio is a promise about bytes on disk. What cannot shrink (exact rows, headers, the manifest) is
-subtracted first; the rest is shared in proportion to size, every matrix at the same ratio, as the
-paper does. Sizes follow from plans to the byte, so the share is found by bisection, and what rounding
-to whole directions leaves over is dealt out one direction at a time.
+subtracted first; how the rest is shared among matrices is up to the method (`methods.method`). Sizes
+follow from plans to the byte, so the promise is kept or refused before the first weight is compressed.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from dataclasses import replace
 from deltacome.errors import PlanError
 from deltacome.format.artifact import overhead_nbytes
 from deltacome.format.manifest import Manifest, Record
-from deltacome.format.spec import Plan, bands_nbytes
-from deltacome.methods.template import Template
+from deltacome.methods.method import Matrix, Method, Terms
 
 TOLERANCE = 0.02
 """How far the ratio on disk may be from the one that was asked for."""
@@ -24,130 +22,88 @@ _ERROR = 0.1234
 
 
 def make_plans(
-    manifest: Manifest, matrices: set[str], template: Template, ratio: float | None
-) -> dict[str, Plan]:
+    manifest: Manifest, method: Method, matrices: Mapping[str, Matrix], ratio: float | None
+) -> dict[str, Terms]:
     """Plans for all matrices such that the artifact meets the ratio.
 
     Args:
         manifest: with records of all tensors, without plans.
-        matrices: names of those to be compressed.
-        template: filled for each matrix; where it has no hole, the plans follow from it alone.
-        ratio: tuned bytes ÷ bytes on disk; None takes what the template gives.
+        method: makes the plans.
+        matrices: those to be compressed.
+        ratio: tuned bytes ÷ bytes on disk; None takes what the method's options give.
 
     Raises:
         PlanError: the ratio cannot be met; the message holds the table that shows why.
     """
+    name = method.options()["name"]
     if ratio is not None and not ratio > 0:
         raise PlanError(f"ratio: expected a number above 0, got {ratio}")
-    shapes = {name: manifest.records[name].bands_shape for name in sorted(matrices)}
-    if not template.has_hole:
-        plans = {name: template.fill(shape, 0) for name, shape in shapes.items()}
-        if ratio is not None:
-            _check_fixed(manifest, plans, template, ratio)
-        return plans
-    if ratio is None:
-        raise PlanError(f"plan {template}: expected a ratio that says how large * may be, got none")
-    if not shapes:
+    if ratio is None and method.adapts:
+        raise PlanError(f"{name}: expected a ratio, which its plans adapt to, got none")
+    if not matrices:
         return {}
+    planner = method.planner(matrices)
+    if ratio is None or not method.adapts:
+        plans = planner(0)
+        if ratio is not None:
+            _check_fixed(manifest, plans, name, ratio)
+        return plans
     target = manifest.tuned_nbytes() / ratio
-    # With 1 direction of each matrix the manifest has all its fields, only digits are missing.
-    seed_plans = {name: template.fill(shape, float("inf")) for name, shape in shapes.items()}
-    fixed = _total(manifest, seed_plans) - sum(
-        bands_nbytes(shapes[name], plan) for name, plan in seed_plans.items()
-    )
-    available = target - fixed
-    plans = _bisect(shapes, template, available)
-    if available <= 0 or not all(plans.values()):
-        raise PlanError(_refusal(manifest, shapes, template, ratio, target, fixed))
-    return _deal_out(shapes, plans, template, available)
+    around, plans = _total(manifest, {}), {}
+    for _ in range(3):  # what surrounds the terms hangs on them, by some digits
+        plans = planner(target - around)
+        around = _total(manifest, plans) - _terms_nbytes(matrices, plans)
+    if _total(manifest, plans) > target * (1 + TOLERANCE):
+        raise PlanError(_refusal(manifest, matrices, planner(0), ratio))
+    return plans
 
 
-def with_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> Manifest:
+def with_plans(manifest: Manifest, plans: Mapping[str, Terms]) -> Manifest:
     """The manifest as it will be, errors apart."""
     records = dict(manifest.records)
     for name, plan in plans.items():
-        records[name] = replace(records[name], plan=plan, error=_ERROR)
+        terms = {"plan": plan.bands, "sign_scales": plan.sign_scales}
+        records[name] = replace(records[name], **terms, error=_ERROR)
     return replace(manifest, records=records)
 
 
-def _total(manifest: Manifest, plans: Mapping[str, Plan]) -> int:
+def _terms_nbytes(matrices: Mapping[str, Matrix], plans: Mapping[str, Terms]) -> int:
+    return sum(plan.nbytes(matrices[name].shape) for name, plan in plans.items())
+
+
+def _total(manifest: Manifest, plans: Mapping[str, Terms]) -> int:
     """Bytes on disk of the whole artifact."""
     planned = with_plans(manifest, plans)
     terms = sum(record.nbytes(planned.group_size) for record in planned.records.values())
     return terms + overhead_nbytes(planned)
 
 
-def _bisect(
-    shapes: Mapping[str, tuple[int, int]], template: Template, available: float
-) -> dict[str, Plan]:
-    """Plans at the largest common ratio of bytes that fits."""
-
-    def plans_at(share: float) -> dict[str, Plan]:
-        by_shape = {s: template.fill(s, share * 2 * s[0] * s[1]) for s in set(shapes.values())}
-        return {name: by_shape[shape] for name, shape in shapes.items()}
-
-    low, high = 0.0, 4.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        plans = plans_at(middle)
-        size = sum(bands_nbytes(shapes[name], plan) for name, plan in plans.items())
-        low, high = (middle, high) if size <= available else (low, middle)
-    return plans_at(low)
-
-
-def _deal_out(
-    shapes: Mapping[str, tuple[int, int]],
-    plans: dict[str, Plan],
-    template: Template,
-    available: float,
-) -> dict[str, Plan]:
-    """Spends what is left on single directions, one for each matrix in turn."""
-    left = available - sum(bands_nbytes(shapes[name], plan) for name, plan in plans.items())
-    for name, shape in shapes.items():
-        grown = template.grow(shape, plans[name])
-        if grown is None:
-            continue
-        cost = bands_nbytes(shape, grown) - bands_nbytes(shape, plans[name])
-        if cost <= left:
-            plans[name] = grown
-            left -= cost
-    return plans
-
-
-def _check_fixed(
-    manifest: Manifest, plans: Mapping[str, Plan], template: Template, ratio: float
-) -> None:
+def _check_fixed(manifest: Manifest, plans: Mapping[str, Terms], name: str, ratio: float) -> None:
     got = manifest.tuned_nbytes() / _total(manifest, plans)
     if abs(got / ratio - 1) > TOLERANCE:
         raise PlanError(
-            f"plan {template} gives a ratio of {got:.2f} on disk, expected {ratio:g} within "
-            f"{TOLERANCE:.0%}; give the plan a band with * or leave the ratio out"
+            f"{name}: with these options it gives a ratio of {got:.2f} on disk, expected {ratio:g} "
+            f"within {TOLERANCE:.0%}; give a plan a band with * or leave the ratio out"
         )
 
 
 def _refusal(
-    manifest: Manifest,
-    shapes: Mapping[str, tuple[int, int]],
-    template: Template,
-    ratio: float,
-    target: float,
-    fixed: int,
+    manifest: Manifest, matrices: Mapping[str, Matrix], least: Mapping[str, Terms], ratio: float
 ) -> str:
     """The table that shows why a ratio cannot be met."""
-    least = {name: template.fill(shape, float("inf"))[:1] for name, shape in shapes.items()}
-    least = {name: (replace(plan[0], count=1),) for name, plan in least.items()}
-    bands = sum(bands_nbytes(shapes[name], plan) for name, plan in least.items())
-    best = manifest.tuned_nbytes() / (fixed + bands)
+    total, terms = _total(manifest, least), _terms_nbytes(matrices, least)
     exact = [record for record in manifest.records.values() if record.exact_rows]
     exact.sort(key=Record.nbytes, reverse=True)
+    exact_nbytes = sum(record.nbytes() for record in exact)
     rows = [
-        ("target", target),
-        ("exact tensors", sum(record.nbytes() for record in exact)),
+        ("target", manifest.tuned_nbytes() / ratio),
+        ("exact tensors", exact_nbytes),
         *((f"  {record.name} {list(record.exact_shape)}", record.nbytes()) for record in exact[:8]),
-        ("headers, index, manifest", fixed - sum(record.nbytes() for record in exact)),
-        (f"{len(shapes)} matrices, one direction each", bands),
+        ("headers, index, manifest", total - terms - exact_nbytes),
+        (f"{len(matrices)} matrices, the least of each", terms),
     ]
     lines = [f"  {name:<60} {nbytes:>14,.0f} bytes" for name, nbytes in rows]
+    best = manifest.tuned_nbytes() / total
     return "\n".join(
         [f"ratio {ratio:g} cannot be met, the largest possible is about {best:.1f}:", *lines]
     )

@@ -19,9 +19,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +39,12 @@ from deltacome.compression.card import carried_files, model_card
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.survey import survey
 from deltacome.errors import ArtifactError, CalibrationError, DeltaError, PlanError
-from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_digests
-from deltacome.format.codec import dense, read_bands, write_bands
+from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_digests, write_atomic
+from deltacome.format.codec import Packed, read_bands, read_signs
 from deltacome.format.manifest import Manifest, Record
-from deltacome.format.spec import Plan
+from deltacome.format.spec import Band
 from deltacome.methods.delta_come import DeltaCome
+from deltacome.methods.method import Matrix, Method, Terms
 from deltacome.numerics.gram import relative_error
 
 DEFAULT_RATIO = 16.0
@@ -69,8 +71,8 @@ class Run:
     layout: Layout
     model: torch.nn.Module
     records: dict[str, Record]
-    plans: dict[str, Plan]
-    method: DeltaCome
+    plans: dict[str, Terms]
+    method: Method
     device: str
     dtype: torch.dtype
     report: Callable[[Progress], None]
@@ -82,7 +84,7 @@ def compress(
     tuned: str | Path,
     output: str | Path,
     *,
-    method: DeltaCome | None = None,
+    method: Method | None = None,
     ratio: float | None = DEFAULT_RATIO,
     calibration: str = "self",
     samples: int = 128,
@@ -102,7 +104,7 @@ def compress(
         output: folder of the artifact; must not exist.
         method: Delta-CoMe with triple precision by default.
         ratio: bytes of the tuned weights at 16 bit ÷ bytes of the artifact on disk, met within 2 %.
-            None where the method's plan has no `*`.
+            None where the method's options leave no choice.
         calibration: `self`, `none`, a .txt or .jsonl file, or a data set on the Hub.
         samples, seq_len, seed: rows of calibration text, tokens of a row, and their seed.
         device: `auto`, `cpu`, `cuda`…
@@ -143,7 +145,7 @@ def compress(
         manifest = replace(
             _manifest(run, calibration, samples, seq_len, seed), files=file_digests(carried)
         )
-        run.plans.update(make_plans(manifest, set(run.plans), method.template, ratio))
+        run.plans.update(_plans(run, writer, manifest, ratio))
         rows = None
         if calibration != "none":
             rows = _calibration(run, writer, calibration, samples, seq_len, seed)
@@ -161,14 +163,14 @@ def compress(
 
 def _forget_if_empty(partial: Path) -> None:
     """A run that is refused before anything was finished leaves nothing that could be resumed."""
-    if {file.name for file in partial.iterdir()} <= {"run.json", "lock"}:
+    if {file.name for file in partial.iterdir()} <= {"run.json", "plans.json", "lock"}:
         shutil.rmtree(partial)
 
 
 def _prepare(
     base: Checkpoint,
     tuned: Checkpoint,
-    method: DeltaCome,
+    method: Method,
     device: str,
     dtype: torch.dtype,
     report: Callable[[Progress], None],
@@ -191,7 +193,7 @@ def _prepare(
         layout,
         model,
         records,
-        dict.fromkeys(matrices, ()),
+        dict.fromkeys(sorted(matrices), Terms()),
         method,
         device,
         dtype,
@@ -287,12 +289,13 @@ def _compress_group(
     deltas = {name: _delta(run, name) for name in names}
     plans = {name: run.plans[name] for name in names}
     records, entries = [], {}
-    for name, bands in run.method.compress(deltas, plans, gram).items():
-        blob = write_bands(bands)
-        record = replace(run.records[name], plan=plans[name])
-        delta_hat = dense(read_bands(blob, record.bands_shape, record.plan)).to(run.device)
+    for name, packed in run.method.compress(deltas, plans, gram).items():
+        terms = {"plan": plans[name].bands, "sign_scales": plans[name].sign_scales}
+        record = replace(run.records[name], **terms)
+        blobs = {f"{name}.{kind}": blob for kind, blob in packed.blobs().items()}
+        delta_hat = _stored_delta(record, blobs).to(run.device)
         records.append(replace(record, error=relative_error(deltas[name], delta_hat, gram)))
-        entries[f"{name}.bands"] = blob
+        entries |= blobs
     return records, entries
 
 
@@ -305,31 +308,35 @@ def _delta(run: Run, name: str) -> Tensor:
     return tuned - run.base.read(record.base_name)[:rows].to(run.device, torch.float32)
 
 
+def _stored_delta(record: Record, entries: dict[str, Tensor]) -> Tensor:
+    """The delta that stored terms stand for, float32 (out, in)."""
+    shape, bands, signs = record.bands_shape, (), None
+    if record.plan:
+        bands = read_bands(entries[f"{record.name}.bands"], shape, record.plan)
+    if record.sign_scales:
+        signs = read_signs(entries[f"{record.name}.signs"], shape, record.sign_scales)
+    return Packed(bands, signs).dense() if record.packed else torch.zeros(shape)
+
+
 def _restored(run: Run, record: Record, entries: dict[str, Tensor]) -> Tensor:
-    """What the artifact gives back for a tensor of a block, float32 or the tuned dtype."""
-    if not record.plan:
+    """What the artifact gives back for a tensor of a block, float32 or the tuned dtype.
+
+    A matrix that was not compressed yet has no terms in its record: it is the base's.
+    """
+    if record.name not in run.plans:
         return run.tuned.read(record.name)
     assert record.base_name is not None
-    blob = entries[f"{record.name}.bands"]
-    delta = dense(read_bands(blob, record.bands_shape, record.plan))
-    return run.base.read(record.base_name)[: record.bands_shape[0]].float() + delta
+    base = run.base.read(record.base_name)[: record.bands_shape[0]].float()
+    return base + _stored_delta(record, entries)
 
 
 def _load_block(run: Run, block: str, unit: Unit) -> None:
-    """Loads the compressed-so-far weights of a block: base + bands, or the tuned value itself.
-
-    Before a block is compressed its matrices have no plan in the unit's records yet: they start
-    as the base's.
-    """
+    """Loads the compressed-so-far weights of a block: base + terms, or the tuned value itself."""
     parameters = {f"{block}.{name}" for name, _ in run.layout.blocks[block].named_parameters()}
     for record in unit.records:
         if record.name not in parameters:
             continue  # a buffer that the checkpoint stores; the skeleton has its own
-        if record.name in run.plans and not record.plan:
-            assert record.base_name is not None
-            value = run.base.read(record.base_name)
-        else:
-            value = _restored(run, record, unit.entries)
+        value = _restored(run, record, unit.entries)
         set_weight(run.model, record.name, value.to(run.device, run.dtype))
 
 
@@ -358,7 +365,27 @@ def _naming(names: list[str]) -> Iterator[None]:
         raise type(error)(f"{', '.join(names)}: {error}") from error
 
 
-# --- inputs and what is said of them -------------------------------------------------------------
+# --- plans, inputs, and what is said of them -----------------------------------------------------
+
+
+def _plans(
+    run: Run, writer: ArtifactWriter, manifest: Manifest, ratio: float | None
+) -> dict[str, Terms]:
+    """Plans, kept beside the units: a resumed run need not measure what they were made from."""
+    file = writer.partial / "plans.json"
+    if not file.exists():
+
+        def matrix(name: str) -> Matrix:
+            return Matrix(run.records[name].bands_shape, lambda: _delta(run, name))
+
+        # A method whose plans depend on what the model does with its inputs needs a sweep over
+        # calibration rows here, before it is asked for plans.
+        plans = make_plans(manifest, run.method, {n: matrix(n) for n in run.plans}, ratio)
+        write_atomic(file, json.dumps({name: astuple(terms) for name, terms in plans.items()}))
+    return {
+        name: Terms(tuple(Band(*band) for band in bands), scales)
+        for name, (bands, scales) in json.loads(file.read_text()).items()
+    }
 
 
 def _calibration(

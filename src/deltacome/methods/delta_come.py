@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltacome.format.codec import BandTensors, Factor
+from deltacome.format.codec import BandTensors, Factor, Packed
 from deltacome.format.spec import Plan, rank
+from deltacome.methods.method import Matrix, Planner, Terms
 from deltacome.methods.template import PRECISIONS, Template, parse_template
 from deltacome.numerics.gptq import Quantized, quantize_u, quantize_v
 from deltacome.numerics.grid import min_max_grid, round_to_grid
@@ -58,27 +59,28 @@ class DeltaCome:
             "gptq": self.gptq,
         }
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the template has a hole."""
+        return self.template.has_hole
+
+    def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
+        """The template, filled for every matrix at one ratio."""
+        return self.template.planner(matrices)
+
     def compress(
-        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Plan], gram_II: Tensor | None
-    ) -> dict[str, list[BandTensors]]:
-        """Compresses the deltas of linears that share an input.
-
-        Args:
-            deltas: float32 (O, I) by name; I is common to all.
-            plans: the bands of each.
-            gram_II: float32 (I, I), `Σ x xᵀ` over calibration inputs, or None: data-free, as if the
-                inputs were white.
-
-        Returns:
-            The bands of each delta, on the CPU.
+        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
+    ) -> dict[str, Packed]:
+        """Bands by SVD and GPTQ (see `Method.compress`).
 
         Raises:
             CalibrationError: the gram is not positive definite even after damping.
         """
-        triples = {name: _scaled_svd(delta, rank(plans[name])) for name, delta in deltas.items()}
-        v_factors = self._quantize_v([(triples[name][2], plans[name]) for name in deltas], gram_II)
+        bands = {name: plans[name].bands for name in deltas}
+        triples = {name: _scaled_svd(delta, rank(bands[name])) for name, delta in deltas.items()}
+        v_factors = self._quantize_v([(triples[name][2], bands[name]) for name in deltas], gram_II)
         return {
-            name: self._finish(triples[name], plans[name], v, gram_II)
+            name: Packed(self._finish(triples[name], bands[name], v, gram_II))
             for name, v in zip(deltas, v_factors, strict=True)
         }
 

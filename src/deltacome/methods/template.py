@@ -8,13 +8,13 @@ directions at 3 bits of 4096 are `1/128`), or `*`: as many as fit.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 from deltacome.errors import PlanError
 from deltacome.format.spec import WIDTHS, Band, Plan, bands_nbytes, rank
-
-Shape = tuple[int, int]
+from deltacome.methods.method import Matrix, Planner, Shape, Terms, share_evenly
 
 PRECISIONS = {"single": "2:*", "double": "8:2,2:*", "triple": "8:2,3:1/128,2:*"}
 """Delta-CoMe's precision strategies (section 4.1, table 2) at a given number of bytes."""
@@ -57,6 +57,19 @@ class Template:
         if not self.has_hole or rank(plan) >= rank(full):
             return None
         return _clip(full, rank(plan) + 1)
+
+    def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
+        """Fills the template for all matrices at one ratio, with one direction at least."""
+        shapes = {name: matrix.shape for name, matrix in matrices.items()}
+
+        def fill(shape: Shape, nbytes: float) -> Terms:
+            return Terms(self.fill(shape, nbytes) or _clip(self._full(shape), 1))
+
+        def grow(shape: Shape, terms: Terms) -> Terms | None:
+            grown = self.grow(shape, terms.bands)
+            return None if grown is None else Terms(grown)
+
+        return lambda nbytes: share_evenly(shapes, fill, grow, nbytes)
 
     def _full(self, shape: Shape) -> Plan:
         """The plan where bytes are no object; all others are its first directions."""

@@ -1,0 +1,124 @@
+"""What a method of delta compression is: something that plans bytes and fills them.
+
+A method is a frozen dataclass of options in a file of its own. `compression` calls it twice: for the
+plans of all matrices, when nothing but their sizes is fixed yet, and then group by group for the
+terms. So a ratio is met, or refused, before the work begins, whatever a method looks at to plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from deltacome.format.codec import Packed
+from deltacome.format.spec import Plan, bands_nbytes, sign_sections
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is to be stored of one matrix; with nothing in it the matrix stays the base's."""
+
+    bands: Plan = ()
+    sign_scales: int | None = None
+    """Scales of a term of signs, 1 or one for each row; None without that term."""
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes on disk of the terms of a matrix (out, in)."""
+        signs = sign_sections(shape, self.sign_scales)[2] if self.sign_scales else 0
+        return signs + (bands_nbytes(shape, self.bands) if self.bands else 0)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that is to be planned."""
+
+    shape: Shape
+    """(out, in) of the rows that base and tuned have in common."""
+    delta: Callable[[], Tensor]
+    """Reads tuned − base, float32 (out, in): costs the reading of both."""
+
+
+Planner = Callable[[float], dict[str, Terms]]
+"""Bytes for the terms of all matrices → the terms of each, the best that fit, else the smallest.
+
+Asked a few times with bytes that differ little, since what surrounds terms depends on them.
+"""
+
+
+class Method(Protocol):
+    """How deltas become terms. Implementations are frozen dataclasses of options."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether plans adapt to a number of bytes; otherwise they follow from the options."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest says of the method: `name`, and the options as JSON."""
+        ...
+
+    def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
+        """Measures what the plans depend on, once; where nothing adapts, bytes are not looked at."""
+        ...
+
+    def compress(
+        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
+    ) -> dict[str, Packed]:
+        """Compresses the deltas of linears that share an input.
+
+        Args:
+            deltas: float32 (out, in) by name; `in` is common to all.
+            plans: the terms of each.
+            gram_II: float32 (in, in), `Σ x xᵀ` over calibration inputs, or None: data-free, as if the
+                inputs were white.
+
+        Returns:
+            What is stored of each, on the CPU, as planned.
+        """
+        ...
+
+
+def share_evenly(
+    shapes: Mapping[str, Shape],
+    fill: Callable[[Shape, float], Terms],
+    grow: Callable[[Shape, Terms], Terms | None],
+    nbytes: float,
+) -> dict[str, Terms]:
+    """Every matrix at one ratio of its own bytes, as the papers do.
+
+    Args:
+        fill: the terms of a matrix within a number of bytes, else its smallest.
+        grow: the terms with the least more, or None if there is no more.
+        nbytes: bytes on disk for all of them.
+
+    Returns:
+        The terms at the largest common ratio that fits; what rounding to whole directions leaves over
+        is dealt out one direction at a time.
+    """
+
+    def at(share: float) -> dict[str, Terms]:
+        by_shape = {s: fill(s, share * 2 * math.prod(s)) for s in set(shapes.values())}
+        return {name: by_shape[shape] for name, shape in shapes.items()}
+
+    def size(plans: Mapping[str, Terms]) -> int:
+        return sum(plan.nbytes(shapes[name]) for name, plan in plans.items())
+
+    low, high = 0.0, 4.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(at(middle)) <= nbytes else (low, middle)
+    plans = at(low)
+    left = nbytes - size(plans)
+    for name, shape in shapes.items():
+        grown = grow(shape, plans[name])
+        cost = 0 if grown is None else grown.nbytes(shape) - plans[name].nbytes(shape)
+        if grown is not None and cost <= left:
+            plans[name] = grown
+            left -= cost
+    return plans
