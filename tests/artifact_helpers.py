@@ -16,12 +16,18 @@ from deltacome.format.artifact import (
     Unit,
     dtype_name,
 )
-from deltacome.format.codec import BandTensors, Factor, write_bands
+from deltacome.format.codec import BandTensors, Factor, Packed, SignTensors
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
 
 PLAN = (Band(16, 1), Band(8, 1), Band(4, 1), Band(3, 2), Band(2, 2), Band(1, 3))
 """Every width; ten directions."""
+TERMS = {
+    "bands": ("bands",),
+    "mixed": ("one+bands", "rows", "bands", "one", "rows+bands"),
+}
+"""Packed terms of the matrices of an artifact, in turn: signs with a scale for one matrix or for its
+rows, bands, or both."""
 
 
 def random_factor(bits, count, size, group_size, generator):
@@ -46,20 +52,36 @@ def random_bands(shape, plan=PLAN, group_size=32, seed=0, size=0.5):
     return bands
 
 
-def random_term(name, base, base_name, rows, group_size, generator, plan):
-    """A record and its entries: bands for a matrix, the tuned value for anything else."""
+def random_signs(shape, scales, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    positive_OI = torch.rand(shape, generator=generator) < 0.5
+    return SignTensors.from_signs(positive_OI, torch.randn(scales, generator=generator) / 20)
+
+
+def random_packed(shape, terms, plan, group_size, seed):
+    """Packed terms of a matrix, by their names in `TERMS`."""
+    scales = 1 if "one" in terms else shape[0] if "rows" in terms else None
+    return Packed(
+        random_bands(shape, plan, group_size, seed) if "bands" in terms else (),
+        random_signs(shape, scales, seed) if scales else None,
+    )
+
+
+def random_term(name, base, base_name, rows, group_size, generator, plan, terms):
+    """A record and its entries: packed terms for a matrix, the tuned value for anything else."""
     tensor = base.read(base_name)
     shape = (rows, *tensor.shape[1:])
     entries = {}
-    exact_rows = None
+    exact_rows, packed = None, Packed()
     if tensor.dim() == 2:
         covered = (min(rows, len(tensor)), tensor.shape[1])
         seed = int(torch.randint(0, 2**31, (), generator=generator))
-        entries[f"{name}.bands"] = write_bands(random_bands(covered, plan, group_size, seed))
+        packed = random_packed(covered, terms, plan, group_size, seed)
+        entries |= {f"{name}.{kind}": blob for kind, blob in packed.blobs().items()}
         if rows > len(tensor):
             exact_rows = (len(tensor), rows)
     else:
-        plan, exact_rows = (), (0, rows)
+        exact_rows = (0, rows)
     if exact_rows:
         value = torch.randn(exact_rows[1] - exact_rows[0], *shape[1:], generator=generator)
         value = 1 + value / 8 if tensor.dim() == 1 else value / 2
@@ -72,7 +94,8 @@ def random_term(name, base, base_name, rows, group_size, generator, plan):
         base_shape=tuple(tensor.shape),
         base_sample=sample_digest(tensor),
         base_digest=full_digest(tensor),
-        plan=plan,
+        plan=plan if packed.bands else (),
+        sign_scales=None if packed.signs is None else packed.signs.scale.numel(),
         exact_rows=exact_rows,
     )
     return record, entries
@@ -101,6 +124,7 @@ def random_artifact(
     seed: int = 0,
     group_size: int = 32,
     plan=PLAN,
+    terms: str = "bands",
     files=None,
     **config,
 ) -> Artifact:
@@ -109,6 +133,7 @@ def random_artifact(
     Args:
         vocab: rows of the tuned embedding and head, if not the base's.
         tie: whether the tuned model ties its head, if not as the base does.
+        terms: which packed terms the matrices have, of `TERMS`.
         config: fields of the tuned configuration that differ from the base's.
     """
     base = Checkpoint(base_folder)
@@ -124,11 +149,12 @@ def random_artifact(
     if tie is not None:
         tuned_config["tie_word_embeddings"] = tie
     records, entries = [], {}
-    for name, base_name in names.items():
+    for number, (name, base_name) in enumerate(names.items()):
         rows = base.tensors[base_name].shape[0]
         if vocab is not None and ("embed_tokens" in name or "lm_head" in name):
             rows = vocab
-        record, parts = random_term(name, base, base_name, rows, group_size, generator, plan)
+        mine = TERMS[terms][number % len(TERMS[terms])]
+        record, parts = random_term(name, base, base_name, rows, group_size, generator, plan, mine)
         if name in same:
             record = Record(*(getattr(record, f) for f in list(record.__dataclass_fields__)[:7]))
             parts = {}

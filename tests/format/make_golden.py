@@ -1,4 +1,4 @@
-"""Writes tests/golden/tiny, the artifact whose bytes must never change within a schema version.
+"""Writes tests/golden, the artifacts whose bytes must never change within a schema version.
 
 Run `python tests/format/make_golden.py` after a change of the schema, never to make a test pass.
 All numbers follow from formulas of small integers; there is no randomness and no rounding.
@@ -11,11 +11,12 @@ import torch
 
 from deltacome.arch.checkpoint import full_digest, sample_digest
 from deltacome.format.artifact import ArtifactWriter, Unit
-from deltacome.format.codec import BandTensors, Factor, write_bands
+from deltacome.format.codec import BandTensors, Factor, SignTensors, write_bands, write_signs
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "tiny"
+FOLDER = Path(__file__).parent.parent / "golden"
+GOLDEN = FOLDER / "tiny"
 GROUP = 40
 SHAPE = (7, 70)
 PLAN = tuple(Band(bits, 1) for bits in (16, 8, 4, 3, 2, 1))
@@ -105,17 +106,54 @@ def unit():
     return Unit(records, entries)
 
 
+def positive(row, n):
+    """The code of a sign."""
+    return (3 * n + n * n // 5 + 7 * row) % 5 < 2
+
+
+def sign_scale(row):
+    return (3 - row) / 16  # of both signs, and one is zero
+
+
+def signs(scales):
+    codes = [[positive(row, n) for n in range(SHAPE[1])] for row in range(SHAPE[0])]
+    scale = torch.tensor([sign_scale(row) for row in range(scales)])
+    return SignTensors.from_signs(torch.tensor(codes), scale)
+
+
+def signs_unit():
+    """Signs alone with a scale for all rows and for each, and with bands and added rows."""
+    grown = {"base_shape": SHAPE, "plan": PLAN[3:], "sign_scales": 7, "exact_rows": (7, 9)}
+    records = (
+        record("embed.weight", (9, 70), **grown),
+        record("one.weight", SHAPE, sign_scales=1),
+        record("rows.weight", SHAPE, sign_scales=7),
+    )
+    entries = {
+        "embed.weight.bands": write_bands(bands()[3:]),
+        "embed.weight.signs": write_signs(signs(7)),
+        "embed.weight.exact": added_rows(),
+        "one.weight.signs": write_signs(signs(1)),
+        "rows.weight.signs": write_signs(signs(7)),
+    }
+    return Unit(records, entries)
+
+
+UNITS = {"tiny": unit, "signs": signs_unit}
+
+
 def manifest():
     method = {"name": "golden", "options": [1, 2.5, None, True]}
     return Manifest("some/base", "main", method, {"seed": 0}, {}, group_size=GROUP)
 
 
-def write(output):
+def write(output, name="tiny"):
     writer = ArtifactWriter(output, {}, resume=False)
-    writer.save("all", unit())
+    writer.save("all", UNITS[name]())
     return writer.finish(["all"], manifest(), {"tuned_config.json": b"{}"})
 
 
 if __name__ == "__main__":
-    shutil.rmtree(GOLDEN, ignore_errors=True)
-    write(GOLDEN)
+    for name in UNITS:
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        write(FOLDER / name, name)

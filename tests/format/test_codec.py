@@ -1,20 +1,23 @@
 import pytest
 import torch
-from artifact_helpers import PLAN, random_bands, random_factor
+from artifact_helpers import PLAN, random_bands, random_factor, random_packed, random_signs
 
-from deltacome.errors import ArtifactError
+from deltacome.errors import ArtifactError, PlanError
 from deltacome.format.codec import (
     Factor,
+    SignTensors,
     dense,
     dequantize,
     pack,
     plan_of,
     read_bands,
+    read_signs,
     unpack,
     unpack_at,
     write_bands,
+    write_signs,
 )
-from deltacome.format.spec import PLANES, WIDTHS, Band, bands_nbytes
+from deltacome.format.spec import PLANES, WIDTHS, Band, bands_nbytes, sign_sections
 
 pytestmark = pytest.mark.usefixtures("poison")
 SIZES = (1, 2, 63, 64, 65, 127, 128, 129, 200)
@@ -140,3 +143,47 @@ def test_blob_of_another_size_is_refused():
     for wrong in (blob[:-16], torch.cat([blob, blob[:16]]), blob.view(torch.int32), blob[None]):
         with pytest.raises(ArtifactError, match=rf"shape \(6, 5\): expected {len(blob)} bytes"):
             read_bands(wrong, (6, 5), PLAN, 32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (65, 63), (5, 129)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_signs_round_trip(shape, rows):
+    scales = shape[0] if rows else 1
+    positive_OI = random_codes(*shape, 1).bool()
+    scale = torch.randn(scales, generator=torch.Generator().manual_seed(1))
+    signs = SignTensors.from_signs(positive_OI, scale)
+    expected = torch.where(positive_OI, 1.0, -1.0) * scale[:, None]
+    assert torch.equal(signs.dense(), expected)
+    blob = write_signs(signs)
+    assert blob.shape == (sign_sections(shape, scales)[2],)
+    again = read_signs(blob, shape, scales)
+    assert torch.equal(again.dense(), expected)
+    assert torch.equal(write_signs(again), blob)
+    assert again.words.untyped_storage().data_ptr() == blob.untyped_storage().data_ptr()
+
+
+def test_signs_worked_out_by_hand():
+    positive_OI = torch.zeros(1, 66, dtype=torch.bool)
+    positive_OI[0, [0, 3, 63, 64]] = True
+    words = SignTensors.from_signs(positive_OI, torch.ones(1)).words
+    assert [word % 2**32 for word in words[0].tolist()] == [1, 0x80000002, 1, 0]
+
+
+def test_signs_of_another_size_are_refused():
+    blob = write_signs(random_signs((6, 5), 6))
+    for wrong in (blob[:-16], torch.cat([blob, blob[:16]]), blob.view(torch.int32), blob[None]):
+        with pytest.raises(ArtifactError, match=rf"shape \(6, 5\): expected {len(blob)} bytes"):
+            read_signs(wrong, (6, 5), 6)
+    with pytest.raises(PlanError, match="expected 1 or 6 scales, got 5"):
+        read_signs(blob, (6, 5), 5)
+
+
+@pytest.mark.parametrize("terms", ["bands", "one", "rows+bands"])
+def test_packed_terms_are_added(terms):
+    packed = random_packed((70, 50), terms, PLAN, 32, 3)
+    parts = [band.dense() for band in packed.bands]
+    parts += [packed.signs.dense()] if packed.signs else []
+    expected = sum(part.double() for part in parts)
+    torch.testing.assert_close(packed.dense().double(), expected, rtol=1e-6, atol=1e-6)
+    kinds = {"bands": ["bands"], "one": ["signs"], "rows+bands": ["bands", "signs"]}
+    assert list(packed.blobs()) == kinds[terms]

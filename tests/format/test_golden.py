@@ -1,4 +1,4 @@
-"""The golden artifact: what was once written is read to the same values and written to the same bytes.
+"""The golden artifacts: what was once written is read to the same values and written to the same bytes.
 
 The decoder here follows docs/format.md in plain Python, bytes to numbers, without `deltacome`.
 """
@@ -93,6 +93,22 @@ def read_delta(blob, shape, plan, group):
     return delta
 
 
+def read_signs(blob, shape, scales):
+    """The delta of a signs term, rows of numbers."""
+    reader, blocks = Reader(blob), math.ceil(shape[1] / 64)
+    words = reader.take("I", shape[0] * blocks * 2)
+    alpha = reader.take("f", scales)
+    assert reader.at == len(blob)
+    return [
+        [
+            (2 * code_at(words[(o * blocks + n // 64) * 2 :][:2], 1, n % 64) - 1)
+            * alpha[o if scales > 1 else 0]
+            for n in range(shape[1])
+        ]
+        for o in range(shape[0])
+    ]
+
+
 def expected_factor(bits, side, size):
     """From the formulas that the golden artifact was made with."""
     if bits == 16:
@@ -115,11 +131,24 @@ def expected_delta(plan):
     return torch.tensor(delta, dtype=torch.float64)
 
 
+def expected_signs(scales):
+    """Likewise."""
+    delta = [
+        [
+            (1 if golden.positive(o, n) else -1) * golden.sign_scale(o if scales > 1 else 0)
+            for n in range(golden.SHAPE[1])
+        ]
+        for o in range(golden.SHAPE[0])
+    ]
+    return torch.tensor(delta, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("which", golden.UNITS)
 @pytest.mark.parametrize("name", FILES)
-def test_writing_gives_the_same_bytes(tmp_path, name):
-    out = golden.write(tmp_path / "out")
+def test_writing_gives_the_same_bytes(tmp_path, name, which):
+    out = golden.write(tmp_path / "out", which)
     assert {file.name for file in out.iterdir()} == set(FILES)
-    assert (out / name).read_bytes() == (golden.GOLDEN / name).read_bytes()
+    assert (out / name).read_bytes() == (golden.FOLDER / which / name).read_bytes()
 
 
 def test_reading_gives_the_known_values():
@@ -168,6 +197,29 @@ def test_a_reader_in_plain_python_agrees():
         assert torch.equal(got, expected_delta(tensor["plan"]))  # small dyadic numbers: no rounding
         read += 1
     assert read == 3
+
+
+def test_signs_are_read_to_the_known_values():
+    folder = golden.FOLDER / "signs"
+    document = json.loads((folder / "delta_config.json").read_text())["tensors"]
+    kinds = {name: record["kind"] for name, record in document.items()}
+    assert kinds == {
+        "embed.weight": "signs+bands",
+        "one.weight": "signs",
+        "rows.weight": "signs",
+    }
+    artifact, entries = Artifact.open(folder), entries_of(folder / FILES[2])
+    artifact.verify_bytes()
+    for name, record in document.items():
+        header, blob = entries[f"{name}.signs"]
+        assert header["dtype"] == "U8"
+        expected = expected_signs(record["sign_scales"])
+        got = read_signs(blob, golden.SHAPE, record["sign_scales"])
+        assert torch.equal(torch.tensor(got, dtype=torch.float64), expected)
+        assert torch.equal(artifact.signs(name).dense().double(), expected)
+        if "plan" in record:
+            expected = expected + expected_delta(record["plan"])
+        assert torch.equal(artifact.packed(name).dense().double(), expected)
 
 
 def test_fingerprints_stay():

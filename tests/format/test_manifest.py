@@ -51,13 +51,15 @@ def test_equal_manifests_have_equal_bytes_whatever_the_order():
     shape=st.tuples(st.integers(1, 50), st.integers(1, 50)),
     base_rows=st.integers(1, 50),
     bits=st.sampled_from(WIDTHS),
+    signs=st.sampled_from([None, "one", "rows"]),
     error=st.none() | st.floats(0, 1e6),
 )
-def test_records_round_trip(shape, base_rows, bits, error):
+def test_records_round_trip(shape, base_rows, bits, signs, error):
     exact_rows = (base_rows, shape[0]) if base_rows < shape[0] else None
     record = Record(
         *("w", shape, "bfloat16", "b", (base_rows, shape[1]), "0" * 16, "0" * 32),
         plan=(Band(bits, 1),),
+        sign_scales={None: None, "one": 1, "rows": min(base_rows, shape[0])}[signs],
         exact_rows=exact_rows,
         error=error,
     )
@@ -183,6 +185,13 @@ LAYER = ("tensors", "layer.weight")
         (("tensors", "embed.weight", "exact_rows", [-1, 9]), "exact_rows: expected an integer"),
         (("tensors", "norm.weight", "exact_rows", [0, 2]), r"exact_rows \[0, 3\)"),
         (("tensors", "norm.weight", "plan", [[2, 1]]), "expected kind 'bands'"),
+        # Signs cover what bands cover, with one scale or one for each row.
+        ((*LAYER, "sign_scales", 1), "expected kind 'signs\\+bands'"),
+        ((*LAYER, "sign_scales", 0), "sign_scales: expected an integer"),
+        ((*LAYER, "sign_scales", True), "sign_scales: expected an integer"),
+        ((*LAYER, "sign_scales", [1]), "sign_scales: expected an integer"),
+        ((*LAYER, "sign_scales", 1 << 41), "sign_scales: expected an integer"),
+        (("tensors", "norm.weight", "sign_scales", 1), "expected kind 'signs'"),
         (("tensors", "step", "exact_rows", ABSENT), "expected kind 'same'"),
         (("tensors", "step", "exact_rows", [0, 2]), r"exact_rows \[0, 1\)"),
         (("tensors", "still.weight", "kind", "exact"), "expected kind 'same'"),
@@ -198,6 +207,44 @@ def test_bands_need_a_matrix_with_a_base():
     with pytest.raises(ArtifactError, match="a matrix that the base has"):
         record_from_json("w", value)
     value |= {"shape": [2, 2, 2], "base_sample": "", "base_digest": ""}
+    with pytest.raises(ArtifactError, match="a matrix that the base has"):
+        record_from_json("w", value)
+
+
+SIGNS = {
+    "kind": "signs",
+    "shape": [4, 6],
+    "dtype": "float32",
+    "base_sample": "",
+    "base_digest": "",
+    "sign_scales": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sign_scales": 2}, "1 or 4 sign_scales, got 2"),
+        ({"sign_scales": 6}, "1 or 4 sign_scales, got 6"),
+        ({"plan": [[2, 1]]}, r"expected kind 'signs\+bands'"),
+        ({"kind": "bands"}, "expected kind 'signs'"),
+        ({"shape": [4, 2, 3]}, "a matrix that the base has"),
+        ({"shape": [4, 0]}, "where they cover rows"),
+        ({"shape": [0, 6]}, "where they cover rows"),
+        ({"exact_rows": [0, 4]}, "where they cover rows"),
+        # A grown vocabulary: the scales are those of the rows that both have.
+        ({"base_shape": [3, 6], "exact_rows": [3, 4], "sign_scales": 4}, "1 or 3 sign_scales"),
+        ({"base_shape": [5, 6], "sign_scales": 5}, "1 or 4 sign_scales"),
+    ],
+)
+def test_what_signs_may_not_be(change, message):
+    assert record_from_json("w", SIGNS).sign_scales == 1
+    with pytest.raises(ArtifactError, match=message):
+        record_from_json("w", SIGNS | change)
+
+
+def test_signs_need_a_base():
+    value = {"kind": "signs", "shape": [4, 4], "dtype": "float32", "sign_scales": 1}
     with pytest.raises(ArtifactError, match="a matrix that the base has"):
         record_from_json("w", value)
 
@@ -221,3 +268,8 @@ def test_every_field_says_what_it_counts():
     assert not record.replaced
     assert manifest.records["norm.weight"].replaced
     assert dataclasses.replace(manifest, records={}).nominal_ratio() is None
+    signs = Artifact.open(golden.FOLDER / "signs").manifest
+    assert signs.records["rows.weight"].codes_nbytes() == 7 * 70 / 8
+    assert signs.records["embed.weight"].codes_nbytes() == 7 * 70 / 8 + bits[1] * 77 / 8
+    assert signs.records["one.weight"].nbytes() == 7 * 16 + 16
+    assert signs.records["rows.weight"].nbytes() == 7 * 16 + 32

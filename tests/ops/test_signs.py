@@ -17,7 +17,8 @@ from ops_helpers import (
 )
 
 from deltacome.errors import MismatchError, UnsupportedError
-from deltacome.ops.signs import signs
+from deltacome.ops.signs import sign_rows, signs
+from deltacome.ops.slots import Pool, SignTable
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
@@ -89,3 +90,62 @@ def test_registration(impl):
     )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.deltacome.signs.default, arguments, test_utils=tests)
+
+
+def check_rows(slots, table, deltas, dtype, tile=16, scale=1.0):
+    """Runs `sign_rows` into the middle of NaN; rows that get nothing have ids that exist nowhere."""
+    out = table.outs[0]
+    ids_T = (torch.arange(len(slots)) * 7 + 3) % out
+    empty = torch.tensor([slot < 0 or not deltas[slot].any() for slot in slots], dtype=torch.bool)
+    ids_T[empty] = 10**9
+    frame, y_TI = framed(randn(len(slots), table.in_size, seed=1, dtype=dtype))
+    before = y_TI.clone()
+    assert (
+        sign_rows(y_TI, ids_T.to(DEVICE), rows_of(slots, table, tile), table, scale=scale) is None
+    )
+    nothing = torch.zeros(table.in_size, dtype=torch.float64)
+    expected = [
+        nothing if skip else scale * deltas[slot][i]
+        for slot, i, skip in zip(slots, ids_T.tolist(), empty.tolist(), strict=True)
+    ]
+    expected = torch.stack(expected) if expected else torch.zeros(0, table.in_size).double()
+    assert_added(y_TI, before, expected)
+    assert_framed(frame, table.in_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("slots", MIXES, ids=str)
+def test_rows_of_an_embedding(slots, dtype):
+    for out, size in ((1, 1), (63, 65), (70, 140), (9, 128)):
+        check_rows(slots, *filled_signs(size, [out]), dtype)
+        check_rows(slots, *filled_signs(size, [out]), dtype, scale=-7.5)
+
+
+def test_rows_of_an_empty_pool():
+    for nbytes in (0, 16):
+        table = SignTable(Pool(2, nbytes, device=DEVICE), 700, [90])
+        check_rows([0, -1, 1], table, [torch.zeros(90, 700)] * 2, torch.float32)
+
+
+def test_rows_that_do_not_fit():
+    table, _ = filled_signs(70, [80])
+    rows, y_TI = rows_of([1, 0], table), torch.zeros(2, 70, device=DEVICE)
+    for ids_T in (torch.zeros(3).long(), torch.zeros(1, 2).long(), torch.zeros(2)):
+        with pytest.raises(MismatchError, match="ids"):
+            sign_rows(y_TI, ids_T.to(DEVICE), rows, table)
+    two, _ = filled_signs(70, [80, 80])
+    with pytest.raises(MismatchError, match="one part"):
+        sign_rows(y_TI, torch.zeros(2).long().to(DEVICE), rows, two)
+    if DEVICE == "cpu":  # the assertion of a GPU ends the process
+        for ids in ([0, 80], [-1, 0]):
+            with pytest.raises(RuntimeError, match=r"\[0, 80\)"):
+                sign_rows(y_TI, torch.tensor(ids), rows, table)
+    assert not y_TI.any()
+
+
+def test_rows_are_registered():
+    table, _ = filled_signs(70, [80])
+    rows, ids_T = rows_of([0, -1, 1], table), torch.tensor([0, 79, 3], device=DEVICE)
+    arguments = (randn(3, 70), ids_T, rows.slot_T, table.pool.blobs_SN, table.fields_SPF, 80, 2.0)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.deltacome.sign_rows.default, arguments, test_utils=tests)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from artifact_helpers import random_artifact, write_artifact
+from artifact_helpers import TERMS, random_artifact, write_artifact
 from runtime_helpers import CONFIGS, assert_close, load, logits, some_ids
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -31,9 +31,10 @@ def assert_untouched(model, before):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_attached_is_merged_and_detached_is_base(bases, tmp_path, family):
-    artifact = random_artifact(bases[family], tmp_path / "delta")
+def test_attached_is_merged_and_detached_is_base(bases, tmp_path, family, terms):
+    artifact = random_artifact(bases[family], tmp_path / "delta", terms=terms)
     merged = load(merge(bases[family], artifact, tmp_path / "merged"))
     model = load(bases[family])
     ids = some_ids()
@@ -108,10 +109,11 @@ def test_any_module_with_the_names_of_the_checkpoint(bases, tmp_path):
 # --- vocabularies --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_grown_vocabulary(bases, tmp_path, family):
+def test_grown_vocabulary(bases, tmp_path, family, terms):
     base = bases[family]
-    artifact = random_artifact(base, tmp_path / "delta", vocab=300)
+    artifact = random_artifact(base, tmp_path / "delta", vocab=300, terms=terms)
     merged = load(merge(base, artifact, tmp_path / "merged"))
     model = load(base)
     before, ids = snapshot(model), some_ids(vocab=300)
@@ -295,11 +297,11 @@ def test_failure_half_way_leaves_the_base(bases, tmp_path, monkeypatch, after):
     before, expected = snapshot(model), logits(model, some_ids())
     calls = []
 
-    def blob(self, name):
+    def blob(self, name, kind):
         calls.append(name)
         if len(calls) > after:
             raise ArtifactError("the disk went away")
-        return self._read(f"{name}.bands")
+        return self._read(f"{name}.{kind}")
 
     monkeypatch.setattr(Artifact, "blob", blob)
     with pytest.raises(ArtifactError, match="disk went away"):

@@ -3,7 +3,7 @@ import resource
 
 import pytest
 import torch
-from artifact_helpers import random_artifact
+from artifact_helpers import TERMS, random_artifact
 from runtime_helpers import load, logits, make_base, some_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,17 +16,22 @@ from deltacome.runtime import merge
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_are_base_plus_bands_rounded_once(tmp_path, dtype):
+@pytest.mark.parametrize("terms", TERMS)
+def test_values_are_base_plus_terms_rounded_once(tmp_path, dtype, terms):
     make_base("qwen2", tmp_path / "base", dtype)
     same = "model.layers.1.mlp.up_proj.weight"
-    artifact = random_artifact(tmp_path / "base", tmp_path / "delta", vocab=140, same=(same,))
+    artifact = random_artifact(
+        tmp_path / "base", tmp_path / "delta", vocab=140, same=(same,), terms=terms
+    )
     assert merge(tmp_path / "base", artifact.path, tmp_path / "out") == tmp_path / "out"
     before, after = Checkpoint(tmp_path / "base"), Checkpoint(tmp_path / "out")
     assert after.tensors.keys() == artifact.manifest.records.keys()
     for name, record in artifact.manifest.records.items():
         expected = before.read(name)
-        if record.plan:
-            expected = (expected.double() + dense(artifact.bands(name)).double()).to(dtype)
+        if record.packed:
+            deltas = [dense(artifact.bands(name))] if record.plan else []
+            deltas += [artifact.signs(name).dense()] if record.sign_scales else []
+            expected = sum((delta.double() for delta in deltas), expected.double()).to(dtype)
         if record.replaced:
             expected = artifact.exact(name)
         elif record.exact_rows:

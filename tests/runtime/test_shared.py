@@ -12,6 +12,7 @@ from deltacome.runtime import attach, merge
 
 NAMES = ("math", "code", "chat")
 PLANS = (PLAN, (Band(4, 3), Band(2, 9)), (Band(8, 1),))
+KINDS = ("bands", "mixed", "mixed")
 
 
 def make_tenants(base, folder):
@@ -19,9 +20,13 @@ def make_tenants(base, folder):
     same = ("model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight")
     return {
         name: random_artifact(
-            base, folder / name, seed=seed, plan=plan, same=same if name == "chat" else ()
+            *(base, folder / name),
+            seed=seed,
+            plan=plan,
+            terms=terms,
+            same=same if name == "chat" else (),
         )
-        for seed, (name, plan) in enumerate(zip(NAMES, PLANS, strict=True))
+        for seed, (name, plan, terms) in enumerate(zip(NAMES, PLANS, KINDS, strict=True))
     }
 
 
@@ -76,7 +81,7 @@ def test_one_device_copy_of_a_tied_weight(bases, tmp_path):
     with attach(model, tenants) as attached, attached.using("math"):
         logits(model, some_ids())
         largest = max(
-            sum(r.nbytes(32) for r in a.manifest.records.values() if r.plan)
+            sum(r.nbytes(32) for r in a.manifest.records.values() if r.packed)
             for a in tenants.values()
         )
         pools = {

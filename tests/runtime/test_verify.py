@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from artifact_helpers import random_artifact
+from artifact_helpers import TERMS, random_artifact
 from runtime_helpers import make_base
 from safetensors.torch import load_file, save_file
 
 from deltacome.errors import ArtifactError, CheckpointError, MismatchError
 from deltacome.format.artifact import Artifact
-from deltacome.format.codec import read_bands
+from deltacome.format.codec import read_bands, read_signs
 from deltacome.format.spec import band_sections
 from deltacome.runtime import verify
 
@@ -54,8 +54,11 @@ def test_summary(bases, tmp_path):
     assert both.base_nbytes == (bases["llama"] / "model.safetensors").stat().st_size - header
 
 
-def test_grown_and_untied(bases, tmp_path):
-    artifact = random_artifact(bases["llama-tied"], tmp_path / "delta", vocab=140, tie=False)
+@pytest.mark.parametrize("terms", TERMS)
+def test_grown_and_untied(bases, tmp_path, terms):
+    artifact = random_artifact(
+        bases["llama-tied"], tmp_path / "delta", vocab=140, tie=False, terms=terms
+    )
     result = verify(artifact, bases["llama-tied"])
     assert result.base_tensors == result.tensors - 1  # the embedding is compared once
 
@@ -144,5 +147,49 @@ def test_gap_that_is_not_zero(bases, tmp_path):
     def change(entries):
         entries[f"{NAME}.bands"][-1] = 1
 
-    with pytest.raises(ArtifactError, match=rf"{NAME}: expected zero bytes between sections"):
+    with pytest.raises(
+        ArtifactError, match=rf"{NAME}: bands: expected zero bytes between sections"
+    ):
+        verify(rewrite(artifact, change))
+
+
+@pytest.fixture
+def signed(bases, tmp_path):
+    """An artifact, and the name and record of a matrix with signs whose blob has gaps."""
+    artifact = random_artifact(bases["llama"], tmp_path / "delta", terms="mixed")
+    records = artifact.manifest.records
+    name = next(n for n, r in records.items() if r.sign_scales == 1 and r.shape[1] == 80)
+    return artifact, name, records[name]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_scales_of_signs_that_are_not_finite(signed, number):
+    artifact, name, record = signed
+
+    def change(entries):
+        signs = read_signs(entries[f"{name}.signs"], record.bands_shape, record.sign_scales)
+        signs.scale[-1] = number
+
+    with pytest.raises(ArtifactError, match=rf"{name}: signs: scales: .*finite"):
+        verify(rewrite(artifact, change))
+
+
+def test_signs_behind_the_last_column(signed):
+    artifact, name, record = signed
+
+    def change(entries):
+        signs = read_signs(entries[f"{name}.signs"], record.bands_shape, record.sign_scales)
+        signs.words[-1, -1] |= -(1 << 31)
+
+    with pytest.raises(ArtifactError, match=rf"{name}: signs: expected zero codes"):
+        verify(rewrite(artifact, change))
+
+
+def test_gap_behind_the_scales_of_signs(signed):
+    artifact, name, _ = signed
+
+    def change(entries):
+        entries[f"{name}.signs"][-1] = 1
+
+    with pytest.raises(ArtifactError, match=rf"{name}: signs: expected zero bytes"):
         verify(rewrite(artifact, change))

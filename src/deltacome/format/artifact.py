@@ -108,17 +108,18 @@ class Artifact:
                 f"{name_or_path}: neither a folder nor a repository that the Hub serves: {error}"
             ) from error
 
-    def blob(self, name: str) -> Tensor:
-        """The packed bands of a tensor as the run of bytes that an op reads: uint8 (nbytes,).
+    def blob(self, name: str, kind: str = "bands") -> Tensor:
+        """A packed term of a tensor as the run of bytes that an op reads: uint8 (nbytes,).
 
         A view of the file where it lies aligned there, else a copy (exact tensors of odd size push
         what follows them in a file off its alignment).
-        """
-        return self._blob(f"{name}.bands")
 
-    def signs_blob(self, name: str) -> Tensor:
-        """The packed signs of a tensor, as `blob` gives its bands: uint8 (nbytes,)."""
-        return self._blob(f"{name}.signs")
+        Args:
+            name: of the tensor.
+            kind: of the term, `bands` or `signs`.
+        """
+        blob = self._read(f"{name}.{kind}")
+        return blob if blob.data_ptr() % ALIGN == 0 else blob.clone()
 
     def bands(self, name: str) -> list[BandTensors]:
         """The packed bands of a tensor, views of its blob."""
@@ -131,7 +132,7 @@ class Artifact:
         """The packed signs of a tensor, views of their blob."""
         record = self.manifest.records[name]
         assert record.sign_scales is not None, name
-        return read_signs(self.signs_blob(name), record.bands_shape, record.sign_scales)
+        return read_signs(self.blob(name, "signs"), record.bands_shape, record.sign_scales)
 
     def packed(self, name: str) -> Packed:
         """All packed terms of a tensor, views of their blobs."""
@@ -232,10 +233,6 @@ class Artifact:
                 )
         for name in self.manifest.files:
             self.file(name)
-
-    def _blob(self, key: str) -> Tensor:
-        blob = self._read(key)
-        return blob if blob.data_ptr() % ALIGN == 0 else blob.clone()
 
     def _read(self, key: str) -> Tensor:
         file = self.path / self._where[key]

@@ -92,15 +92,21 @@ class Record:
         start, stop = self.exact_rows
         return (stop - start, *self.shape[1:]) if self.shape else ()
 
+    def packed_nbytes(self, group: int = GROUP) -> dict[str, int]:
+        """Bytes of the blob of each packed term, by its kind: `bands`, `signs`."""
+        nbytes = {}
+        if self.plan:
+            nbytes["bands"] = bands_nbytes(self.bands_shape, self.plan, group)
+        if self.sign_scales:
+            nbytes["signs"] = sign_sections(self.bands_shape, self.sign_scales)[2]
+        return nbytes
+
     def entries(self, group: int = GROUP) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The safetensors entries that hold this tensor: key → (dtype, shape)."""
-        entries = {}
-        if self.plan:
-            nbytes = bands_nbytes(self.bands_shape, self.plan, group)
-            entries[f"{self.name}.bands"] = ("uint8", (nbytes,))
-        if self.sign_scales:
-            nbytes = sign_sections(self.bands_shape, self.sign_scales)[2]
-            entries[f"{self.name}.signs"] = ("uint8", (nbytes,))
+        entries: dict[str, tuple[str, tuple[int, ...]]] = {
+            f"{self.name}.{kind}": ("uint8", (nbytes,))
+            for kind, nbytes in self.packed_nbytes(group).items()
+        }
         if self.exact_rows:
             entries[f"{self.name}.exact"] = (self.dtype, self.exact_shape)
         return entries

@@ -59,6 +59,18 @@ def check_devices(op: str, *tensors: Tensor) -> None:
         raise MismatchError(f"{op}: expected one device, got {devices}")
 
 
+def check_ids(op: str, y: Tensor, ids: Tensor, slot: Tensor, *tables: Tensor) -> None:
+    """Raises MismatchError unless there is an id and a slot for each row, all on one device."""
+    check_floats(op, y=y)
+    check_devices(op, y, ids, slot, *tables)
+    if not slot.shape == ids.shape == y.shape[:1]:
+        raise MismatchError(
+            f"{op}: expected {len(y)} slots and ids, got {tuple(slot.shape)} and {tuple(ids.shape)}"
+        )
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise MismatchError(f"{op}: expected ids of int64 or int32, got {ids.dtype}")
+
+
 def refuse_gradients(*tensors: Tensor) -> None:
     """Raises UnsupportedError for a tensor that asks for a gradient.
 

@@ -17,8 +17,9 @@ Legend: S slots, N bytes of a slot, P parts, B bands of a part (at most), F fiel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -100,7 +101,10 @@ class Pool:
         self.blobs_SN[slot, offset:stop].copy_(blob, non_blocking=True)
 
 
-def arrange(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+Name = TypeVar("Name", bound=Hashable)
+
+
+def arrange(sizes: Mapping[Name, int]) -> tuple[dict[Name, int], int]:
     """Places blobs one behind the other: their offsets in a slot, and the bytes that they take.
 
     Args:

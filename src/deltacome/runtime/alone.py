@@ -91,8 +91,8 @@ def _patch(
     packed = terms.packed([place])
     added = terms.exact(0, place) if place.grown else None
     if isinstance(module, nn.Embedding):
-        table, rows = packed and packed.bands, place.live.shape[0]
-        forward = tuned_embedding(module.forward, table, added, rows, scale, choice, impl)
+        rows = place.live.shape[0]
+        forward = tuned_embedding(module.forward, packed, added, rows, scale, choice, impl)
     else:
         forward = tuned_linear(module.forward, packed, added, None, choice, impl)
     set_forward(stack, module, forward)

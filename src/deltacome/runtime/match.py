@@ -56,13 +56,13 @@ class Place:
 
     @property
     def grown(self) -> bool:
-        """Whether the tuned value is the base's rows, with or without bands, and then more."""
+        """Whether the tuned value is the base's rows, with or without a delta, and then more."""
         return self.record.exact_rows is not None and not self.record.replaced
 
     @property
     def patched(self) -> bool:
         """Whether the module has to compute something else than with the base's tensor alone."""
-        return bool(self.record.plan) or self.grown
+        return self.record.packed or self.grown
 
 
 def match(model: nn.Module, manifest: Manifest, tuned_config: Config | None) -> list[Place]:

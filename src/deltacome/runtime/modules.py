@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deltacome.errors import UnsupportedError
 from deltacome.ops.bands import band_rows, bands
 from deltacome.ops.norm import norm
-from deltacome.ops.signs import signs
+from deltacome.ops.signs import sign_rows, signs
 from deltacome.ops.slots import BandTable, SignTable
 from deltacome.runtime.choice import Choice
 
@@ -42,6 +42,16 @@ class Tables:
         if self.signs is not None:
             signs(y_TO, x_TI, rows, self.signs, impl=impl)
         return y_TO.view(y.shape)
+
+    def add_rows(self, y: Tensor, ids: Tensor, choice: Choice, scale: float, impl: str) -> Tensor:
+        """`y`, rows of an embedding, with its rows' deltas times `scale` added, in place likewise."""
+        y_TI, ids_T = y.reshape(-1, y.shape[-1]), ids.reshape(-1)
+        rows = choice.rows(ids, ids_T.shape[0])
+        if self.bands is not None:
+            band_rows(y_TI, ids_T, rows, self.bands, scale=scale, impl=impl)
+        if self.signs is not None:
+            sign_rows(y_TI, ids_T, rows, self.signs, scale=scale)
+        return y_TI.view(y.shape)
 
 
 def tuned_linear(
@@ -83,18 +93,18 @@ def tuned_linear(
 
 def tuned_embedding(
     base: Forward,
-    table: BandTable | None,
+    packed: Tables | None,
     added_NI: Tensor | None,
     rows: int,
     scale: float,
     choice: Choice,
     impl: str,
 ) -> Forward:
-    """Rows of the base + rows of the bands; ids from `rows` on are rows that were added.
+    """Rows of the base + rows of the packed terms; ids from `rows` on are rows that were added.
 
     Args:
         base: the module's own forward.
-        table: the bands, or None.
+        packed: the packed terms, or None.
         added_NI: rows below those of the base, in the module's dtype, or None.
         rows: rows of the base.
         scale: what the module multiplies its rows by.
@@ -110,11 +120,8 @@ def tuned_embedding(
         # The base's table ends before the added ids: they look up row 0 and are replaced below.
         ids = input if added_NI is None else torch.where(input < rows, input, 0)
         y = base(ids)
-        if table is not None:
-            y_TI, ids_T = y.reshape(-1, y.shape[-1]), ids.reshape(-1)
-            which = choice.rows(input, ids_T.shape[0])
-            band_rows(y_TI, ids_T, which, table, scale=scale, impl=impl)
-            y = y_TI.view(y.shape)
+        if packed is not None:
+            y = packed.add_rows(y, ids, choice, scale, impl)
         if added_NI is not None:
             added = nn.functional.embedding((input - rows).clamp(min=0), added_NI)
             y = torch.where((input < rows)[..., None], y, added.to(y.dtype))

@@ -69,9 +69,8 @@ def install_shared(
                 module.forward, _weights(terms, weights, numbers[1]), numbers[0], choice, impl
             )
         elif kind == "embedding":
-            packed = terms.packed(weights)
-            table, rows = packed and packed.bands, place.live.shape[0]
-            forward = tuned_embedding(module.forward, table, None, rows, numbers[0], choice, impl)
+            packed, rows = terms.packed(weights), place.live.shape[0]
+            forward = tuned_embedding(module.forward, packed, None, rows, numbers[0], choice, impl)
         else:
             bias_SO = _biases(terms, attrs["bias"]) if "bias" in attrs else None
             packed = terms.packed(weights)

@@ -7,6 +7,7 @@ worth nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from torch import Tensor
 from deltacome.arch.checkpoint import Checkpoint, check_finite
 from deltacome.errors import ArtifactError
 from deltacome.format.artifact import Artifact
-from deltacome.format.codec import Factor, read_bands, unpack
+from deltacome.format.codec import read_bands, read_signs, unpack
 from deltacome.format.manifest import Record
-from deltacome.format.spec import BLOCK, PLANES, band_sections
+from deltacome.format.spec import BLOCK, PLANES, band_sections, sign_sections
 from deltacome.runtime.merge import base_tensor
 
 
@@ -55,6 +56,8 @@ def verify(artifact: Artifact | str | Path, base: str | Path | None = None) -> V
     for record in records:
         if record.plan:
             _check_bands(record, artifact.blob(record.name), artifact.manifest.group_size)
+        if record.sign_scales:
+            _check_signs(record, record.sign_scales, artifact.blob(record.name, "signs"))
         if record.exact_rows:
             check_finite(record.name, artifact.exact(record.name), "artifact")
     base_nbytes = count = 0
@@ -75,9 +78,20 @@ def _check_bands(record: Record, blob: Tensor, group_size: int) -> None:
             numbers = factor.scale if factor.values is None else factor.values
             assert numbers is not None
             _check_finite(f"{where}: {side}", numbers)
-            _check_padding(f"{where}: {side}", factor)
+            if factor.planes:
+                _check_padding(f"{where}: {side}", factor.planes, factor.bits, factor.size)
         _check_finite(f"{where}: s", band.s)
-    _check_gaps(record, blob, group_size)
+    layouts, _ = band_sections(record.bands_shape, record.plan, group_size)
+    used = [(section.offset, section.nbytes) for sections in layouts for section in sections]
+    _check_gaps(f"{record.name}: bands", blob, used)
+
+
+def _check_signs(record: Record, scales: int, blob: Tensor) -> None:
+    signs, where = read_signs(blob, record.bands_shape, scales), f"{record.name}: signs"
+    _check_finite(f"{where}: scales", signs.scale)
+    _check_padding(where, (signs.words,), 1, signs.size)
+    words, at, _ = sign_sections(record.bands_shape, scales)
+    _check_gaps(where, blob, [(words, signs.words.nbytes), (at, signs.scale.nbytes)])
 
 
 def _check_finite(where: str, numbers: Tensor) -> None:
@@ -86,19 +100,15 @@ def _check_finite(where: str, numbers: Tensor) -> None:
         raise ArtifactError(f"{where}: expected finite values, got {int(bad.sum())} that are not")
 
 
-def _check_padding(where: str, factor: Factor) -> None:
-    if factor.values is not None:
-        return
-    plane = PLANES[factor.bits][0]
-    padded = factor.planes[0].shape[1] * BLOCK // (2 * plane)
-    if unpack(factor.planes, factor.bits, padded)[:, factor.size :].any():
+def _check_padding(where: str, planes: Sequence[Tensor], bits: int, size: int) -> None:
+    padded = planes[0].shape[1] * BLOCK // (2 * PLANES[bits][0])
+    if unpack(planes, bits, padded)[:, size:].any():
         raise ArtifactError(f"{where}: expected zero codes behind the last entry, got others")
 
 
-def _check_gaps(record: Record, blob: Tensor, group_size: int) -> None:
-    bands, _ = band_sections(record.bands_shape, record.plan, group_size)
+def _check_gaps(where: str, blob: Tensor, used: Iterable[tuple[int, int]]) -> None:
     gaps = torch.ones(len(blob), dtype=torch.bool)
-    for section in (section for sections in bands for section in sections):
-        gaps[section.offset : section.offset + section.nbytes] = False
+    for offset, nbytes in used:
+        gaps[offset : offset + nbytes] = False
     if blob[gaps].any():
-        raise ArtifactError(f"{record.name}: expected zero bytes between sections, got others")
+        raise ArtifactError(f"{where}: expected zero bytes between sections, got others")

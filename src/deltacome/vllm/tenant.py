@@ -237,7 +237,7 @@ def _add_packed(
                 f"{name}: has a dense 1-bit term: set signs to true in additional_config's deltacome"
             )
         blob = shard_signs(
-            *(name, artifact.signs_blob(name), shape, scales, part.rows, part.columns)
+            *(name, artifact.blob(name, "signs"), shape, scales, part.rows, part.columns)
         )
         mine = 1 if scales == 1 else part.size
         placed = PlacedSigns(_append(tenant, blob), mine)

@@ -23,7 +23,13 @@ from torch import Tensor
 
 from deltacome.errors import MismatchError
 from deltacome.ops.bands import cpu, reference
-from deltacome.ops.impls import check_devices, check_floats, check_impl, refuse_gradients
+from deltacome.ops.impls import (
+    check_devices,
+    check_floats,
+    check_ids,
+    check_impl,
+    refuse_gradients,
+)
 from deltacome.ops.rows import Rows
 from deltacome.ops.slots import BandTable
 
@@ -183,7 +189,7 @@ def _band_rows(
     impl: str,
 ) -> None:
     check_impl("band_rows", impl)
-    _check_rows(y, ids, slot, blobs, fields)
+    check_ids("band_rows", y, ids, slot, blobs, fields)
     if impl == "cpu":
         cpu.band_rows(y, ids, slot, blobs, fields, out, group_size, scale)
     elif impl == "triton":
@@ -214,7 +220,7 @@ def _(
     impl: str,
 ) -> None:
     check_impl("band_rows", impl)
-    _check_rows(y, ids, slot, blobs, fields)
+    check_ids("band_rows", y, ids, slot, blobs, fields)
 
 
 def _check(y: Tensor, x: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor) -> None:
@@ -222,15 +228,3 @@ def _check(y: Tensor, x: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor) ->
     check_devices("bands", y, x, slot, blobs, fields)
     if slot.shape != y.shape[:1]:
         raise MismatchError(f"bands: expected {len(y)} slots, got {tuple(slot.shape)}")
-
-
-def _check_rows(y: Tensor, ids: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor) -> None:
-    check_floats("band_rows", y=y)
-    check_devices("band_rows", y, ids, slot, blobs, fields)
-    if not slot.shape == ids.shape == y.shape[:1]:
-        raise MismatchError(
-            f"band_rows: expected {len(y)} slots and ids, got {tuple(slot.shape)} and "
-            f"{tuple(ids.shape)}"
-        )
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise MismatchError(f"band_rows: expected ids of int64 or int32, got {ids.dtype}")

@@ -1,4 +1,4 @@
-"""The custom op `deltacome::signs`: dense 1-bit deltas of several tenants, in place.
+"""Two custom ops, `deltacome::signs` and `deltacome::sign_rows`: dense 1-bit deltas, in place.
 
 It is to BitDelta's deltas (Liu et al. 2024, equation 2: `α · sign(Δ)`) what `deltacome::bands` is to
 Delta-CoMe's, and built the same way: one call for all tenants, plans as data on the device, the
@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import MismatchError
-from deltacome.ops.impls import check_devices, check_floats, check_impl, refuse_gradients
+from deltacome.ops.impls import (
+    check_devices,
+    check_floats,
+    check_ids,
+    check_impl,
+    refuse_gradients,
+)
 from deltacome.ops.rows import Rows
 from deltacome.ops.signs import cpu, reference
+from deltacome.ops.signs import rows as plain
 from deltacome.ops.slots import SignTable
 
 
@@ -52,10 +59,47 @@ def signs(
     )
 
 
+def sign_rows(
+    y_TI: Tensor, ids_T: Tensor, rows: Rows, table: SignTable, *, scale: float = 1.0
+) -> None:
+    """Adds rows of each row's own signs term to the output of an embedding, in place.
+
+    `y[t] += scale · α[ids[t]] · (2 · code[ids[t]] − 1)` with the signs of row t's slot. Rows without a
+    slot, and rows of an empty slot, keep every bit, and their ids are not looked at. Sums are float32
+    and rounded to y's dtype once. There is one implementation, so there is none to choose.
+
+    Args:
+        y_TI: (T, I), any float dtype, any strides; I is the size of an embedding.
+        ids_T: int64 or int32 (T,), each in [0, `table.outs[0]`).
+        rows: the slots of the rows, from `group_rows`.
+        table: of one part, the embedding's matrix.
+        scale: what the module multiplies its rows by.
+
+    Raises:
+        UnsupportedError: a tensor that requires a gradient.
+        MismatchError: shapes, dtypes or devices do not fit together.
+        RuntimeError: an id is out of range (a GPU asserts).
+    """
+    refuse_gradients(y_TI)
+    if y_TI.shape[1:] != (table.in_size,) or len(table.outs) != 1:
+        raise MismatchError(
+            f"sign_rows: expected y (T, {table.in_size}) and a table of one part, "
+            f"got {tuple(y_TI.shape)} and parts {table.outs}"
+        )
+    torch.ops.deltacome.sign_rows(
+        *(y_TI, ids_T, rows.slot_T, table.pool.blobs_SN, table.fields_SPF),
+        *(table.outs[0], scale),
+    )
+
+
 _library = torch.library.Library("deltacome", "FRAGMENT")
 _library.define(
     "signs(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
     "Tensor fields, int[] outs, int tile, str impl) -> ()"
+)
+_library.define(
+    "sign_rows(Tensor(a!) y, Tensor ids, Tensor slot, Tensor blobs, Tensor fields, int out, "
+    "float scale) -> ()"
 )
 
 
@@ -105,3 +149,30 @@ def _check(y: Tensor, x: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor, im
     check_devices("signs", y, x, slot, blobs, fields)
     if slot.shape != y.shape[:1]:
         raise MismatchError(f"signs: expected {len(y)} slots, got {tuple(slot.shape)}")
+
+
+@torch.library.impl(_library, "sign_rows", "CompositeExplicitAutograd")
+def _sign_rows(
+    y: Tensor,
+    ids: Tensor,
+    slot: Tensor,
+    blobs: Tensor,
+    fields: Tensor,
+    out: int,
+    scale: float,
+) -> None:
+    check_ids("sign_rows", y, ids, slot, blobs, fields)
+    plain.sign_rows(y, ids, slot, blobs, fields, out, scale)
+
+
+@torch.library.register_fake("deltacome::sign_rows", lib=_library)
+def _(
+    y: Tensor,
+    ids: Tensor,
+    slot: Tensor,
+    blobs: Tensor,
+    fields: Tensor,
+    out: int,
+    scale: float,
+) -> None:
+    check_ids("sign_rows", y, ids, slot, blobs, fields)
