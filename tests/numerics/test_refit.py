@@ -1,0 +1,76 @@
+"""The refitted factor against the normal equations, and what it buys."""
+
+import pytest
+import torch
+
+from deltacome.errors import CalibrationError, MismatchError
+from deltacome.numerics.gram import relative_error
+from deltacome.numerics.refit import refit_u
+from deltacome.numerics.svd import svd
+
+O, I, R = 24, 40, 6  # noqa: E741
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(3)
+    delta = torch.randn(O, I, generator=generator) * torch.logspace(0, -2, I)
+    x = torch.randn(200, I, generator=generator) * torch.logspace(0.5, -1, I)
+    u, s, v = svd(delta, R)
+    rough = (v * 4).round() / 4  # as rounding does, it turns the directions
+    return delta, s[:, None] * rough, u, x.T @ x
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_no_left_factor_is_closer(problem, calibrated):
+    delta, a, before, gram = problem
+    gram = gram if calibrated else None
+    best = refit_u(delta, a, gram, damping=1e-9)
+    error = relative_error(delta, best.T @ a, gram)
+    assert error < 0.9 * relative_error(delta, before.T @ a, gram)
+    for seed in range(5):
+        step = 1e-2 * torch.randn(R, O, generator=torch.Generator().manual_seed(seed))
+        assert relative_error(delta, (best + step).T @ a, gram) > error
+
+
+def test_it_solves_the_normal_equations(problem):
+    delta, a, _, gram = (tensor.double() for tensor in problem)
+    expected = torch.linalg.lstsq(a @ gram @ a.T, a @ gram @ delta.T).solution
+    got = refit_u(delta.float(), a.float(), gram.float(), damping=0.0)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_damping_is_relative_to_each_direction(problem):
+    delta, a, _, gram = problem
+    scale = torch.logspace(0, -5, R)[:, None]
+    one, two = refit_u(delta, a, gram), refit_u(delta, a * scale, gram) * scale
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_parallel_directions_share_what_there_is(problem):
+    delta, a, _, gram = problem
+    twice = torch.cat([a, a[:1]])
+    u = refit_u(delta, twice, gram)
+    assert u.isfinite().all()
+    alone, together = (
+        relative_error(delta, refit_u(delta, m, gram).T @ m, gram) for m in (a, twice)
+    )
+    assert together == pytest.approx(alone, rel=1e-2)
+
+
+def test_a_direction_that_nothing_reaches_is_zero(problem):
+    delta, a, _, gram = problem
+    a[2] = 0
+    u = refit_u(delta, a, gram)
+    assert not u[2].any()
+    assert u[3].any()
+
+
+def test_refusals(problem):
+    delta, a, _, gram = problem
+    with pytest.raises(MismatchError, match="40 inputs"):
+        refit_u(delta, a[:, 1:], gram)
+    with pytest.raises(MismatchError, match="40 inputs"):
+        refit_u(delta, a, gram[1:, 1:])
+    with pytest.raises(CalibrationError, match="cannot be refitted"):
+        refit_u(delta, a, -gram - 5 * gram.trace() * torch.ones(I, I) / I)
