@@ -187,7 +187,7 @@ def test_renamed_shard(folder):
 def test_shard_names_that_leave_the_folder(folder, name):
     shutil.copy(folder / SHARD, folder.parent / SHARD)
     rename_in_json(folder, SHARD, name)
-    refused(folder, "expected shards named like")
+    refused(folder, "expected a name like")
 
 
 def test_entry_in_two_shards(sharded):

@@ -103,6 +103,7 @@ def test_newer_schema_says_so_before_anything_else():
 
 SHARD = "delta-00001-of-00001.safetensors"
 LAYER = ("tensors", "layer.weight")
+INFO = {"bytes": 1, "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
@@ -169,11 +170,15 @@ LAYER = ("tensors", "layer.weight")
         ((*LAYER, "exact_rows", [0, 7]), "only where they cover rows"),
         (("files", ABSENT), "'files' is missing"),
         (("files", []), "files: expected an object"),
-        (("files", {"../tokenizer.json": "0"}), "files: expected file names"),
-        (("files", {"modeling.py": "0"}), "files: expected file names"),
-        (("files", {"config.json": "0"}), "files: expected file names"),
-        (("files", {"model.safetensors.index.json": "0"}), "files: expected file names"),
-        (("files", {"tokenizer.json": 0}), "files: expected file names"),
+        (
+            ("files", "../tokenizer.json", INFO),
+            r"files\['../tokenizer.json'\]: expected a name like",
+        ),
+        (("files", "modeling.py", INFO), "files.*expected a name like"),
+        (("files", "config.json", INFO), "files.*expected a name like"),
+        (("files", "model.safetensors.index.json", INFO), "files.*expected a name like"),
+        (("files", "tokenizer.json", "0" * 64), r"files\['tokenizer.json'\]: expected an object"),
+        (("files", "tokenizer.json", INFO | {"bytes": 1 << 40}), "bytes: expected an integer"),
         (("base", "name_or_path", "\ud800"), "name_or_path: expected a string"),
         (("tensors", "\ud800", {}), "no tensor of a safetensors file has this name"),
         (("tensors", "__metadata__", {}), "no tensor of a safetensors file has this name"),

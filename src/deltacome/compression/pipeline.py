@@ -39,7 +39,7 @@ from deltacome.compression.card import carried_files, model_card
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.survey import survey
 from deltacome.errors import ArtifactError, CalibrationError, DeltaError, PlanError
-from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_digests, write_atomic
+from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos, write_atomic
 from deltacome.format.codec import Packed, read_bands, read_signs
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
@@ -143,7 +143,7 @@ def compress(
         run = _prepare(base_checkpoint, tuned_checkpoint, method, device, compute, progress)
         carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
         manifest = replace(
-            _manifest(run, calibration, samples, seq_len, seed), files=file_digests(carried)
+            _manifest(run, calibration, samples, seq_len, seed), files=file_infos(carried)
         )
         run.plans.update(_plans(run, writer, manifest, ratio))
         rows = None

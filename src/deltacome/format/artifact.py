@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,9 +33,9 @@ from deltacome.errors import ArtifactError, DeltaError
 from deltacome.format.codec import BandTensors, Packed, SignTensors, read_bands, read_signs
 from deltacome.format.manifest import (
     MANIFEST_FILE,
+    FileInfo,
     Manifest,
     Record,
-    ShardInfo,
     entry_nbytes,
     parse_json,
     record_from_json,
@@ -48,7 +47,6 @@ T = TypeVar("T")
 
 INDEX_FILE = "delta.safetensors.index.json"
 TUNED_CONFIG_FILE = "tuned_config.json"
-SHARD_NAME = re.compile(r"delta-[0-9]{5}-of-[0-9]{5}\.safetensors")
 MAX_SHARD_BYTES = 4 << 30
 MAX_JSON_BYTES = 64 << 20
 """Of manifest and index; a mixture with 70,000 expert matrices needs a third of it."""
@@ -81,8 +79,8 @@ class Artifact:
         path = Path(path)
         text = _read_text(path, MANIFEST_FILE)
         manifest = Manifest.from_json(text)
-        for name, shard in manifest.shards.items():
-            _check_shard_file(path, name, shard)
+        for name, info in (manifest.shards | manifest.files).items():
+            _check_file(path, name, info)
         for file in sorted(path.glob("*.safetensors")):
             if file.name not in manifest.shards:
                 raise ArtifactError(f"{path}: shard {file.name} is not in {MANIFEST_FILE}")
@@ -150,16 +148,17 @@ class Artifact:
         Raises:
             ArtifactError: the file is missing or not what it was.
         """
-        expected = self.manifest.files.get(name)
-        if expected is None:
+        info = self.manifest.files.get(name)
+        if info is None:
             return None
+        _check_file(self.path, name, info)
         try:
             content = (self.path / name).read_bytes()
         except OSError as error:
             raise ArtifactError(f"{self.path / name}: cannot be read: {error}") from error
         got = hashlib.sha256(content).hexdigest()
-        if got != expected:
-            raise ArtifactError(f"{self.path / name}: expected SHA-256 {expected}, got {got}")
+        if got != info.sha256:
+            raise ArtifactError(f"{self.path / name}: expected SHA-256 {info.sha256}, got {got}")
         return content
 
     def json_file(self, name: str) -> dict[str, Any] | None:
@@ -261,17 +260,12 @@ def _read_text(folder: Path, name: str) -> str:
         raise ArtifactError(f"{file}: cannot be read: {error}") from error
 
 
-def _check_shard_file(folder: Path, name: str, shard: ShardInfo) -> None:
-    # The pattern keeps a manifest from naming files outside of its folder.
-    if not SHARD_NAME.fullmatch(name):
-        raise ArtifactError(
-            f"{folder}: expected shards named like {SHARD_NAME.pattern}, got {name!r}"
-        )
+def _check_file(folder: Path, name: str, info: FileInfo) -> None:
     file = folder / name
     if not file.is_file():
-        raise ArtifactError(f"{folder}: shard {name} is missing")
-    if file.stat().st_size != shard.nbytes:
-        raise ArtifactError(f"{file}: expected {shard.nbytes} bytes, got {file.stat().st_size}")
+        raise ArtifactError(f"{folder}: {name} is missing")
+    if file.stat().st_size != info.nbytes:
+        raise ArtifactError(f"{file}: expected {info.nbytes} bytes, got {file.stat().st_size}")
 
 
 def _check_entries(folder: Path, manifest: Manifest, digest: str) -> dict[str, str]:
@@ -424,7 +418,7 @@ class ArtifactWriter:
             for name, content in files.items():
                 (final / name).write_bytes(content)
             manifest = dataclasses.replace(
-                manifest, records=records, shards=shards, files=file_digests(files)
+                manifest, records=records, shards=shards, files=file_infos(files)
             )
             text = manifest.to_json()
             write_atomic(final / MANIFEST_FILE, text)
@@ -447,7 +441,7 @@ class ArtifactWriter:
 
     def _write_shards(
         self, final: Path, names: list[str]
-    ) -> tuple[dict[str, ShardInfo], dict[str, str]]:
+    ) -> tuple[dict[str, FileInfo], dict[str, str]]:
         files = ((name, self.partial / f"{name}.safetensors") for name in names)
         groups = list(grouped(((name, f.stat().st_size) for name, f in files), MAX_SHARD_BYTES))
         weight_map, shards = {}, {}
@@ -461,7 +455,7 @@ class ArtifactWriter:
             save_file(entries, final / shard, metadata={"format": "deltacome"})
             weight_map |= dict.fromkeys(sorted(entries), shard)
             file = final / shard
-            shards[shard] = ShardInfo(file.stat().st_size, file_sha256(file))
+            shards[shard] = FileInfo(file.stat().st_size, file_sha256(file))
         return shards, weight_map
 
 
@@ -470,9 +464,12 @@ def _write_index(folder: Path, weight_map: dict[str, str], digest: str) -> None:
     write_atomic(folder / INDEX_FILE, json.dumps(index, separators=(",", ":")) + "\n")
 
 
-def file_digests(files: Mapping[str, bytes]) -> dict[str, str]:
-    """SHA-256 of contents by name, as the manifest lists them."""
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+def file_infos(files: Mapping[str, bytes]) -> dict[str, FileInfo]:
+    """Sizes and checksums of contents by name, as the manifest lists them."""
+    return {
+        name: FileInfo(len(content), hashlib.sha256(content).hexdigest())
+        for name, content in files.items()
+    }
 
 
 def grouped(sizes: Iterable[tuple[T, int]], limit: int) -> Iterator[list[T]]:

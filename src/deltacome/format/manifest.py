@@ -23,6 +23,8 @@ from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, codes_nbytes,
 SCHEMA = 1
 MANIFEST_FILE = "delta_config.json"
 MAX_DIM = 1 << 40
+SHARD_NAME = re.compile(r"delta-[0-9]{5}-of-[0-9]{5}\.safetensors")
+MAX_CARRIED_BYTES = 256 << 20
 CARRIED_NAME = re.compile(
     r"(?!config\.|adapter_|delta|model)\w[\w.-]{0,99}\.(json|jinja|txt|model|tiktoken)", re.ASCII
 )
@@ -133,8 +135,8 @@ def entry_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """A weight file of the artifact."""
+class FileInfo:
+    """A file of the artifact."""
 
     nbytes: int
     sha256: str
@@ -151,9 +153,9 @@ class Manifest:
     provenance: dict[str, Any]
     """Calibration source and seed, library versions."""
     records: dict[str, Record]
-    files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each file of the tuned model that goes along: configuration, tokenizer and so on."""
-    shards: dict[str, ShardInfo] = field(default_factory=dict)
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    """Files of the tuned model that go along: configuration, tokenizer and so on."""
+    shards: dict[str, FileInfo] = field(default_factory=dict)
     group_size: int = GROUP
 
     def tuned_nbytes(self) -> int:
@@ -176,11 +178,8 @@ class Manifest:
             "method": self.method,
             "group_size": self.group_size,
             "provenance": self.provenance,
-            "files": dict(sorted(self.files.items())),
-            "shards": {
-                name: {"bytes": shard.nbytes, "sha256": shard.sha256}
-                for name, shard in sorted(self.shards.items())
-            },
+            "files": _files_to_json(self.files),
+            "shards": _files_to_json(self.shards),
             "tensors": {name: record_to_json(r) for name, r in sorted(self.records.items())},
         }
         return json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n"
@@ -207,11 +206,8 @@ class Manifest:
             method=_take(document, "method", _dict),
             group_size=_take(document, "group_size", _integer(1, 1 << 20)),
             provenance=_take(document, "provenance", _dict),
-            files=_take(document, "files", _files),
-            shards={
-                name: _shard(name, value)
-                for name, value in _take(document, "shards", _dict).items()
-            },
+            files=_files(document, "files", CARRIED_NAME, MAX_CARRIED_BYTES),
+            shards=_files(document, "shards", SHARD_NAME, 1 << 50),
             records={
                 name: record_from_json(name, value)
                 for name, value in _take(document, "tensors", _dict).items()
@@ -431,14 +427,6 @@ def _shape(item: Any) -> tuple[int, ...]:
     return shape
 
 
-def _files(item: Any) -> dict[str, str]:
-    files = _dict(item)
-    for name, digest in files.items():
-        if not CARRIED_NAME.fullmatch(name) or not isinstance(digest, str):
-            raise ValueError(f"expected file names like {CARRIED_NAME.pattern}")
-    return files
-
-
 def _rows(item: Any) -> tuple[int, int]:
     if not isinstance(item, list) or len(item) != 2:
         raise TypeError("expected [start, stop]")
@@ -457,13 +445,24 @@ def _plan(item: Any) -> Plan:
     return tuple(bands)
 
 
-def _shard(name: str, item: Any) -> ShardInfo:
-    where = f"shards[{name!r}]"
-    if not isinstance(item, dict):
-        raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected an object, got {item!r:.80}")
-    item = dict(item)
-    shard = ShardInfo(
-        _take(item, "bytes", _integer(0, 1 << 50), where), _take(item, "sha256", _string, where)
-    )
-    _no_more(item, where)
-    return shard
+def _files(
+    document: dict[str, Any], key: str, pattern: re.Pattern[str], limit: int
+) -> dict[str, FileInfo]:
+    """Sizes and checksums by name; the pattern keeps a manifest from naming files elsewhere."""
+    files = {}
+    for name, item in _take(document, key, _dict).items():
+        where = f"{key}[{name!r:.200}]"
+        if not pattern.fullmatch(name):
+            raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected a name like {pattern.pattern}")
+        if not isinstance(item, dict):
+            raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected an object, got {item!r:.80}")
+        item = dict(item)
+        files[name] = FileInfo(
+            _take(item, "bytes", _integer(0, limit), where), _take(item, "sha256", _string, where)
+        )
+        _no_more(item, where)
+    return files
+
+
+def _files_to_json(files: dict[str, FileInfo]) -> dict[str, Any]:
+    return {name: {"bytes": f.nbytes, "sha256": f.sha256} for name, f in sorted(files.items())}
