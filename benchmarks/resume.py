@@ -1,6 +1,11 @@
-"""Kills compression at random moments, resumes it, and compares every byte with a run left alone.
+"""Kills compression and merging at random moments, starts them again, and compares every byte.
 
-python benchmarks/resume.py work/base work/sums --kills 3 --seed 1
+    python benchmarks/resume.py work/base work/sums --kills 50
+
+Each trial forks a process that works, kills it (SIGKILL) after a time drawn from all of a whole run's,
+looks at what is there, and starts again until it is done; one trial in three is killed a second time. The
+output must be absent or whole after each kill, and in the end hold the bytes of a run left alone.
+Forking leaves the imports out of the time in which the kill falls.
 """
 
 from __future__ import annotations
@@ -8,73 +13,149 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+import deltacome
+from deltacome.compression.capture import make_skeleton
+from deltacome.format.folder import partial_of
+
+Work = Callable[[Path], object]
+"""Makes an output, or goes on with one."""
 
 
 def main() -> None:
     options = _parse()
-    draw = random.Random(options.seed)
+    torch.set_num_threads(1)  # no thread but this one: a fork copies no other
+    preload(options.base)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
-        _start(options, whole).wait()
-        units = json.loads((whole / "tuned_config.json").read_text())["num_hidden_layers"]
-        moments = sorted(draw.sample(range(units), options.kills))
-        for number, moment in enumerate(moments, 1):
-            process = _start(options, killed)
-            while process.poll() is None and _finished(killed) < moment:
-                time.sleep(0.05)
-            time.sleep(draw.uniform(0, 2))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            there = killed.exists()
-            print(
-                f"kill {number}: {_finished(killed)} of {units} blocks finished, "
-                f"artifact there: {there}",
-                flush=True,
-            )
-            if there:
-                sys.exit("the run finished before it was killed; nothing was tested")
-        code = _start(options, killed).wait()
-        same = code == 0 and _digests(whole) == _digests(killed)
-        print(f"resumed: exit code {code}, all files identical: {same}")
-        for name, digest in sorted(_digests(whole).items()):
-            print(f"  {digest[:16]}  {name}")
-        sys.exit(0 if same else 1)
+        folder = Path(scratch)
+        compress = compressing(options.base, options.tuned, options.compress)
+        delta = folder / "delta"
+        report = {"compress": trials(compress, delta, options.kills, options.seed)}
+        merge = merging(options.base, delta)
+        report["merge"] = trials(merge, folder / "dense", options.kills, options.seed)
+    print(json.dumps(report, indent=1))
+    sys.exit(any(one["wrong"] for one in report.values()))
 
 
-def _start(options: argparse.Namespace, output: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", "from deltacome.cli import main; main()", "compress"]
-    command += [options.base, options.tuned, "-o", str(output), "--resume"]
-    return subprocess.Popen([*command, *options.compress], stdout=subprocess.DEVNULL)
+def preload(base: str | Path) -> None:
+    """Imports what a run imports when it gets there, so that forked processes need not."""
+    make_skeleton(Path(base), torch.float32)
+    AutoTokenizer.from_pretrained(base)
 
 
-def _finished(output: Path) -> int:
-    return len(list(output.with_name(f"{output.name}.partial").glob("unit-*.json")))
+def compressing(base: str | Path, tuned: str | Path, options: dict) -> Work:
+    """Compression of a pair, resumed where it was begun."""
+    return lambda output: deltacome.compress(base, tuned, output, resume=True, **options)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    files = folder.iterdir() if folder.exists() else []
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def merging(base: str | Path, delta: str | Path) -> Work:
+    """Merging, which begins anew."""
+    return lambda output: deltacome.merge(base, delta, output)
+
+
+def trials(work: Work, output: Path, kills: int, seed: int) -> dict:
+    """Kills `work` at random moments and counts what was found; `output` is left whole.
+
+    Returns:
+        Counts: `absent`, `whole` after a kill; `finished` before it; `wrong` outputs with a reason each.
+    """
+    draw = random.Random(seed)
+    start = time.monotonic()
+    _run(work, output)
+    seconds, whole = time.monotonic() - start, digests(output)
+    found: Counter[str] = Counter()
+    blocks: Counter[int] = Counter()
+    wrong: list[str] = []
+    while found["absent"] + found["whole"] < kills:
+        shutil.rmtree(output)
+        for _ in range(draw.choice([1, 1, 2])):
+            # A little beyond the end, so that the last moments are hit as often as the others.
+            state = _kill_after(work, output, draw.uniform(0, 1.05 * seconds))
+            found[state] += 1
+            blocks[len(list(partial_of(output).glob("unit-*.json")))] += 1
+            if state == "whole" and digests(output) != whole:
+                wrong.append("other bytes at the output after a kill")
+            if output.exists():
+                break
+        if not output.exists():
+            _run(work, output)
+        if digests(output) != whole:
+            wrong.append("other bytes after the run was continued")
+        # A kill between the rename and the last line may leave the folder in which it was made.
+        shutil.rmtree(partial_of(output), ignore_errors=True)
+    return {
+        "kills": found["absent"] + found["whole"],
+        "seconds_of_a_whole_run": round(seconds, 2),
+        **found,
+        "finished_units_when_killed": {str(k): v for k, v in sorted(blocks.items())},
+        "wrong": wrong,
+    }
+
+
+def _kill_after(work: Work, output: Path, seconds: float) -> str:
+    """`absent` or `whole`: what is at the output after a kill; `finished` where it came too late."""
+    child = _fork(work, output)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        assert os.WEXITSTATUS(status) == 0, "the work failed"
+        return "finished"
+    return "whole" if output.exists() else "absent"
+
+
+def _run(work: Work, output: Path) -> None:
+    _, status = os.waitpid(_fork(work, output), 0)
+    if status != 0:
+        raise RuntimeError("the work failed")
+
+
+def _fork(work: Work, output: Path) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            work(output)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
+    }
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Kill, resume, compare bytes.")
+    parser = argparse.ArgumentParser(description="Kill, start again, compare bytes.")
     parser.add_argument("base")
     parser.add_argument("tuned")
-    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scratch", type=Path, help="where temporary artifacts go")
+    parser.add_argument("--scratch", type=Path, help="where temporary outputs go")
     parser.add_argument(
         "--compress",
-        type=str.split,
-        default=["--samples", "16", "--seq-len", "64"],  # small: resuming is what is tested
-        help="options passed on to deltacome compress, as one string",
+        type=json.loads,
+        default={"ratio": 16, "samples": 16, "seq_len": 64},  # small: resuming is what is tested
+        help="options of compress, JSON",
     )
     return parser.parse_args()
 

@@ -21,6 +21,10 @@ class ArtifactError(DeltaError):
     """An artifact on disk is truncated, inconsistent, or of a schema that this version cannot read."""
 
 
+class OutputError(DeltaError):
+    """An output exists already, cannot be written, or another process is writing it."""
+
+
 class PlanError(DeltaError):
     """A plan or a ratio cannot be met."""
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from deltacome import DeltaCome, DeltaError, compress
 from deltacome.errors import (
-    ArtifactError,
     CalibrationError,
     CheckpointError,
     MismatchError,
+    OutputError,
     PlanError,
     UnsupportedError,
 )
@@ -290,14 +290,14 @@ def test_an_output_that_exists(pair, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     before = tree(tmp_path)
-    with pytest.raises(ArtifactError, match="the output exists already"):
+    with pytest.raises(OutputError, match="the output exists already"):
         compress(*pair, tmp_path / "out", calibration="none", **QUICK)
     assert tree(tmp_path) == before
 
 
 def test_an_output_below_a_file(pair, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         compress(*pair, tmp_path / "file" / "out", calibration="none", **QUICK)
 
 
@@ -325,7 +325,7 @@ def test_a_full_disk(pair, text, tmp_path, monkeypatch, place, fails_at):
 
     monkeypatch.setattr(place, full)
     before = [tree(folder) for folder in pair]
-    with pytest.raises(ArtifactError, match=r"cannot be written: .*No space left"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*No space left"):
         compress(*pair, out, calibration=text, **QUICK)
     assert not out.exists()
     assert [tree(folder) for folder in pair] == before
@@ -341,10 +341,10 @@ def test_a_read_only_folder(pair, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-    with pytest.raises(ArtifactError, match=r"cannot be written: .*Permission denied"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*Permission denied"):
         compress(*pair, tmp_path / "out", calibration="none", **QUICK)
 
 
 def test_every_refusal_is_of_one_tree():
-    kinds = (ArtifactError, CalibrationError, CheckpointError, MismatchError, PlanError)
+    kinds = (OutputError, CalibrationError, CheckpointError, MismatchError, PlanError)
     assert all(issubclass(kind, DeltaError) for kind in (*kinds, UnsupportedError))

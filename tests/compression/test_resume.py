@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import pytest
 import torch
 from tiny_pairs import copy_of, tree
 
-from deltacome import DeltaCome, DeltaError, compress
-from deltacome.errors import ArtifactError
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import resume
+
+from deltacome import DeltaCome, DeltaError, compress, merge
+from deltacome.errors import OutputError
+from deltacome.format.folder import new_folder
 from deltacome.methods.template import parse_template
 
 QUICK = {"ratio": 4, "samples": 6, "seq_len": 12}
@@ -113,7 +118,7 @@ def unfinished(pairs, text, tmp_path):
 
 def test_an_unfinished_run_is_not_started_over_in_silence(pairs, text, unfinished):
     before = tree(unfinished.with_name("a.partial"))
-    with pytest.raises(ArtifactError, match=r"a\.partial: holds an unfinished run.*--resume"):
+    with pytest.raises(OutputError, match=r"a\.partial: holds an unfinished run.*--resume"):
         compress(*pairs["small"], unfinished, calibration=text, **QUICK)
     assert tree(unfinished.with_name("a.partial")) == before
     assert not unfinished.exists()
@@ -135,9 +140,7 @@ def test_an_unfinished_run_is_not_started_over_in_silence(pairs, text, unfinishe
 )
 def test_another_option_is_refused_by_name(pairs, text, unfinished, name, value):
     options = {"calibration": text, **QUICK, name: value}
-    with pytest.raises(
-        ArtifactError, match=f"cannot be resumed: {name} was .*, is now "
-    ) as refused:
+    with pytest.raises(OutputError, match=f"cannot be resumed: {name} was .*, is now ") as refused:
         compress(*pairs["small"], unfinished, resume=True, **options)
     assert "remove the folder" in str(refused.value)
     assert not unfinished.exists()
@@ -161,7 +164,7 @@ def test_a_changed_input_is_refused(pairs, text, which, tmp_path):
     file.write_bytes(file.read_bytes() + b" " * (which != "tuned"))
     os.utime(file, ns=(1, 1))
     name = "calibration" if which == "text" else "tuned"
-    with pytest.raises(ArtifactError, match=f"cannot be resumed: {name} was"):
+    with pytest.raises(OutputError, match=f"cannot be resumed: {name} was"):
         compress(base, tuned, out, resume=True, **options)
 
 
@@ -177,9 +180,9 @@ def test_a_finished_output_is_not_replaced(pairs, tmp_path):
     out = tmp_path / "a"
     compress(*pairs["small"], out, calibration="none", **QUICK)
     before = tree(tmp_path)
-    for resume in (False, True):
-        with pytest.raises(ArtifactError, match="the output exists already"):
-            compress(*pairs["small"], out, calibration="none", resume=resume, **QUICK)
+    for again in (False, True):
+        with pytest.raises(OutputError, match="the output exists already"):
+            compress(*pairs["small"], out, calibration="none", resume=again, **QUICK)
     assert tree(tmp_path) == before
 
 
@@ -189,15 +192,66 @@ def test_two_writers(pairs, tmp_path):
 
     def second(step):
         if (step.phase, step.done) == ("blocks", 1):
-            for resume in (False, True):
-                with pytest.raises(ArtifactError) as error:
-                    compress(*pairs["small"], out, calibration="none", resume=resume, **QUICK)
+            for again in (False, True):
+                with pytest.raises(OutputError) as error:
+                    compress(*pairs["small"], out, calibration="none", resume=again, **QUICK)
                 refused.append(str(error.value))
 
     compress(*pairs["small"], out, calibration="none", progress=second, **QUICK)
     assert len(refused) == 2
     assert "another process is writing here" in refused[1]
     assert (out / "delta_config.json").is_file()
+
+
+def test_kills_at_random_moments(pairs, text, tmp_path):
+    """A few of those that benchmarks/resume.py makes fifty of."""
+    resume.preload(pairs["small"][1])
+    options = {"calibration": text, **QUICK}
+    compress_it = resume.compressing(*pairs["small"], options)
+    said = resume.trials(compress_it, tmp_path / "delta", kills=3, seed=0)
+    assert (said["kills"], said["wrong"]) == (3, [])
+    merge_it = resume.merging(pairs["small"][0], tmp_path / "delta")
+    said = resume.trials(merge_it, tmp_path / "dense", kills=3, seed=0)
+    assert (said["kills"], said["wrong"]) == (3, [])
+    assert {file.name for file in tmp_path.iterdir()} == {"delta", "dense"}
+
+
+def test_two_merges_into_one_folder(pairs, tmp_path):
+    delta = compress(*pairs["small"], tmp_path / "a", calibration="none", **QUICK)
+    out = tmp_path / "dense"
+    with new_folder(out) as folder:
+        (folder / "half").touch()
+        with pytest.raises(OutputError, match="another process is writing here"):
+            merge(pairs["small"][0], delta, out)
+        (folder / "half").unlink()
+        (folder / "mine").touch()
+    assert [file.name for file in out.iterdir()] == ["mine"]
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "dense"}
+
+
+def test_a_merge_does_not_throw_an_unfinished_compression_away(pairs, text, unfinished, tmp_path):
+    delta = compress(*pairs["small"], tmp_path / "other", calibration="none", **QUICK)
+    before = tree(unfinished.with_name("a.partial"))
+    with pytest.raises(OutputError, match="holds an unfinished run of compress"):
+        merge(pairs["small"][0], delta, unfinished)
+    assert tree(unfinished.with_name("a.partial")) == before
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.9])
+def test_files_that_may_not_grow_further(pairs, text, whole, share, tmp_path):
+    """A real limit of the system, met at different files: refused, and continued once there is room."""
+    out = tmp_path / "a"
+    limit = int(share * max(map(len, whole[text].values())))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            compress(*pairs["small"], out, calibration=text, **QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not out.exists()
+    compress(*pairs["small"], out, calibration=text, resume=True, **QUICK)
+    assert tree(out) == whole[text]
 
 
 CHILD = """
@@ -229,7 +283,7 @@ def test_a_process_that_is_killed(pairs, text, whole, tmp_path):
             assert child.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        with pytest.raises(ArtifactError, match="another process is writing here"):
+        with pytest.raises(OutputError, match="another process is writing here"):
             compress(*pairs["small"], out, calibration=text, resume=True, **QUICK)
     finally:
         child.send_signal(signal.SIGKILL)

@@ -4,7 +4,7 @@ import make_golden as golden
 import pytest
 import torch
 
-from deltacome.errors import ArtifactError
+from deltacome.errors import ArtifactError, OutputError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit
 
 RUN = {"base": "some/base", "seed": 0, "plan": [[2, 4]]}
@@ -91,14 +91,14 @@ def test_extra_files_and_their_rights(tmp_path):
 def test_output_exists(tmp_path):
     (tmp_path / "out").mkdir()
     for resume in (False, True):
-        with pytest.raises(ArtifactError, match="exists already"):
+        with pytest.raises(OutputError, match="exists already"):
             ArtifactWriter(tmp_path / "out", RUN, resume=resume)
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_unfinished_run_is_not_overwritten(tmp_path):
     ArtifactWriter(tmp_path / "out", RUN, resume=False).close()
-    with pytest.raises(ArtifactError, match="unfinished run"):
+    with pytest.raises(OutputError, match="unfinished run"):
         ArtifactWriter(tmp_path / "out", RUN, resume=False)
 
 
@@ -113,7 +113,7 @@ def test_unfinished_run_is_not_overwritten(tmp_path):
 )
 def test_run_of_something_else_is_not_continued(tmp_path, run, message):
     ArtifactWriter(tmp_path / "out", RUN, resume=False).close()
-    with pytest.raises(ArtifactError, match=f"cannot be resumed: {message}"):
+    with pytest.raises(OutputError, match=f"cannot be resumed: {message}"):
         ArtifactWriter(tmp_path / "out", run, resume=True)
     ArtifactWriter(tmp_path / "out", RUN, resume=True).close()
 
@@ -121,7 +121,7 @@ def test_run_of_something_else_is_not_continued(tmp_path, run, message):
 def test_second_writer_is_refused(tmp_path):
     first = ArtifactWriter(tmp_path / "out", RUN, resume=False)
     first.save("all", golden.unit())
-    with pytest.raises(ArtifactError, match="another process is writing here"):
+    with pytest.raises(OutputError, match="another process is writing here"):
         ArtifactWriter(tmp_path / "out", RUN, resume=True)
     first.finish(["all"], golden.manifest())
     Artifact.open(tmp_path / "out").verify_bytes()
@@ -167,8 +167,8 @@ def test_nothing_at_the_output_when_finishing_fails(tmp_path, fault):
             raise OSError(28, "No space left on device")
         raise RuntimeError("a bug")
 
-    expected = RuntimeError if fault == "bug" else ArtifactError
-    with pytest.raises(expected):
+    errors = {"bug": RuntimeError, "disk": OutputError, "entry": ArtifactError}
+    with pytest.raises(errors[fault]):
         writer.finish(["all"], golden.manifest(), card=card)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     # What was finished is still there, and the run can go on.
@@ -181,7 +181,7 @@ def test_nothing_at_the_output_when_finishing_fails(tmp_path, fault):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         ArtifactWriter(tmp_path / "file" / "out", RUN, resume=False)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.errors import ArtifactError, CheckpointError, MismatchError
+from deltacome.errors import ArtifactError, MismatchError, OutputError
 from deltacome.format.codec import dense
 from deltacome.runtime import merge
 
@@ -94,7 +94,7 @@ def test_output_exists(bases, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("precious")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(OutputError, match="exists already"):
         merge(bases["llama"], artifact, out)
     assert (out / "mine").read_text() == "precious"
 
@@ -139,7 +139,7 @@ def test_disk_that_fills_up_leaves_nothing(bases, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(CheckpointError, match="cannot be written"):
+        with pytest.raises(OutputError, match="cannot be written"):
             merge(bases["llama"], artifact, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

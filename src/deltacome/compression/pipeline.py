@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,9 +37,10 @@ from deltacome.compression.capture import Stream, drop_weights, make_skeleton, s
 from deltacome.compression.card import carried_files, model_card
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.survey import survey
-from deltacome.errors import ArtifactError, CalibrationError, DeltaError, PlanError
-from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos, write_atomic
+from deltacome.errors import CalibrationError, DeltaError, PlanError
+from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos
 from deltacome.format.codec import Packed, read_bands, read_signs
+from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
 from deltacome.methods.delta_come import DeltaCome
@@ -381,7 +381,8 @@ def _plans(
         # A method whose plans depend on what the model does with its inputs needs a sweep over
         # calibration rows here, before it is asked for plans.
         plans = make_plans(manifest, run.method, {n: matrix(n) for n in run.plans}, ratio)
-        write_atomic(file, json.dumps({name: astuple(terms) for name, terms in plans.items()}))
+        with disk_errors(file):
+            write_atomic(file, json.dumps({name: astuple(terms) for name, terms in plans.items()}))
     return {
         name: Terms(tuple(Band(*band) for band in bands), scales)
         for name, (bands, scales) in json.loads(file.read_text()).items()
@@ -410,11 +411,9 @@ def _calibration(
                 f"but {run.layout.embedding} has {size} rows"
             )
         tensors = {f"{i:06}": torch.tensor(row) for i, row in enumerate(rows)}
-        try:
+        with disk_errors(file):
             save_file(tensors, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{file}: cannot be written: {error}") from error
     return [row.tolist() for _, row in sorted(load_file(file).items())]
 
 

@@ -12,9 +12,7 @@ appending to growing shards would save that copy and cost the guarantee.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -29,8 +27,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltacome.errors import ArtifactError, DeltaError
+from deltacome.errors import ArtifactError, OutputError
 from deltacome.format.codec import BandTensors, Packed, SignTensors, read_bands, read_signs
+from deltacome.format.folder import (
+    RUN_FILE,
+    claim,
+    disk_errors,
+    partial_of,
+    publish,
+    release,
+    sync,
+    write_atomic,
+)
 from deltacome.format.manifest import (
     MANIFEST_FILE,
     FileInfo,
@@ -47,6 +55,7 @@ T = TypeVar("T")
 
 INDEX_FILE = "delta.safetensors.index.json"
 TUNED_CONFIG_FILE = "tuned_config.json"
+STAYS = "; what was finished stays for --resume"
 MAX_SHARD_BYTES = 4 << 30
 MAX_JSON_BYTES = 64 << 20
 """Of manifest and index; a mixture with 70,000 expert matrices needs a third of it."""
@@ -347,23 +356,22 @@ class ArtifactWriter:
 
     def __init__(self, output: str | Path, identity: dict[str, Any], *, resume: bool) -> None:
         self.output = Path(output)
-        self.partial = self.output.with_name(self.output.name + ".partial")
-        if self.output.exists():
-            raise ArtifactError(
-                f"{self.output}: the output exists already; remove it or name another"
-            )
-        identity_file = self.partial / "run.json"
-        if identity_file.exists():
-            if not resume:
-                raise ArtifactError(
-                    f"{self.partial}: holds an unfinished run; "
-                    "continue it with --resume or remove it"
-                )
-            _check_identity(identity_file, identity)
-        with _disk_errors(self.partial):
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.partial)
-            write_atomic(identity_file, json.dumps(identity, indent=1, sort_keys=True))
+        self.partial = partial_of(self.output)
+        self._lock = claim(self.output)
+        file = self.partial / RUN_FILE
+        try:
+            if file.exists():
+                if not resume:
+                    raise OutputError(
+                        f"{self.partial}: holds an unfinished run; "
+                        "continue it with --resume or remove it"
+                    )
+                _check_identity(file, identity)
+            with disk_errors(self.partial):
+                write_atomic(file, json.dumps(identity, indent=1, sort_keys=True))
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, name: str) -> Unit | None:
         """A unit that an earlier run finished, or None."""
@@ -383,10 +391,10 @@ class ArtifactWriter:
 
     def save(self, name: str, unit: Unit) -> None:
         """Stores a finished unit; tensors first, the list of records that makes it count last."""
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial, STAYS):
             temporary = self.partial / f"{name}.safetensors.tmp"
             save_file({key: t.contiguous() for key, t in unit.entries.items()}, temporary)
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, self.partial / f"{name}.safetensors")
             text = json.dumps({record.name: record_to_json(record) for record in unit.records})
             write_atomic(self.partial / f"{name}.json", text)
@@ -407,7 +415,7 @@ class ArtifactWriter:
             card: gives the `README.md` of the artifact.
         """
         final = self.partial / "final"
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial, STAYS):
             shutil.rmtree(final, ignore_errors=True)
             final.mkdir()
             records = {}
@@ -426,13 +434,8 @@ class ArtifactWriter:
             artifact = Artifact.open(final)  # what is about to be published must be readable
             if card is not None:
                 (final / "README.md").write_bytes(card(artifact))
-            for file in final.iterdir():
-                # safetensors writes files that only their owner may read.
-                shutil.copymode(final / MANIFEST_FILE, file)
-                _sync(file)
-            os.replace(final, self.output)
-        self.close()
-        shutil.rmtree(self.partial)
+            publish(final, self.output)
+        release(self.output, self._lock)
         return self.output
 
     def close(self) -> None:
@@ -503,51 +506,15 @@ def overhead_nbytes(manifest: Manifest) -> int:
     return header + index + len(manifest.to_json())
 
 
-def write_atomic(file: Path, text: str) -> None:
-    """Writes a small text file so that it is there as a whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, file)
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _lock(folder: Path):
-    stream = (folder / "lock").open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        stream.close()
-        raise ArtifactError(f"{folder}: another process is writing here") from error
-    return stream
-
-
 def _check_identity(file: Path, identity: dict[str, Any]) -> None:
     before = json.loads(file.read_text())
     now = json.loads(json.dumps(identity))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
-            raise ArtifactError(
+            raise OutputError(
                 f"{file.parent}: cannot be resumed: {key} was {before.get(key)!r}, "
                 f"is now {now.get(key)!r}; remove the folder to start anew"
             )
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Disk full, read-only and the like are refusals with a reason, not tracebacks."""
-    try:
-        yield
-    except DeltaError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{folder}: cannot be written: {error}; what was finished stays for --resume"
-        ) from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,12 +8,10 @@ with the wrong base looks like a model and is none. The folder appears by a rena
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,8 +22,9 @@ from deltacome.arch.checkpoint import (
     Checkpoint,
     full_digest,
 )
-from deltacome.errors import ArtifactError, CheckpointError, MismatchError
-from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped, write_atomic
+from deltacome.errors import ArtifactError, MismatchError
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped
+from deltacome.format.folder import new_folder, write_atomic
 from deltacome.format.manifest import DTYPES, Record, entry_nbytes
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -55,29 +54,16 @@ def merge(
     Raises:
         MismatchError: a tensor of the base is not the one that the delta was taken against.
         ArtifactError: the artifact is damaged.
-        CheckpointError: the base is damaged, the output exists, or cannot be written. Nothing is
-            left behind.
+        CheckpointError: the base is damaged.
+        OutputError: the output exists, or cannot be written. Nothing is left behind.
     """
     output = Path(output)
-    if output.exists():
-        raise CheckpointError(f"{output}: the output exists already; remove it or name another")
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
     artifact.verify_bytes()
     checkpoint = Checkpoint(base)
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        _write_weights(partial, checkpoint, artifact, max_shard_bytes)
-        _write_rest(partial, checkpoint, artifact)
-        for file in partial.iterdir():
-            # safetensors writes files that only their owner may read.
-            shutil.copymode(partial / "config.json", file)
-            _sync(file)
-        os.rename(partial, output)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{output}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output) as folder:
+        _write_weights(folder, checkpoint, artifact, max_shard_bytes)
+        _write_rest(folder, checkpoint, artifact)
     return output
 
 
@@ -153,8 +139,3 @@ def _write_rest(folder: Path, base: Checkpoint, artifact: Artifact) -> None:
         content = artifact.file(name)
         assert content is not None
         (folder / ("config.json" if name == TUNED_CONFIG_FILE else name)).write_bytes(content)
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
