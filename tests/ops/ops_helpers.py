@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from artifact_helpers import random_bands
+from hypothesis import HealthCheck, settings
 
 from deltacome.format.codec import SignTensors, dense, write_bands, write_signs
 from deltacome.format.spec import Band, bands_nbytes, rank
@@ -20,6 +21,10 @@ from deltacome.ops.rows import group_rows
 from deltacome.ops.slots import BandTable, PlacedBands, PlacedSigns, Pool, SignTable, arrange
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from interpreter import mend
+
+    mend()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +51,7 @@ def implementations():
 
 IMPLS = implementations()
 TILES = (1, 16, 64) if "triton" in IMPLS else (16,)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLANS = ((Band(8, 2), Band(3, 3), Band(2, 5)), (Band(16, 1), Band(4, 33)), (Band(1, 4),))
 MIXES = [
     [],
@@ -60,12 +66,20 @@ MIXES = [
 """Slots of a batch's rows, for pools of four of which the last is empty."""
 
 
+any_example = settings(
+    max_examples=8 if INTERPRETED else 25,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
 def randn(*shape, seed=0, dtype=torch.float32):
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return values.to(DEVICE, dtype)
 
 
-def filled(in_size, outs, plans, group=128, slots=None):
+def filled(in_size, outs, plans, group=128, slots=None, seed=0):
     """A table with a tenant for each plan, and their dense deltas; slots left over are empty.
 
     Every part of a tenant has its plan, cut to what fits, but the last part of every third tenant none.
@@ -104,7 +118,7 @@ def filled(in_size, outs, plans, group=128, slots=None):
                 placed.append(None)
                 pieces.append(torch.zeros(out, in_size, dtype=torch.float64))
                 continue
-            bands = random_bands((out, in_size), plan, group, seed=7 * slot + i)
+            bands = random_bands((out, in_size), plan, group, seed=seed + 7 * slot + i)
             pool.load(slot, offsets[str(i)], write_bands(bands))
             placed.append(PlacedBands(offsets[str(i)], plan))
             pieces.append(dense(bands).double())
@@ -123,7 +137,7 @@ def fitted(plan, most):
     return tuple(kept)
 
 
-def filled_signs(in_size, outs, slots=3, empty=1):
+def filled_signs(in_size, outs, slots=3, empty=1, seed=0):
     """A table of signs, with one scale for the matrix or one for each row, and the dense deltas."""
     total = slots + empty
     pool = Pool(total, 16 * sum(outs) * (in_size // 64 + 4), device=DEVICE)
@@ -138,8 +152,8 @@ def filled_signs(in_size, outs, slots=3, empty=1):
                 pieces.append(torch.zeros(out, in_size, dtype=torch.float64))
                 continue
             scales = out if slot % 2 else 1
-            positive = randn(out, in_size, seed=slot * 10 + i).cpu() > 0
-            scale = (randn(scales, seed=slot).cpu().abs() + 0.1) / in_size**0.5
+            positive = randn(out, in_size, seed=seed + slot * 10 + i).cpu() > 0
+            scale = (randn(scales, seed=seed + slot).cpu().abs() + 0.1) / in_size**0.5
             blob = write_signs(SignTensors.from_signs(positive, scale))
             pool.load(slot, offset, blob)
             placed.append(PlacedSigns(offset, scales))

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from ops_helpers import DEVICE, INTERPRETED, MIXES, assert_framed, framed, randn
+from hypothesis import given
+from hypothesis import strategies as st
+from ops_helpers import DEVICE, DTYPES, MIXES, any_example, assert_framed, framed, randn
 
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.ops.norm import norm
@@ -13,28 +15,38 @@ def rows_of(slots):
     return group_rows(torch.tensor(slots, dtype=torch.int64, device=DEVICE), 4)
 
 
-# The interpreter cuts float32 off to bfloat16; that GPUs round is read from the PTX.
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
-)
+def check(slots, size, dtype, impl, seed=0):
+    x_TH = 3 * randn(len(slots), size, seed=seed, dtype=dtype)
+    weights_SH = randn(4, size, seed=seed + 2)
+    frame, y_TH = framed(randn(len(slots), size, seed=seed + 1, dtype=dtype))
+    before = y_TH.clone()
+    assert norm(y_TH, x_TH, rows_of(slots), weights_SH, 1e-5, impl=impl) is None
+    assert_framed(frame, size)
+    x = x_TH.double()
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+    for row, slot in enumerate(slots):
+        if slot < 0:
+            assert torch.equal(y_TH[row], before[row])
+            continue
+        expected = normed[row] * weights_SH[slot].double()
+        eps = torch.finfo(dtype).eps
+        bound = (0.51 * eps if eps > 1e-6 else 1e-6) * expected.abs() + 1e-6
+        assert ((y_TH[row].double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slots", MIXES, ids=str)
 def test_tenants_have_their_own_weight(impl, slots, dtype):
     for size in (1, 63, 576, 1100):
-        x_TH, weights_SH = 3 * randn(len(slots), size, dtype=dtype), randn(4, size, seed=2)
-        frame, y_TH = framed(randn(len(slots), size, seed=1, dtype=dtype))
-        before = y_TH.clone()
-        assert norm(y_TH, x_TH, rows_of(slots), weights_SH, 1e-5, impl=impl) is None
-        assert_framed(frame, size)
-        x = x_TH.double()
-        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
-        for row, slot in enumerate(slots):
-            if slot < 0:
-                assert torch.equal(y_TH[row], before[row])
-                continue
-            expected = normed[row] * weights_SH[slot].double()
-            eps = torch.finfo(dtype).eps
-            bound = (0.51 * eps if eps > 1e-6 else 1e-6) * expected.abs() + 1e-6
-            assert ((y_TH[row].double() - expected).abs() <= bound).all()
+        check(slots, size, dtype, impl)
+
+
+@any_example
+@given(data=st.data(), seed=st.integers(0, 2**31), dtype=st.sampled_from(DTYPES))
+def test_any_shape(impl, data, seed, dtype):
+    """Other sizes, tenants and numbers in each run."""
+    slots = data.draw(st.lists(st.integers(-1, 3), max_size=8), "slots")
+    check(slots, data.draw(st.integers(1, 700), "size"), dtype, impl, seed)
 
 
 def test_strides_are_free_and_inputs_stay(impl):

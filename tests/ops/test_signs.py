@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ops_helpers import (
     DEVICE,
-    INTERPRETED,
+    DTYPES,
     MIXES,
     TILES,
+    any_example,
     assert_added,
     assert_framed,
     expected_of,
@@ -20,12 +23,10 @@ from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.ops.signs import sign_rows, signs
 from deltacome.ops.slots import Pool, SignTable
 
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
-
-def check(slots, table, deltas, impl, tile, dtype):
-    x_TI = randn(len(slots), table.in_size, dtype=dtype)
-    frame, y_TO = framed(randn(len(slots), sum(table.outs), seed=1, dtype=dtype))
+def check(slots, table, deltas, impl, tile, dtype, seed=0):
+    x_TI = randn(len(slots), table.in_size, seed=seed, dtype=dtype)
+    frame, y_TO = framed(randn(len(slots), sum(table.outs), seed=seed + 1, dtype=dtype))
     before = y_TO.clone()
     assert signs(y_TO, x_TI, rows_of(slots, table, tile), table, impl=impl) is None
     assert_added(y_TO, before, expected_of(x_TI, slots, deltas))
@@ -45,6 +46,20 @@ def test_tenant_mixes(impl, slots, tile):
 )
 def test_shapes_and_dtypes(impl, size, outs, dtype, tile):
     check(MIXES[5], *filled_signs(size, outs), impl, tile, dtype)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@any_example
+@given(data=st.data(), seed=st.integers(0, 2**31), dtype=st.sampled_from(DTYPES))
+def test_any_shape(impl, tile, data, seed, dtype):
+    """Other shapes, tenants and numbers in each run."""
+    outs = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=3), "outs")
+    size = data.draw(st.integers(1, 300), "in")
+    slots = data.draw(st.lists(st.integers(-1, 3), max_size=8), "slots")
+    table, deltas = filled_signs(size, outs, seed=seed)
+    check(slots, table, deltas, impl, tile, dtype, seed)
+    if len(outs) == 1:
+        check_rows(slots, table, deltas, dtype, tile, seed=seed)
 
 
 def test_many_rows_of_a_few(impl):
@@ -92,13 +107,13 @@ def test_registration(impl):
     torch.library.opcheck(torch.ops.deltacome.signs.default, arguments, test_utils=tests)
 
 
-def check_rows(slots, table, deltas, dtype, tile=16, scale=1.0):
+def check_rows(slots, table, deltas, dtype, tile=16, scale=1.0, seed=0):
     """Runs `sign_rows` into the middle of NaN; rows that get nothing have ids that exist nowhere."""
     out = table.outs[0]
     ids_T = (torch.arange(len(slots)) * 7 + 3) % out
     empty = torch.tensor([slot < 0 or not deltas[slot].any() for slot in slots], dtype=torch.bool)
     ids_T[empty] = 10**9
-    frame, y_TI = framed(randn(len(slots), table.in_size, seed=1, dtype=dtype))
+    frame, y_TI = framed(randn(len(slots), table.in_size, seed=seed + 1, dtype=dtype))
     before = y_TI.clone()
     assert (
         sign_rows(y_TI, ids_T.to(DEVICE), rows_of(slots, table, tile), table, scale=scale) is None

@@ -44,6 +44,11 @@ def check_gpu(op: str, *tensors: Tensor) -> None:
             )
 
 
+def bucket(programs: int) -> int:
+    """The power of two that is not below: launches of about this many programs share a choice."""
+    return 1 << max(0, programs - 1).bit_length()
+
+
 def tuned(
     key: Hashable,
     configs: Sequence[C],
@@ -52,6 +57,10 @@ def tuned(
     restore: Tensor | None = None,
 ) -> None:
     """Runs a kernel in the fastest of a few configurations, timed when a key is first seen.
+
+    Keys have the number of programs rounded up by `bucket`, so that there are few: a batch of a new
+    size rarely has to be timed. Choices live as long as the process. What takes long is compiling,
+    which Triton keeps on disk; timing two configurations takes less than reading a file.
 
     Nothing is timed in the interpreter, nor while a CUDA graph is captured, when the device must not be
     waited for: then the first configuration runs, and the next call outside of a capture decides.

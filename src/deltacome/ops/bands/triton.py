@@ -43,7 +43,7 @@ from deltacome.errors import UnsupportedError
 from deltacome.format.spec import BLOCK
 from deltacome.ops.bands.triton_kernels import ROW_BLOCKS, expand, gather, shrink
 from deltacome.ops.slots import U, V
-from deltacome.ops.triton_launch import check_gpu, tuned
+from deltacome.ops.triton_launch import bucket, check_gpu, tuned
 
 PROGRAMS = 512
 """Shrink splits its sums while it has fewer programs: about four for each multiprocessor."""
@@ -117,7 +117,7 @@ def bands(
             **_options(config, x_TI.dtype),
         )
 
-    key = ("shrink", x_TI.dtype, in_size, tiles, blocks, tile)
+    key = ("shrink", x_TI.dtype, in_size, bucket(tiles * blocks), tile)
     with torch.cuda.device_of(x_TI):
         tuned(key, SHRINKS[tile], run_shrink)
     _expand(y_TO, t_XTR, x_TI.dtype, order_T, tiles_M3, blobs_SN, fields_SPBF, outs, U, common)
@@ -195,7 +195,7 @@ def _expand(
             **_options(config, dtype),
         )
 
-    key = ("expand", dtype, tuple(outs), len(tiles_M3), common["MAX_RANK"], tile, side)
+    key = ("expand", dtype, tuple(outs), bucket(len(tiles_M3)), common["MAX_RANK"], tile, side)
     with torch.cuda.device_of(y_TO):
         tuned(key, EXPANDS[tile], run, restore=y_TO)
 

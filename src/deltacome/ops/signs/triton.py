@@ -24,7 +24,7 @@ from torch import Tensor
 from deltacome.format.spec import BLOCK
 from deltacome.ops import slots as fields
 from deltacome.ops.bands.triton_kernels import _codes, _part_of
-from deltacome.ops.triton_launch import check_gpu, tuned
+from deltacome.ops.triton_launch import bucket, check_gpu, tuned
 
 CONFIGS = {
     torch.float32: ((8, 1, 16, BLOCK),),
@@ -73,7 +73,7 @@ def signs(
             num_stages=stages,
         )
 
-    key = ("signs", x_TI.dtype, x_TI.shape[1], tuple(outs), len(tiles_M3), tile)
+    key = ("signs", x_TI.dtype, x_TI.shape[1], tuple(outs), bucket(len(tiles_M3)), tile)
     with torch.cuda.device_of(x_TI):
         tuned(key, CONFIGS[x_TI.dtype], run, restore=y_TO)
 

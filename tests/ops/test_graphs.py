@@ -1,0 +1,110 @@
+"""What a compiler or a captured graph needs: shapes that follow from shapes, no wait for the device."""
+
+import pytest
+import torch
+from ops_helpers import DEVICE, INTERPRETED, PLANS, TILES, filled, filled_signs, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from deltacome.ops.bands import band_rows, bands
+from deltacome.ops.norm import norm
+from deltacome.ops.rows import group_rows
+from deltacome.ops.signs import rows as plain
+from deltacome.ops.signs import sign_rows, signs
+
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="test_triton.py runs it in a process that interprets"
+)
+
+
+def test_all_ops_in_one_graph(impl):
+    torch._dynamo.reset()
+    table, _ = filled(140, [70], PLANS)
+    square, _ = filled(140, [140], PLANS)
+    sign_table, _ = filled_signs(140, [70], empty=0)
+    sign_square, _ = filled_signs(140, [140], empty=0)
+    weights_SH = randn(3, 140)
+
+    def step(x_TI, slot_T, ids_T):
+        rows = group_rows(slot_T, 3)
+        y_TI = x_TI.cos()
+        band_rows(y_TI, ids_T, rows, square, scale=2.0, impl=impl)
+        sign_rows(y_TI, ids_T, rows, sign_square)
+        norm(y_TI, x_TI, rows, weights_SH, 1e-5, impl=impl)
+        y_TO = y_TI.sin() @ torch.ones(140, 70, device=DEVICE)
+        bands(y_TO, y_TI, rows, table, impl=impl)
+        signs(y_TO, y_TI, rows, sign_table, impl=impl)
+        return y_TO + 1, y_TI + 1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for slots in ([0, -1, 2], [1, 1, 0, 2, -1]):
+        slot_T, x_TI = torch.tensor(slots, device=DEVICE), randn(len(slots), 140)
+        ids_T = torch.arange(len(slots), device=DEVICE)
+        for got, expected in zip(
+            compiled(x_TI, slot_T, ids_T), step(x_TI, slot_T, ids_T), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+
+
+class Launch:
+    """In place of a kernel: takes any grid and any arguments, and counts."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.grids.append(grid)
+
+
+@interpreted
+@pytest.mark.parametrize("tile", TILES)
+def test_launching_asks_nothing_of_the_device(monkeypatch, tile):
+    """With tensors that have no values, which is what a capture sees, every launch is made."""
+    from deltacome.ops.bands import triton as band_kernels
+    from deltacome.ops.norm import triton as norm_kernel
+    from deltacome.ops.signs import triton as sign_kernel
+
+    launch = Launch()
+    for module, names in (
+        (band_kernels, ("shrink", "expand", "gather")),
+        (sign_kernel, ("multiply",)),
+        (norm_kernel, ("normalise",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, launch)
+    with FakeTensorMode():
+        x_TI, y_TO = torch.empty(5, 140), torch.empty(5, 90)
+        slot_T, ids_T = torch.empty(5, dtype=torch.int32), torch.empty(5, dtype=torch.int64)
+        blobs_SN = torch.empty(4, 160_000, dtype=torch.uint8)
+        fields_SPBF = torch.empty(4, 2, 3, 12, dtype=torch.int64)
+        fields_SPF = torch.empty(4, 2, 3, dtype=torch.int64)
+        rows = group_rows(slot_T, 4, tile=tile)
+        where = (rows.order_T, rows.tiles_M3, blobs_SN)
+        band_kernels.bands(y_TO, x_TI, *where, fields_SPBF, [70, 20], tile, 60, 128)
+        band_kernels.band_rows(
+            *(x_TI, ids_T, rows.slot_T, *where, fields_SPBF[:, :1], 70),
+            *(tile, 60, 128, 1.0),
+        )
+        sign_kernel.signs(y_TO, x_TI, *where, fields_SPF, [70, 20], tile)
+        norm_kernel.norm(x_TI, x_TI, rows.slot_T, torch.empty(4, 140), 1e-5)
+        plain.sign_rows(x_TI, ids_T, rows.slot_T, blobs_SN, fields_SPF[:, :1], 70, 1.0)
+    assert len(launch.grids) == 6
+    assert all(isinstance(size, int) for grid in launch.grids for size in grid)
+
+
+@interpreted
+def test_a_plan_changes_no_launch(monkeypatch):
+    """What is loaded later is data: a graph that was captured before serves it."""
+    from deltacome.ops.bands import triton as band_kernels
+
+    grids = []
+    for plans in (PLANS, PLANS[::-1]):
+        launch = Launch()
+        for name in ("shrink", "expand"):
+            monkeypatch.setattr(band_kernels, name, launch)
+        table, _ = filled(140, [70], plans)
+        y_TO, x_TI = torch.zeros(3, 70), randn(3, 140)
+        for slots in ([0, 1, 2], [2, 2, -1]):
+            bands(y_TO, x_TI, group_rows(torch.tensor(slots), 3), table, impl="triton")
+        grids.append(launch.grids)
+    assert grids[0] == grids[1]
+    assert grids[0][:2] == grids[0][2:]
