@@ -106,6 +106,32 @@ def test_compress_for_people(cli, pair, tmp_path):
     assert f"{tmp_path / 'a'}: written" in out
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "low-rank", "--ratio", "4"], {"name": "low-rank", "directions": None}),
+        (["--method", "low-rank", "--directions", "3"], {"name": "low-rank", "directions": 3}),
+        (
+            ["--method", "bitdelta", "--scales", "rows"],
+            {"name": "bitdelta", "scales": "rows", "distill": 0},
+        ),
+        (
+            ["--method", "residual", "--plan", "8:1,2:4"],
+            {"name": "residual", "template": "8:1,2:4", "scales": "matrix"},
+        ),
+        (
+            ["--method", "prinmix", "--no-refit", "--ratio", "4", "--calibration", "none"],
+            {"name": "prinmix", "damping": 0.01, "refit": False},
+        ),
+    ],
+)
+def test_methods(cli, pair, options, said, tmp_path):
+    code, out, _ = cli("compress", *pair, "-o", tmp_path / "a", *options, "--json")
+    assert code == 0
+    assert json.loads(out)["method"] == said["name"]
+    assert json.loads((tmp_path / "a" / "delta_config.json").read_text())["method"] == said
+
+
 @pytest.mark.parametrize("plan", [["--plan", "8:1,2:9"], ["--precision", "single"], ["--no-gptq"]])
 def test_options_of_the_method(cli, pair, plan, tmp_path):
     more = [] if "--plan" in plan else ["--ratio", "4"]
@@ -181,6 +207,10 @@ def test_debug_shows_where_it_was_refused(cli, pair, tmp_path):
     ("arguments", "reason"),
     [
         (["--method", "none"], "--method"),
+        (["--method", "low-rank", "--precision", "single"], "--precision"),
+        (["--method", "bitdelta", "--plan", "2:*"], "--plan"),
+        (["--method", "bitdelta", "--scales", "columns"], "--scales"),
+        (["--distill", "5"], "--distill"),
         (["--plan", "7:1"], "--plan"),
         (["--plan", "2:*,8:1"], "--plan"),
         (["--precision", "quadruple"], "--precision"),

@@ -14,19 +14,38 @@ if TYPE_CHECKING:
     from deltacome.compression import compress
     from deltacome.errors import DeltaError
     from deltacome.format.artifact import Artifact
+    from deltacome.methods.bitdelta import BitDelta
     from deltacome.methods.delta_come import DeltaCome
+    from deltacome.methods.low_rank import LowRank
+    from deltacome.methods.prinmix import PrinMix
+    from deltacome.methods.residual import Residual
     from deltacome.runtime import attach, merge
 
 _HOMES = {
     "Artifact": "deltacome.format.artifact",
+    "BitDelta": "deltacome.methods.bitdelta",
     "DeltaCome": "deltacome.methods.delta_come",
     "DeltaError": "deltacome.errors",
+    "LowRank": "deltacome.methods.low_rank",
+    "PrinMix": "deltacome.methods.prinmix",
+    "Residual": "deltacome.methods.residual",
     "attach": "deltacome.runtime",
     "compress": "deltacome.compression",
     "merge": "deltacome.runtime",
 }
 
-__all__ = ["Artifact", "DeltaCome", "DeltaError", "attach", "compress", "merge"]
+__all__ = [
+    "Artifact",
+    "BitDelta",
+    "DeltaCome",
+    "DeltaError",
+    "LowRank",
+    "PrinMix",
+    "Residual",
+    "attach",
+    "compress",
+    "merge",
+]
 
 
 __version__ = importlib.metadata.version("deltacome")

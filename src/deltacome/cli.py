@@ -45,7 +45,9 @@ def compress_command(
     base: Annotated[str, typer.Argument(help="Base checkpoint: a folder or a Hub repository.")],
     tuned: Annotated[str, typer.Argument(help="Full fine-tune of that base.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
-    method: Annotated[str, typer.Option(help="delta-come.")] = "delta-come",
+    method: Annotated[
+        str, typer.Option(help="delta-come, low-rank, bitdelta, residual or prinmix.")
+    ] = "delta-come",
     ratio: Annotated[
         float | None, typer.Option(help="Tuned bytes ÷ bytes on disk, met within 2 %. Default 16.")
     ] = None,
@@ -55,35 +57,48 @@ def compress_command(
     precision: Annotated[
         str | None, typer.Option(help="single, double or triple: the paper's plans.")
     ] = None,
+    gptq: Annotated[
+        bool | None, typer.Option("--gptq/--no-gptq", help="Off: round to nearest (ablation).")
+    ] = None,
+    directions: Annotated[
+        int | None, typer.Option(min=1, help="Rank of low-rank. Default: what the ratio allows.")
+    ] = None,
+    scales: Annotated[str | None, typer.Option(help="Of signs: matrix (one each) or rows.")] = None,
+    distill: Annotated[
+        int | None, typer.Option(min=0, help="Steps that fit bitdelta's scales to the logits.")
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Off: prinmix keeps U (ablation).")
+    ] = None,
     calibration: Annotated[
-        str, typer.Option(help="self, none, FILE.txt, FILE.jsonl, or a Hub data set.")
-    ] = "self",
+        str | None,
+        typer.Option(
+            help="self, none, FILE.txt, FILE.jsonl, or a Hub data set. "
+            "Default: self if the method looks at text."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Rows of calibration text.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
     seed: int = 0,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the calibration passes.")] = "auto",
-    gptq: Annotated[bool, typer.Option(help="Off: round to nearest (ablation).")] = True,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress TUNED against BASE."""
-    from deltacome.methods.delta_come import DeltaCome
-    from deltacome.methods.template import PRECISIONS
-
-    if method != "delta-come":
-        raise typer.BadParameter(f"expected delta-come, got {method!r}", param_hint="--method")
-    if plan is not None and precision is not None:
-        raise typer.BadParameter("give --plan or --precision, not both", param_hint="--plan")
-    if precision is not None and precision not in PRECISIONS:
-        raise typer.BadParameter(
-            f"expected one of {', '.join(PRECISIONS)}, got {precision!r}", param_hint="--precision"
-        )
-    template = _template(plan or PRECISIONS[precision or "triple"])
+    chosen = _method(
+        method,
+        plan=plan,
+        precision=precision,
+        gptq=gptq,
+        directions=directions,
+        scales=scales,
+        distill=distill,
+        refit=refit,
+    )
     if ratio is not None and ratio <= 0:
         raise typer.BadParameter(f"expected a ratio above 0, got {ratio}", param_hint="--ratio")
-    delta_come = DeltaCome(template, gptq=gptq)
-    if ratio is None and delta_come.adapts:
+    if ratio is None and chosen.adapts:
         ratio = 16.0
     _quiet_libraries()
     from deltacome.compression import compress
@@ -94,7 +109,7 @@ def compress_command(
             base,
             tuned,
             output,
-            method=delta_come,
+            method=chosen,
             ratio=ratio,
             calibration=calibration,
             samples=samples,
@@ -308,11 +323,64 @@ def main() -> None:
         raise
 
 
-def _template(plan: str) -> Any:
-    from deltacome.methods.template import parse_template
+_TAKES = {
+    "delta-come": {"plan", "precision", "gptq"},
+    "low-rank": {"directions"},
+    "bitdelta": {"scales", "distill"},
+    "residual": {"plan", "scales"},
+    "prinmix": {"refit"},
+}
 
+
+def _method(name: str, **options: Any) -> Any:
+    """The method of a name, with the options that were given; others are refused."""
+    if name not in _TAKES:
+        expected = ", ".join(_TAKES)
+        raise typer.BadParameter(f"expected one of {expected}, got {name!r}", param_hint="--method")
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given.keys() - _TAKES[name]:
+        raise typer.BadParameter(f"{name} has no such option", param_hint=f"--{key}")
+    if given.get("scales", "rows") not in ("matrix", "rows"):
+        raise typer.BadParameter(
+            f"expected matrix or rows, got {given['scales']!r}", param_hint="--scales"
+        )
+    plan, precision = given.pop("plan", None), given.pop("precision", None)
+    template = _template(plan, precision)
+    given |= {} if template is None else {"template": template}
+    if name == "delta-come":
+        from deltacome.methods.delta_come import DeltaCome
+
+        return DeltaCome(**given)
+    if name == "low-rank":
+        from deltacome.methods.low_rank import LowRank
+
+        return LowRank(**given)
+    if name == "bitdelta":
+        from deltacome.methods.bitdelta import BitDelta
+
+        return BitDelta(**given)
+    if name == "residual":
+        from deltacome.methods.residual import Residual
+
+        return Residual(**given)
+    from deltacome.methods.prinmix import PrinMix
+
+    return PrinMix(**given)
+
+
+def _template(plan: str | None, precision: str | None) -> Any:
+    from deltacome.methods.template import PRECISIONS, parse_template
+
+    if plan is not None and precision is not None:
+        raise typer.BadParameter("give --plan or --precision, not both", param_hint="--plan")
+    if precision is not None and precision not in PRECISIONS:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(PRECISIONS)}, got {precision!r}", param_hint="--precision"
+        )
+    if plan is None and precision is None:
+        return None
     try:
-        return parse_template(plan)
+        return parse_template(plan or PRECISIONS[precision or "triple"])
     except DeltaError as error:
         raise typer.BadParameter(str(error), param_hint="--plan") from error
 

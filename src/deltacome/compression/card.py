@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from deltacome.arch.checkpoint import SIDE_FILES
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
@@ -51,8 +52,8 @@ def model_card(artifact: Artifact) -> bytes:
         "",
         "# Delta of a full fine-tune",
         "",
-        f"Method `{manifest.method['name']}` with plan `{manifest.method.get('template')}`, to be used "
-        f"with the base `{base if link else Path(base).name}` and nothing else.",
+        f"Method `{manifest.method['name']}`{_options(manifest.method)}, to be used with the base "
+        f"`{base if link else Path(base).name}` and nothing else.",
         "",
         "| | |",
         "|---|---|",
@@ -70,6 +71,11 @@ def model_card(artifact: Artifact) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _options(method: dict[str, Any]) -> str:
+    said = [f"{key} `{value}`" for key, value in method.items() if key != "name"]
+    return f" with {', '.join(said)}" if said else ""
 
 
 def _mean(errors: list[float]) -> str:

@@ -36,13 +36,15 @@ from deltacome.compression.budget import make_plans
 from deltacome.compression.capture import Stream, drop_weights, make_skeleton, set_weight
 from deltacome.compression.card import carried_files, model_card
 from deltacome.compression.data import calibration_rows
+from deltacome.compression.distill import distill_scales
 from deltacome.compression.survey import survey
 from deltacome.errors import CalibrationError, DeltaError, PlanError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos
-from deltacome.format.codec import Packed, read_bands, read_signs
+from deltacome.format.codec import Packed, SignTensors, read_bands, read_signs, write_signs
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
+from deltacome.methods.bitdelta import BitDelta
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Matrix, Method, Terms
 from deltacome.numerics.gram import relative_error
@@ -54,7 +56,7 @@ class Progress(NamedTuple):
     """Where a run is: `done` of `total` steps of a phase, and what was just finished."""
 
     phase: str
-    """`survey`, `calibration`, `blocks` or `write`."""
+    """`survey`, `calibration`, `blocks`, `distill` or `write`."""
     done: int
     total: int
     detail: str = ""
@@ -86,7 +88,7 @@ def compress(
     *,
     method: Method | None = None,
     ratio: float | None = DEFAULT_RATIO,
-    calibration: str = "self",
+    calibration: str | None = None,
     samples: int = 128,
     seq_len: int = 256,
     seed: int = 0,
@@ -105,7 +107,8 @@ def compress(
         method: Delta-CoMe with triple precision by default.
         ratio: bytes of the tuned weights at 16 bit ÷ bytes of the artifact on disk, met within 2 %.
             None where the method's options leave no choice.
-        calibration: `self`, `none`, a .txt or .jsonl file, or a data set on the Hub.
+        calibration: `self`, `none`, a .txt or .jsonl file, or a data set on the Hub. By default
+            `self` if the method looks at inputs, else `none`.
         samples, seq_len, seed: rows of calibration text, tokens of a row, and their seed.
         device: `auto`, `cpu`, `cuda`…
         dtype: of the calibration passes; `auto` is float32 on CPU and bfloat16 elsewhere.
@@ -119,6 +122,7 @@ def compress(
         DeltaError: bad input, refused before or without leaving an artifact (see `errors`).
     """
     method = method or DeltaCome()
+    calibration = _calibration_source(method, calibration)
     device = _pick_device(device)
     compute = _pick_dtype(dtype, device)
     base_checkpoint, tuned_checkpoint = (
@@ -149,7 +153,9 @@ def compress(
         rows = None
         if calibration != "none":
             rows = _calibration(run, writer, calibration, samples, seq_len, seed)
-        names = _compress_units(run, writer, rows)
+        names = _compress_units(run, writer, rows if method.calibrates else None)
+        if isinstance(method, BitDelta) and rows is not None:
+            _distill(run, writer, names, rows, method.distill, seed)
         progress(Progress("write", 0, 1))
         path = writer.finish(names, manifest, carried, model_card)
         progress(Progress("write", 1, 1))
@@ -299,6 +305,60 @@ def _compress_group(
     return records, entries
 
 
+def _distill(
+    run: Run, writer: ArtifactWriter, names: list[str], rows: list[list[int]], steps: int, seed: int
+) -> None:
+    """Replaces the scales of all signs; found once, so that a run cut off while writing them goes on."""
+    units = {name: unit for name in names if (unit := writer.load(name)) is not None}
+    records = {r.name: r for unit in units.values() for r in unit.records if r.sign_scales}
+    entries = {k: blob for unit in units.values() for k, blob in unit.entries.items()}
+
+    def term(name: str) -> SignTensors:
+        record = records[name]
+        assert record.sign_scales is not None
+        return read_signs(entries[f"{name}.signs"], record.bands_shape, record.sign_scales)
+
+    def base(name: str) -> Tensor:
+        record = records[name]
+        assert record.base_name is not None
+        return run.base.read(record.base_name)[: record.bands_shape[0]]
+
+    def found() -> dict[str, Tensor]:
+        return distill_scales(
+            run.tuned.path,
+            {name: term(name) for name in records},
+            base,
+            rows,
+            steps=steps,
+            seed=seed,
+            device=run.device,
+            on_step=lambda done, total: run.report(Progress("distill", done, total)),
+        )
+
+    scales = _kept(writer.partial / "scales.safetensors", found)
+    for unit_name, unit in units.items():
+        changed_records, changed = [], dict(unit.entries)
+        for record in unit.records:
+            if record.name in records:
+                signs = replace(term(record.name), scale=scales[record.name])
+                changed[f"{record.name}.signs"] = write_signs(signs)
+                delta = _delta(run, record.name)
+                error = relative_error(delta, signs.dense().to(run.device), None)
+                record = replace(record, error=error)
+            changed_records.append(record)
+        writer.save(unit_name, Unit(tuple(changed_records), changed))
+
+
+def _kept(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that an interrupted run made already, or makes now and keeps beside the units."""
+    if not file.exists():
+        tensors = make()
+        with disk_errors(file):
+            save_file(tensors, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+    return load_file(file)
+
+
 def _delta(run: Run, name: str) -> Tensor:
     """tuned − base in float32, over the rows that both have."""
     record = run.records[name]
@@ -393,8 +453,8 @@ def _calibration(
     run: Run, writer: ArtifactWriter, source: str, samples: int, seq_len: int, seed: int
 ) -> list[list[int]]:
     """Calibration rows, kept beside the units so that a resumed run has the same."""
-    file = writer.partial / "calibration.safetensors"
-    if not file.exists():
+
+    def make() -> dict[str, Tensor]:
         rows = calibration_rows(
             source,
             run.tuned.path,
@@ -410,11 +470,22 @@ def _calibration(
                 f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
                 f"but {run.layout.embedding} has {size} rows"
             )
-        tensors = {f"{i:06}": torch.tensor(row) for i, row in enumerate(rows)}
-        with disk_errors(file):
-            save_file(tensors, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
-    return [row.tolist() for _, row in sorted(load_file(file).items())]
+        return {f"{i:06}": torch.tensor(row) for i, row in enumerate(rows)}
+
+    kept = _kept(writer.partial / "calibration.safetensors", make)
+    return [row.tolist() for _, row in sorted(kept.items())]
+
+
+def _calibration_source(method: Method, source: str | None) -> str:
+    distill = isinstance(method, BitDelta) and method.distill > 0
+    wants_text, name = method.calibrates or distill, method.options()["name"]
+    if source is None:
+        return "self" if wants_text else "none"
+    if source != "none" and not wants_text:
+        raise PlanError(f"calibration: {name} with these options looks at no text, got {source!r}")
+    if source == "none" and distill:
+        raise PlanError(f"calibration: {name} needs text to distil its scales on, got none")
+    return source
 
 
 def _manifest(run: Run, calibration: str, samples: int, seq_len: int, seed: int) -> Manifest:

@@ -59,6 +59,11 @@ class Method(Protocol):
         """Whether plans adapt to a number of bytes; otherwise they follow from the options."""
         ...
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether `compress` is to be given grams; a data-free method costs no forward pass."""
+        ...
+
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method: `name`, and the options as JSON."""
         ...

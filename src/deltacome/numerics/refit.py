@@ -52,7 +52,7 @@ def refit_u(
     dead_R = size_R <= 1e-12 * size_R.amax()
     size_R = torch.where(dead_R, torch.ones_like(size_R), size_R)
     scaled_RR = normal_RR / size_R / size_R[:, None]
-    scaled_RR.diagonal().copy_(1 + damping)
+    scaled_RR.diagonal().fill_(1 + damping)
     l_RR, info = torch.linalg.cholesky_ex(scaled_RR)
     if info.item():
         raise CalibrationError(

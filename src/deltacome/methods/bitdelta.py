@@ -1,0 +1,73 @@
+"""BitDelta: the sign of every entry of the delta, and one scale for a matrix.
+
+Liu et al., NeurIPS 2024, arXiv 2402.10193. `D̂ = α Sign(D)`, where Sign is −1 for what is not above
+0 (equation 2), and the α of least squared error is the mean of |D| (equation 3). The paper then
+distils the scales, and nothing else, against the logits of the tuned model (equation 4): that needs
+the model, so `compression.distill` does it, if `distill` asks for steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deltacome.format.codec import Packed, SignTensors
+from deltacome.methods.method import Matrix, Planner, Shape, Terms
+
+Scales = Literal["matrix", "rows"]
+"""One scale for a matrix, or one for each of its rows."""
+
+
+@dataclass(frozen=True)
+class BitDelta:
+    """Options of the method.
+
+    Attributes:
+        scales: the paper's is one for a matrix.
+        distill: steps of the optimisation of the scales; 0 leaves them as they start.
+    """
+
+    scales: Scales = "matrix"
+    distill: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest says of the method."""
+        return {"name": "bitdelta", "scales": self.scales, "distill": self.distill}
+
+    @property
+    def adapts(self) -> bool:
+        """A bit for an entry, whatever the ratio."""
+        return False
+
+    @property
+    def calibrates(self) -> bool:
+        """Signs are data-free; distillation wants text, but no grams."""
+        return False
+
+    def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
+        """Signs for every matrix."""
+        return lambda nbytes: {
+            name: Terms(sign_scales=scale_count(matrix.shape, self.scales))
+            for name, matrix in matrices.items()
+        }
+
+    def compress(
+        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
+    ) -> dict[str, Packed]:
+        """Signs and their first scales (see `Method.compress`)."""
+        return {name: Packed(signs=signs_of(d, self.scales)) for name, d in deltas.items()}
+
+
+def scale_count(shape: Shape, scales: Scales) -> int:
+    """How many scales the signs of a matrix (out, in) have."""
+    return 1 if scales == "matrix" else shape[0]
+
+
+def signs_of(delta_OI: Tensor, scales: Scales) -> SignTensors:
+    """Signs of a delta and the scales of least squared error, the mean of its magnitudes."""
+    size = delta_OI.abs().mean(1) if scales == "rows" else delta_OI.abs().mean().reshape(1)
+    return SignTensors.from_signs((delta_OI > 0).cpu(), size.to("cpu", torch.float32))

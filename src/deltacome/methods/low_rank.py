@@ -1,0 +1,61 @@
+"""Low rank: the first singular directions of the delta, in half precision.
+
+Ryu et al. 2023 (arXiv 2311.12727, "Efficient storage of fine-tuned models via low-rank approximation
+of weight residuals"): by Eckart and Young no matrix of that rank is closer to the delta. Inputs are
+not looked at. A merged LoRA of no higher rank comes back whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from deltacome.format.codec import BandTensors, Factor, Packed
+from deltacome.format.spec import rank
+from deltacome.methods.bands import scaled_svd
+from deltacome.methods.method import Matrix, Planner, Terms
+from deltacome.methods.template import parse_template
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Options of the method.
+
+    Attributes:
+        directions: of every matrix; None keeps as many as the ratio allows.
+    """
+
+    directions: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest says of the method."""
+        return {"name": "low-rank", "directions": self.directions}
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the rank is left to the ratio."""
+        return self.directions is None
+
+    @property
+    def calibrates(self) -> bool:
+        """The method is data-free."""
+        return False
+
+    def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
+        """One band of 16 bits for every matrix."""
+        count = "*" if self.directions is None else self.directions
+        return parse_template(f"16:{count}").planner(matrices)
+
+    def compress(
+        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
+    ) -> dict[str, Packed]:
+        """The truncated SVD of each delta (see `Method.compress`)."""
+        packed = {}
+        for name, delta_OI in deltas.items():
+            u_RO, s_R, v_RI = scaled_svd(delta_OI, rank(plans[name].bands))
+            v, u = Factor.from_values(v_RI.cpu()), Factor.from_values(u_RO.cpu())
+            packed[name] = Packed([BandTensors(v, u, s_R.cpu())])
+        return packed

@@ -1,0 +1,158 @@
+"""PrinMix: widths from an integer program, and a left factor that answers to the rounded right one.
+
+Xiong et al., arXiv 2506.11087. An error of a right singular vector reaches the output scaled by its
+singular value, so each direction i at width b has the cost `σᵢ² ‖v̂ᵢ(b) − vᵢ‖²`, and σᵢ² where it is
+dropped. A 0/1 program picks one width for each direction such that the sum is least and the bytes of
+the matrix are not exceeded; `scipy.optimize.milp` (HiGHS) solves it. Then V is quantised by GPTQ, U
+is refitted to V̂ ("reconstruction target correction", `numerics.refit`), and quantised by GPTQ.
+
+Two choices are ours. Costs are measured by rounding the vectors to nearest before any input is known,
+so that a ratio is refused before the work begins. And what the program counts are the bytes on disk,
+scales and all, where the paper counts codes.
+
+Legend: O out, I in, R directions, W widths.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from deltacome.errors import PlanError
+from deltacome.format.codec import Packed, dequantize
+from deltacome.format.spec import Band, Plan, bands_nbytes, rank
+from deltacome.methods.bands import Gptq, scaled_svd
+from deltacome.methods.method import Matrix, Planner, Shape, Terms
+from deltacome.numerics.grid import min_max_grid, round_to_grid
+from deltacome.numerics.refit import refit_u
+
+WIDTHS = (8, 4, 3, 2)
+"""What the program chooses from, besides dropping a direction."""
+
+
+@dataclass(frozen=True)
+class PrinMix:
+    """Options of the method.
+
+    Attributes:
+        damping: share of the mean diagonal that GPTQ adds to a gram's diagonal.
+        refit: False quantises the singular vectors themselves, the paper's ablation.
+    """
+
+    damping: float = 0.01
+    refit: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest says of the method."""
+        return {"name": "prinmix", "damping": self.damping, "refit": self.refit}
+
+    @property
+    def adapts(self) -> bool:
+        """The program fills whatever bytes there are."""
+        return True
+
+    @property
+    def calibrates(self) -> bool:
+        """GPTQ and the refit are against the inputs."""
+        return True
+
+    def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
+        """Measures what each direction of each matrix costs at each width: an SVD of all deltas."""
+        costs = {name: direction_costs(matrix.delta()) for name, matrix in matrices.items()}
+        shapes = {name: matrix.shape for name, matrix in matrices.items()}
+        size = sum(out * inputs for out, inputs in shapes.values())
+
+        def plans(nbytes: float) -> dict[str, Terms]:
+            # Every matrix at one ratio; what one cannot spend goes to those after it.
+            found, spare = {}, 0.0
+            for name, shape in shapes.items():
+                share = nbytes * shape[0] * shape[1] / size + spare
+                found[name] = Terms(best_plan(shape, costs[name], share))
+                spare = share - found[name].nbytes(shape)
+            return found
+
+        return plans
+
+    def compress(
+        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
+    ) -> dict[str, Packed]:
+        """V by GPTQ, U refitted to it and by GPTQ (see `Method.compress`).
+
+        Raises:
+            CalibrationError: the gram is not positive definite even after damping.
+        """
+        gptq = Gptq(self.damping)
+        plan = {name: plans[name].bands for name in deltas}
+        triples = {name: scaled_svd(delta, rank(plan[name])) for name, delta in deltas.items()}
+        factors = gptq.v_factors([(triples[name][2], plan[name]) for name in deltas], gram_II)
+        packed = {}
+        for name, v in zip(deltas, factors, strict=True):
+            u_RO, s_R, _ = triples[name]
+            if self.refit:
+                v_RI = torch.cat([factor.dequantize() for factor in v]).to(s_R.device)
+                u_RO = refit_u(deltas[name], s_R[:, None] * v_RI, gram_II)
+            packed[name] = Packed(gptq.with_u(u_RO, s_R, v, plan[name], gram_II))
+        return packed
+
+
+def direction_costs(delta_OI: Tensor) -> np.ndarray:
+    """What each direction adds to the squared error, float64 (R, 1 + W).
+
+    Column 0 is the cost of dropping it, the others those of `WIDTHS`.
+    """
+    _, s_R, v_RI = scaled_svd(delta_OI, min(delta_OI.shape))
+    columns = [torch.ones_like(s_R)]
+    for bits in WIDTHS:
+        scale_RG, zero_RG = min_max_grid(v_RI, bits)
+        codes_RI = round_to_grid(v_RI, scale_RG, zero_RG, bits)
+        error_RI = dequantize(codes_RI, scale_RG, zero_RG) - v_RI
+        # A direction whose rounding costs more than it brings is better dropped, never worse.
+        columns.append(error_RI.square().mean(1).clamp(max=1))
+    return (torch.stack(columns, 1) * s_R[:, None].square()).double().cpu().numpy()
+
+
+def best_plan(shape: Shape, costs_RW: np.ndarray, nbytes: float) -> Plan:
+    """The bands of least cost within the bytes; one direction if nothing fits.
+
+    Costs at one width fall with the singular value, so the widest belong to the first directions.
+
+    Raises:
+        PlanError: the solver gives up.
+    """
+    price_W = [0, *(bands_nbytes(shape, (Band(bits, 64),)) / 64 for bits in WIDTHS)]
+    # Directions beyond what fits at the least width are dropped in any case.
+    count = min(len(costs_RW), max(1, int(nbytes / price_W[-1]) + 1))
+    costs_RW = costs_RW[:count] / max(costs_RW[0].max(), 1e-300)
+    widths = len(price_W)
+    one_each = csr_array(np.kron(np.eye(count), np.ones(widths)))
+    bytes_row = csr_array(np.tile(price_W, count)[None])
+    result = milp(
+        costs_RW.ravel(),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(bytes_row, 0, max(nbytes, 0)),
+        ],
+        integrality=np.ones(count * widths),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-3},
+    )
+    if result.x is None:
+        raise PlanError(f"integer program of {count} directions of {shape}: {result.message}")
+    chosen_R = result.x.reshape(count, widths).argmax(1)
+    bits = sorted((WIDTHS[w - 1] for w in chosen_R if w), reverse=True)
+    # The program knows nothing of the padding between sections.
+    while len(bits) > 1 and bands_nbytes(shape, _bands(bits)) > nbytes:
+        bits.pop()
+    return _bands(bits or [WIDTHS[-1]])
+
+
+def _bands(bits: list[int]) -> Plan:
+    return tuple(Band(b, len(list(run))) for b, run in itertools.groupby(bits))

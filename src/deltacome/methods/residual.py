@@ -1,0 +1,81 @@
+"""Residual: signs for the bulk of the delta, a low rank for what they leave.
+
+D-QReLO (arXiv 2604.16940), made for fine-tunes on much data, whose deltas are large and full of
+rank: one bit an entry first, as in BitDelta, then an SVD of the residual `D − α Sign(D)`. Data-free.
+The singular vectors are kept at 16 bits, or at what the template says, rounded to nearest.
+
+What signs cost is fixed, a sixteenth, so the ratio must lie below 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from deltacome.format.codec import Packed
+from deltacome.methods.bitdelta import Scales, scale_count, signs_of
+from deltacome.methods.delta_come import DeltaCome
+from deltacome.methods.method import Matrix, Planner, Shape, Terms, share_evenly
+from deltacome.methods.template import Template, parse_template
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Options of the method.
+
+    Attributes:
+        template: the bands of the residual.
+        scales: of the signs, one for a matrix or one for each row.
+    """
+
+    template: Template = parse_template("16:*")  # noqa: RUF009 (a template is frozen)
+    scales: Scales = "matrix"
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest says of the method."""
+        return {"name": "residual", "template": str(self.template), "scales": self.scales}
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the template has a hole."""
+        return self.template.has_hole
+
+    @property
+    def calibrates(self) -> bool:
+        """The method is data-free."""
+        return False
+
+    def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
+        """Signs for every matrix, and bands as far as the ratio allows."""
+        shapes = {name: matrix.shape for name, matrix in matrices.items()}
+
+        def signs(shape: Shape) -> Terms:
+            return Terms(sign_scales=scale_count(shape, self.scales))
+
+        def fill(shape: Shape, nbytes: float) -> Terms:
+            left = nbytes - signs(shape).nbytes(shape)
+            return replace(signs(shape), bands=self.template.fill(shape, left))
+
+        def grow(shape: Shape, terms: Terms) -> Terms | None:
+            grown = self.template.grow(shape, terms.bands)
+            return None if grown is None else replace(terms, bands=grown)
+
+        return lambda nbytes: share_evenly(shapes, fill, grow, nbytes)
+
+    def compress(
+        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
+    ) -> dict[str, Packed]:
+        """Signs, then bands of what they leave (see `Method.compress`)."""
+        rounding = DeltaCome(self.template, gptq=False)
+        packed = {}
+        for name, delta_OI in deltas.items():
+            signs = signs_of(delta_OI, self.scales)
+            bands = ()
+            if plans[name].bands:
+                left_OI = delta_OI - signs.dense().to(delta_OI.device)
+                bands = rounding.compress({name: left_OI}, plans, None)[name].bands
+            packed[name] = Packed(bands, signs)
+        return packed

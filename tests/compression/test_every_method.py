@@ -1,0 +1,206 @@
+"""Each method through the whole way: ratio on disk, manifest, attach equals merge, resumed bytes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_pairs import copy_of, rewrite, tree, weights_of
+from transformers import AutoModelForCausalLM
+
+from deltacome import (
+    Artifact,
+    BitDelta,
+    DeltaCome,
+    LowRank,
+    PrinMix,
+    Residual,
+    attach,
+    compress,
+    merge,
+)
+from deltacome.compression import pipeline
+from deltacome.compression.data import calibration_rows
+from deltacome.compression.distill import distill_scales
+from deltacome.errors import PlanError
+from deltacome.methods.template import parse_template
+
+METHODS = {
+    "delta-come": (DeltaCome(), 8),
+    "low-rank": (LowRank(), 8),
+    "low-rank-fixed": (LowRank(3), None),
+    "prinmix": (PrinMix(), 8),
+    "residual": (Residual(), 5),
+    "residual-rows": (Residual(parse_template("8:2,2:*"), "rows"), 8),
+    "bitdelta": (BitDelta(), None),
+    "bitdelta-rows": (BitDelta("rows"), None),
+    "bitdelta-distilled": (BitDelta(distill=40), None),
+}
+QUICK = {"samples": 6, "seq_len": 16}
+
+
+def run(pair, output, name, text, **options):
+    method, ratio = METHODS[name]
+    reads = method.calibrates or getattr(method, "distill", 0)
+    source = {"calibration": text} if reads else {}
+    return compress(*pair, output, method=method, **QUICK | source | {"ratio": ratio} | options)
+
+
+@pytest.fixture(scope="module")
+def artifacts(pairs, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    return {name: run(pairs["llama-tied"], folder / name, name, text) for name in METHODS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ratio_and_manifest(artifacts, name):
+    method, ratio = METHODS[name]
+    artifact, manifest = artifacts[name], artifacts[name].manifest
+    assert ratio is None or artifact.ratio() == pytest.approx(ratio, rel=0.02)
+    assert manifest.method == method.options()
+    text = name in ("delta-come", "prinmix", "bitdelta-distilled")
+    assert (manifest.provenance["calibration"]["source"] != "none") == text
+    matrices = [record for record in manifest.records.values() if len(record.shape) == 2]
+    kinds = {"bitdelta": "signs", "residual": "signs+bands"}.get(name.split("-")[0], "bands")
+    assert {record.kind for record in matrices} == {kinds}
+    assert all(0 < record.error < 0.7 for record in matrices)
+    assert f"Method `{method.options()['name']}`" in (artifact.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_attached_and_merged_are_one_model(pairs, artifacts, name, tmp_path):
+    base, ids = pairs["llama-tied"][0], torch.tensor([[1, 5, 9, 60, 200, 3, 3]])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    copy = artifacts[name]
+    merged = merge(base, copy, tmp_path / "merged")
+    dense = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    with torch.no_grad():
+        expected, before = dense(input_ids=ids).logits, model(input_ids=ids).logits
+        with attach(model, copy):
+            got = model(input_ids=ids).logits
+    # Merged weights are rounded to the bfloat16 of the tuned checkpoint.
+    assert (got - expected).norm() < 0.02 * (before - expected).norm() + 0.005 * expected.norm()
+
+
+def test_the_order_of_errors(artifacts):
+    def error(name):
+        matrices = [r.error for r in artifacts[name].manifest.records.values() if r.error]
+        return sum(matrices) / len(matrices)
+
+    assert error("prinmix") < error("delta-come")
+    assert error("residual") < error("bitdelta")
+    assert error("residual-rows") < error("bitdelta-rows")
+    assert error("bitdelta-rows") < error("bitdelta")
+
+
+@pytest.mark.parametrize("name", ["prinmix", "bitdelta-distilled"])
+def test_resumed_runs_have_the_same_bytes(pairs, artifacts, text, name, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    distilled = [("distill", 7)] if name == "bitdelta-distilled" else []
+    points = [("blocks", 1), ("blocks", 3), *distilled, ("write", 0)]
+
+    def stop(point):
+        def progress(step):
+            if (step.phase, step.done) == point:
+                raise Killed
+
+        return progress
+
+    for point in points:
+        with pytest.raises(Killed):
+            run(pairs["llama-tied"], tmp_path / "a", name, text, progress=stop(point), resume=True)
+    # What was measured is not measured again.
+    monkeypatch.setattr(PrinMix, "planner", None)
+    monkeypatch.setattr(pipeline, "distill_scales", None)
+    again = run(pairs["llama-tied"], tmp_path / "a", name, text, resume=True)
+    assert tree(again.path) == tree(artifacts[name].path)
+
+
+def test_a_run_killed_while_it_writes_distilled_scales(
+    pairs, artifacts, text, tmp_path, monkeypatch
+):
+    from deltacome.format.artifact import ArtifactWriter
+
+    saved, save = [], ArtifactWriter.save
+
+    def dying(writer, name, unit):
+        saved.append(name)
+        if len(saved) == 5:  # three blocks' worth, then the second unit with its new scales
+            raise KeyboardInterrupt
+        save(writer, name, unit)
+
+    monkeypatch.setattr(ArtifactWriter, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(pairs["llama-tied"], tmp_path / "a", "bitdelta-distilled", text)
+    monkeypatch.setattr(ArtifactWriter, "save", save)
+    again = run(pairs["llama-tied"], tmp_path / "a", "bitdelta-distilled", text, resume=True)
+    assert tree(again.path) == tree(artifacts["bitdelta-distilled"].path)
+
+
+def test_distilled_scales_bring_the_logits_closer(pairs, artifacts, text):
+    base, tuned = pairs["llama-tied"]
+    rows = calibration_rows(text, tuned, **QUICK, seed=0)
+    ids = torch.tensor([row for row in rows if len(row) == QUICK["seq_len"]])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    distance = {}
+    with torch.no_grad():
+        wanted = dense(input_ids=ids).logits
+        for name in ("bitdelta", "bitdelta-distilled"):
+            with attach(model, artifacts[name]):
+                distance[name] = float((model(input_ids=ids).logits - wanted).square().mean())
+    assert distance["bitdelta-distilled"] < 0.99 * distance["bitdelta"]
+    for name, record in artifacts["bitdelta"].manifest.records.items():
+        if record.sign_scales:
+            before, after = (artifacts[n].signs(name) for n in distance)
+            assert torch.equal(before.words, after.words)
+            assert 0.8 < after.scale / before.scale < 1.25
+
+
+def test_distillation_finds_scales_that_were_lost(pairs, artifacts, text):
+    base, tuned = pairs["llama-tied"]
+    before = artifacts["bitdelta"]
+    names = [n for n, record in before.manifest.records.items() if record.sign_scales]
+    signs = {name: before.signs(name) for name in names}
+    halved = {name: replace(term, scale=term.scale / 2) for name, term in signs.items()}
+    rows, weights = calibration_rows(text, tuned, **QUICK, seed=0), weights_of(base)
+    found = distill_scales(tuned, halved, weights.__getitem__, rows, steps=80, seed=0)
+    ratios = torch.cat([found[name] / signs[name].scale for name in names])
+    assert (ratios > 0.6).float().mean() > 0.8
+
+
+def test_rows_added_to_the_vocabulary_are_exact_beside_signs(pairs, text, tmp_path):
+    base, tuned = pairs["llama-tied"]
+    grown = copy_of(tuned, tmp_path / "grown")
+    weights = {
+        name: torch.cat([w, torch.ones(2, 128, dtype=w.dtype)]) if w.shape[0] == 300 else w
+        for name, w in weights_of(tuned).items()
+    }
+    rewrite(grown, weights)
+    config = (grown / "config.json").read_text()
+    (grown / "config.json").write_text(config.replace('"vocab_size": 300', '"vocab_size": 302'))
+    artifact = run((base, grown), tmp_path / "a", "bitdelta-distilled", text)
+    record = artifact.manifest.records["model.embed_tokens.weight"]
+    assert (record.sign_scales, record.exact_rows) == (1, (300, 302))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("bitdelta", {"ratio": 32}, "within 2%"),
+        ("low-rank", {"ratio": None}, "expected a ratio"),
+        ("residual", {"ratio": 17}, "cannot be met, the largest possible is about 1[0-6]"),
+        ("low-rank", {"calibration": "self"}, "low-rank .* looks at no text"),
+        ("bitdelta-distilled", {"calibration": "none"}, "needs text to distil"),
+    ],
+)
+def test_refusals(pairs, text, name, options, reason, tmp_path):
+    with pytest.raises(PlanError, match=reason):
+        run(pairs["llama-tied"], tmp_path / "a", name, text, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_opens_again(artifacts):
+    for artifact in artifacts.values():
+        assert Artifact.open(artifact.path).manifest == artifact.manifest

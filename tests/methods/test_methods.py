@@ -1,0 +1,162 @@
+"""Every method: what it promises of bytes and errors, on the same deltas."""
+
+import json
+
+import pytest
+import torch
+from methods_helpers import IN, OUT, compressed, error_of, long_tailed, some_gram
+
+from deltacome.format.codec import Packed, plan_of, read_bands, read_signs
+from deltacome.format.spec import Band, rank
+from deltacome.methods.bitdelta import BitDelta
+from deltacome.methods.delta_come import DeltaCome
+from deltacome.methods.low_rank import LowRank
+from deltacome.methods.method import Matrix, Terms
+from deltacome.methods.prinmix import WIDTHS, PrinMix, best_plan, direction_costs
+from deltacome.methods.residual import Residual
+from deltacome.methods.template import parse_template
+from deltacome.numerics.gram import relative_error
+
+SHAPES = {"a": (OUT, IN), "b": (OUT, IN), "c": (320, IN), "d": (64, IN)}
+ADAPTIVE = [DeltaCome(), LowRank(), Residual(), PrinMix()]
+ALL = [*ADAPTIVE, BitDelta(), BitDelta("rows"), Residual(parse_template("4:2,2:*"), "rows")]
+
+
+def matrices_of(shapes=SHAPES):
+    deltas = {name: long_tailed(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    return deltas, {n: Matrix(shapes[n], lambda n=n: deltas[n]) for n in shapes}
+
+
+def total(plans):
+    return sum(plan.nbytes(SHAPES[name]) for name, plan in plans.items())
+
+
+def name_of(method):
+    return "-".join(str(value) for value in method.options().values())
+
+
+@pytest.mark.parametrize("method", ALL, ids=name_of)
+def test_what_is_stored_is_what_was_planned_and_reads_back(method):
+    deltas, matrices = matrices_of()
+    plans = method.planner(matrices)(2 * sum(o * i for o, i in SHAPES.values()) / 8)
+    assert list(plans) == list(SHAPES)
+    for name, packed in method.compress(deltas, plans, some_gram()).items():
+        assert plan_of(packed.bands) == plans[name].bands
+        scales = packed.signs.scale.numel() if packed.signs else None
+        assert scales == plans[name].sign_scales
+        blobs, shape = packed.blobs(), SHAPES[name]
+        assert sum(map(len, blobs.values())) == plans[name].nbytes(shape)
+        again = Packed(
+            read_bands(blobs["bands"], shape, plans[name].bands) if packed.bands else (),
+            read_signs(blobs["signs"], shape, scales) if packed.signs else None,
+        )
+        assert torch.equal(again.dense(), packed.dense())
+        assert relative_error(deltas[name], packed.dense(), None) < 0.7
+
+
+@pytest.mark.parametrize("method", ADAPTIVE, ids=name_of)
+@pytest.mark.parametrize("ratio", [5, 9, 14])
+def test_plans_fill_the_bytes_and_no_more(method, ratio):
+    _, matrices = matrices_of()
+    nbytes = 2 * sum(o * i for o, i in SHAPES.values()) / ratio
+    planner = method.planner(matrices)
+    plans = planner(nbytes)
+    assert method.adapts
+    assert 0.97 * nbytes <= total(plans) <= nbytes * 1.005
+    assert planner(nbytes) == plans
+    assert total(planner(0)) < total(plans)
+
+
+@pytest.mark.parametrize("method", ALL, ids=name_of)
+def test_options_are_json(method):
+    said = method.options()
+    assert json.loads(json.dumps(said)) == said
+    assert said["name"] in ("delta-come", "low-rank", "bitdelta", "residual", "prinmix")
+
+
+def test_low_rank_is_the_truncated_svd():
+    delta = long_tailed()
+    u, s, v = torch.linalg.svd(delta)
+    best = u[:, :9] * s[:9] @ v[:9]
+    (packed,) = compressed(LowRank(9), {"w": delta}, {"w": (Band(16, 9),)}, None).values()
+    torch.testing.assert_close(packed.dense(), best, atol=1e-3, rtol=1e-3)
+    assert not LowRank(9).adapts
+    terms = LowRank(9).planner({"w": Matrix((OUT, IN), lambda: delta)})(0)["w"]
+    assert terms == Terms((Band(16, 9),))
+
+
+@pytest.mark.parametrize("scales", ["matrix", "rows"])
+def test_bitdelta_has_the_best_scale_for_its_signs(scales):
+    delta = long_tailed()
+    delta[3, 5] = 0.0
+    packed = BitDelta(scales).compress({"w": delta}, {}, None)["w"]
+    assert torch.equal(packed.dense() > 0, delta > 0)
+    assert (packed.signs.dense()[3, 5] < 0).all()
+    least = (packed.dense() - delta).square().sum()
+    for factor in (0.98, 1.02):
+        assert (packed.dense() * factor - delta).square().sum() > least
+    if scales == "matrix":
+        torch.testing.assert_close(packed.signs.scale[0], delta.abs().mean())
+
+
+def test_scales_of_rows_are_closer_than_one():
+    delta = long_tailed() * torch.logspace(0, -1, OUT)[:, None]
+    one, rows = Terms(sign_scales=1), Terms(sign_scales=OUT)
+    assert error_of(BitDelta("rows"), delta, rows, None) < error_of(BitDelta(), delta, one, None)
+
+
+def test_a_residual_is_closer_than_its_signs_alone():
+    delta, gram = long_tailed(), some_gram()
+    errors = [
+        error_of(Residual(), delta, Terms(bands, 1), gram)
+        for bands in ((), (Band(16, 2),), (Band(16, 12),))
+    ]
+    assert errors[0] == error_of(BitDelta(), delta, Terms(sign_scales=1), gram)
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_signs_suit_a_flat_spectrum_and_low_rank_a_steep_one():
+    # Why D-QReLO takes both: equal bytes, deltas of little and of much rank.
+    def errors(power):
+        delta, nbytes = long_tailed(power=power), 2 * OUT * IN / 15
+        plans = LowRank().planner({"w": Matrix((OUT, IN), lambda: delta)})(nbytes)
+        signs = error_of(BitDelta(), delta, Terms(sign_scales=1), None)
+        return signs, error_of(LowRank(), delta, plans["w"], None)
+
+    flat, steep = errors(0.2), errors(1.5)
+    assert flat[0] < flat[1]
+    assert steep[0] > steep[1]
+
+
+def test_the_program_is_optimal():
+    # Against all plans that spend a little less, for a delta of few directions.
+    shape = (16, 1024)
+    costs, nbytes = direction_costs(long_tailed(*shape)), 3600
+    index = {bits: 1 + i for i, bits in enumerate(WIDTHS)}
+
+    def cost(plan):
+        bits = [band.bits for band in plan for _ in range(band.count)]
+        kept = sum(costs[i, index[b]] for i, b in enumerate(bits))
+        return kept + costs[len(bits) :, 0].sum()
+
+    found = best_plan(shape, costs, nbytes)
+    assert 0.9 * nbytes < Terms(found).nbytes(shape) <= nbytes
+    counts = range(7)
+    for plan in (
+        tuple(Band(b, n) for b, n in zip(WIDTHS, (i, j, k, m), strict=True) if n)
+        for i in counts for j in counts for k in counts for m in counts
+    ):  # fmt: skip
+        if plan and rank(plan) <= 16 and Terms(plan).nbytes(shape) <= 0.95 * nbytes:
+            assert cost(plan) >= cost(found) * 0.999
+
+
+def test_prinmix_is_closer_than_delta_come_at_equal_bytes():
+    gram, nbytes = some_gram(), 2 * OUT * IN / 12
+    for seed in range(3):
+        delta = long_tailed(seed=seed)
+        matrices = {"w": Matrix((OUT, IN), lambda delta=delta: delta)}
+        errors = [
+            error_of(method, delta, method.planner(matrices)(nbytes)["w"], gram)
+            for method in (PrinMix(), PrinMix(refit=False), DeltaCome())
+        ]
+        assert errors == sorted(errors)
