@@ -132,6 +132,16 @@ def test_methods(cli, pair, options, said, tmp_path):
     assert json.loads((tmp_path / "a" / "delta_config.json").read_text())["method"] == said
 
 
+def test_a_searched_plan(cli, pair, tmp_path):
+    text = tmp_path / "c.txt"
+    text.write_text("\n".join(text_lines(9)))
+    options = ["--search", "greedy", "--ratio", "4", "--calibration", text, "--samples", "4"]
+    code, _, _ = cli("compress", *pair, "-o", tmp_path / "a", *options, "--seq-len", "12")
+    assert code == 0
+    method = json.loads((tmp_path / "a" / "delta_config.json").read_text())["method"]
+    assert method["template"].endswith(",2:*")
+
+
 @pytest.mark.parametrize("plan", [["--plan", "8:1,2:9"], ["--precision", "single"], ["--no-gptq"]])
 def test_options_of_the_method(cli, pair, plan, tmp_path):
     more = [] if "--plan" in plan else ["--ratio", "4"]
@@ -211,6 +221,8 @@ def test_debug_shows_where_it_was_refused(cli, pair, tmp_path):
         (["--method", "bitdelta", "--plan", "2:*"], "--plan"),
         (["--method", "bitdelta", "--scales", "columns"], "--scales"),
         (["--distill", "5"], "--distill"),
+        (["--search", "greedy", "--plan", "2:*"], "--search"),
+        (["--search", "best"], "--search"),
         (["--plan", "7:1"], "--plan"),
         (["--plan", "2:*,8:1"], "--plan"),
         (["--precision", "quadruple"], "--precision"),

@@ -57,6 +57,9 @@ def compress_command(
     precision: Annotated[
         str | None, typer.Option(help="single, double or triple: the paper's plans.")
     ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="greedy or genetic: find the plan on a few blocks.")
+    ] = None,
     gptq: Annotated[
         bool | None, typer.Option("--gptq/--no-gptq", help="Off: round to nearest (ablation).")
     ] = None,
@@ -100,10 +103,24 @@ def compress_command(
         raise typer.BadParameter(f"expected a ratio above 0, got {ratio}", param_hint="--ratio")
     if ratio is None and chosen.adapts:
         ratio = 16.0
+    if search is not None and (method != "delta-come" or plan or precision or not ratio):
+        raise typer.BadParameter(
+            "needs --method delta-come, a --ratio, and no plan", param_hint="--search"
+        )
+    if search not in (None, "greedy", "genetic"):
+        raise typer.BadParameter(
+            f"expected greedy or genetic, got {search!r}", param_hint="--search"
+        )
     _quiet_libraries()
     from deltacome.compression import compress
 
     start = time.monotonic()
+    if search is not None:
+        from deltacome.compression.search import find_template
+
+        text = {"source": calibration or "self", "samples": samples, "seq_len": seq_len}
+        found = find_template(base, tuned, ratio, search, **text, seed=seed, device=device)
+        chosen = dataclasses.replace(chosen, template=found.template)
     with _progress(quiet=as_json) as report:
         artifact = compress(
             base,

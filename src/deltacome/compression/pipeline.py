@@ -123,7 +123,7 @@ def compress(
     """
     method = method or DeltaCome()
     calibration = _calibration_source(method, calibration)
-    device = _pick_device(device)
+    device = pick_device(device)
     compute = _pick_dtype(dtype, device)
     base_checkpoint, tuned_checkpoint = (
         Checkpoint(base, base_revision),
@@ -520,7 +520,8 @@ def _source_identity(calibration: str) -> str:
     return f"{calibration} {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
-def _pick_device(device: str) -> str:
+def pick_device(device: str) -> str:
+    """ "auto" is the GPU if there is one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device

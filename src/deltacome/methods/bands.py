@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deltacome.format.codec import BandTensors, Factor
 from deltacome.format.spec import Plan
-from deltacome.numerics.gptq import Quantized, quantize_u, quantize_v
+from deltacome.numerics.gptq import GramFactor, Quantized, quantize_u, quantize_v
 from deltacome.numerics.grid import min_max_grid, round_to_grid
 from deltacome.numerics.svd import svd
 
@@ -40,9 +40,12 @@ class Gptq:
     nearest: bool = False
 
     def v_factors(
-        self, groups: list[tuple[Tensor, Plan]], gram_II: Tensor | None
+        self, groups: list[tuple[Tensor, Plan]], gram_II: Tensor | GramFactor | None
     ) -> list[list[Factor]]:
-        """V of all bands of linears with one input: (v_RI, plan) of each → its factors by band."""
+        """V of all bands of linears with one input: (v_RI, plan) of each → its factors by band.
+
+        Instead of the gram its factor will do, for those who quantise against it many times.
+        """
         v_RI = torch.cat([v for v, _ in groups])
         bits = [band.bits for _, plan in groups for band in plan for _ in range(band.count)]
         # Rows of 16-bit bands ride along at 8 bits and are not used: float16 needs no grid.

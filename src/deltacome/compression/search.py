@@ -1,0 +1,189 @@
+"""Finds a template for Delta-CoMe by the paper's two searches (arXiv 2406.08903, section 5 and appendix).
+
+What is searched are the numbers of directions at 8, 4 and 3 bits; the rest of the bytes goes to 2 bits.
+A candidate costs the mean relative error `‖(D − D̂)X‖² / ‖DX‖²` over the linears of a few blocks, spread
+over the depth, with the inputs that the tuned model gives them.
+
+**Greedy** fixes one width after the other, widest first, each at its best count. **Genetic** keeps a
+population of templates; the better of two random ones become parents, a child has each count from one
+of them and sometimes a neighbouring one. The paper found the two about equal and greedy far cheaper;
+`benchmarks/tables` measures it again.
+
+Legend: O out, I in, R directions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deltacome.arch.checkpoint import Checkpoint
+from deltacome.arch.layout import find_layout
+from deltacome.compression.capture import Stream, drop_weights, make_skeleton, set_weight
+from deltacome.compression.data import calibration_rows
+from deltacome.compression.pipeline import pick_device
+from deltacome.errors import CalibrationError, PlanError
+from deltacome.format.codec import dense
+from deltacome.format.spec import rank
+from deltacome.methods.bands import Gptq, scaled_svd
+from deltacome.methods.template import Template
+from deltacome.numerics.gptq import GramFactor, factor_gram
+from deltacome.numerics.gram import relative_error
+
+Way = Literal["greedy", "genetic"]
+WIDTHS = (8, 4, 3)
+COUNTS = (None, *(Fraction(1, 1 << power) for power in range(9, 2, -1)))
+"""Shares of the smaller side that a width may have, from none to 1/8."""
+Genes = tuple[int, ...]
+"""An index into COUNTS for each of WIDTHS."""
+
+POPULATION, GENERATIONS, MUTATION = 12, 8, 0.3
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A sampled linear: its delta, all its singular triples, the gram of its inputs and its factor."""
+
+    delta_OI: Tensor
+    triple: tuple[Tensor, Tensor, Tensor]
+    gram_II: Tensor
+    factor: GramFactor
+
+
+@dataclass
+class Search:
+    """What was found, and how it came about."""
+
+    template: Template
+    error: float
+    tried: dict[str, float] = field(default_factory=dict)
+    """Template → error, in the order of trying."""
+
+
+def sample_linears(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    rows: list[list[int]],
+    *,
+    blocks: int = 3,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Linear]:
+    """Linears of `blocks` blocks, evenly spread over the depth, as the tuned model feeds them."""
+    model = make_skeleton(tuned.path, dtype)
+    layout = find_layout(model)
+    stream = Stream(model, layout, tuned.read, rows, device=device, dtype=dtype)
+    names = list(layout.blocks)
+    chosen = {names[i * (len(names) - 1) // max(1, blocks - 1)] for i in range(blocks)}
+    found = []
+    for name in names:
+        for parameter, _ in list(layout.blocks[name].named_parameters()):
+            full = f"{name}.{parameter}"
+            set_weight(model, full, tuned.read(full).to(device, dtype))
+        for group in stream.groups(name) if name in chosen else ():
+            gram_II = stream.gram(name, group[0])
+            factor = factor_gram(gram_II)
+            for linear in group:
+                weight = f"{linear}.weight"
+                delta_OI = (tuned.read(weight).float() - base.read(weight).float()).to(device)
+                if delta_OI.any():
+                    triple = scaled_svd(delta_OI, min(delta_OI.shape))
+                    found.append(Linear(delta_OI, triple, gram_II, factor))
+        stream.advance(name)
+        drop_weights(layout.blocks[name])
+    if not found:
+        raise PlanError(f"{tuned.path}: no linear of the sampled blocks differs from the base")
+    return found
+
+
+def search_template(
+    linears: list[Linear], ratio: float, way: Way = "greedy", seed: int = 0
+) -> Search:
+    """The template of least mean error among those tried, each matrix at `ratio` of its own bytes."""
+    tried: dict[str, float] = {}
+
+    def cost(genes: Genes) -> float:
+        template = _template(genes)
+        if str(template) not in tried:
+            tried[str(template)] = _mean_error(linears, template, ratio)
+        return tried[str(template)]
+
+    genes = _greedy(cost) if way == "greedy" else _genetic(cost, random.Random(seed))
+    return Search(_template(genes), cost(genes), tried)
+
+
+def _greedy(cost: Callable[[Genes], float]) -> Genes:
+    genes = (0,) * len(WIDTHS)
+    for place in range(len(WIDTHS)):
+        choices = [(*genes[:place], i, *genes[place + 1 :]) for i in range(len(COUNTS))]
+        genes = min(choices, key=cost)
+    return genes
+
+
+def _genetic(cost: Callable[[Genes], float], draw: random.Random) -> Genes:
+    def child(parents: list[Genes]) -> Genes:
+        one, two = (min(draw.sample(parents, 2), key=cost) for _ in range(2))
+        mixed = [draw.choice(pair) for pair in zip(one, two, strict=True)]
+        moved = [i + draw.choice((-1, 1)) if draw.random() < MUTATION else i for i in mixed]
+        return tuple(min(max(i, 0), len(COUNTS) - 1) for i in moved)
+
+    people = [tuple(draw.randrange(len(COUNTS)) for _ in WIDTHS) for _ in range(POPULATION)]
+    for _ in range(GENERATIONS):
+        born = {*people, *(child(people) for _ in range(POPULATION))}
+        people = sorted(born, key=lambda genes: (cost(genes), genes))[:POPULATION]
+    return people[0]
+
+
+def _template(genes: Genes) -> Template:
+    wide = [(bits, COUNTS[i]) for bits, i in zip(WIDTHS, genes, strict=True) if COUNTS[i]]
+    return Template((*wide, (2, None)))
+
+
+def _mean_error(linears: list[Linear], template: Template, ratio: float) -> float:
+    errors = []
+    for linear in linears:
+        out_size, in_size = linear.delta_OI.shape
+        plan = template.fill((out_size, in_size), 2 * out_size * in_size / ratio)
+        if not plan:
+            return 1.0
+        u_RO, s_R, v_RI = (part[: rank(plan)] for part in linear.triple)
+        (factors,) = Gptq().v_factors([(v_RI, plan)], linear.factor)
+        bands = Gptq().with_u(u_RO, s_R, factors, plan, linear.gram_II)
+        delta_hat_OI = dense(bands).to(linear.delta_OI.device)
+        errors.append(relative_error(linear.delta_OI, delta_hat_OI, linear.gram_II))
+    return sum(errors) / len(errors)
+
+
+def find_template(
+    base: str | Path,
+    tuned: str | Path,
+    ratio: float,
+    way: Way = "greedy",
+    *,
+    source: str = "self",
+    samples: int = 128,
+    seq_len: int = 256,
+    seed: int = 0,
+    device: str = "auto",
+    blocks: int = 3,
+) -> Search:
+    """A template for two checkpoints; calibration text as in `compress`.
+
+    Raises:
+        DeltaError: as `compress`, and for `source` "none": errors are those of outputs.
+    """
+    if source == "none":
+        raise CalibrationError("search: expected calibration text to measure errors on, got none")
+    before, after = Checkpoint(base), Checkpoint(tuned)
+    device = pick_device(device)
+    size = {"samples": samples, "seq_len": seq_len, "seed": seed}
+    rows = calibration_rows(source, after.path, device=device, **size)
+    linears = sample_linears(before, after, rows, blocks=blocks, device=device)
+    return search_template(linears, ratio, way, seed)
