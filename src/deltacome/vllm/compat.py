@@ -14,15 +14,18 @@ from typing import Any
 from packaging.version import Version
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
-from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.lora.utils import process_packed_modules_mapping
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -33,12 +36,17 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker import lora_model_runner_mixin
+from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from deltacome.errors import UnsupportedError
@@ -54,23 +62,30 @@ __all__ = [
     "LoRAModel",
     "LoRAModelManager",
     "LoRARequest",
-    "LoRAResolver",
-    "LoRAResolverRegistry",
     "LogitsProcessorWithLoRA",
     "MergedColumnParallelLinear",
+    "OnlineRenderer",
     "OpenAIServingModels",
     "PPMissingLayer",
     "ParallelLMHead",
+    "PromptLogprobsWorker",
     "QKVParallelLinear",
     "ReplicatedLinear",
     "RowParallelLinear",
+    "SamplingParams",
     "VocabParallelEmbedding",
     "lora_model_runner_mixin",
 ]
 
 OLDEST, NEXT = Version("0.32"), Version("0.33")
 """vLLM from the first on and before the second is known to work."""
-MOE = (MoERunner,)
+REQUESTS = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+BYPASSING = {
+    MoERunner: "experts",
+    MLAAttention: "latent attention, which multiplies with its matrices' products",
+    MambaBase: "state-space and convolution layers, whose kernels read weights themselves",
+}
+"""Layers whose matrices do not compute where they are hooked."""
 NORMS = (RMSNorm, GemmaRMSNorm, LayerNorm)
 
 SIGNATURES: dict[Any, tuple[str, ...]] = {
@@ -99,7 +114,15 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     OpenAIServingModels.load_lora_adapter: ("self", "request", "base_model_name"),
     OpenAIServingModels.unload_lora_adapter: ("self", "request"),
     OpenAIServingModels.resolve_lora: ("self", "lora_name"),
-    LoRAResolver.resolve_lora: ("self", "base_model_name", "lora_name"),
+    OpenAIServingModels._check_load_lora_adapter_request: ("self", "request"),
+    OnlineRenderer.preprocess_chat: ("self", "request", "messages", "default_template", "..."),
+    SamplingParams.update_from_generation_config: ("self", "generation_config", "eos_token_id"),
+    AsyncLLM.collective_rpc: ("self", "method", "timeout", "args", "kwargs"),
+    PromptLogprobsWorker.compute_prompt_logprobs: ("self", "logits_fn", "hidden_states", "..."),
+    PromptLogprobsWorker.compute_prompt_token_id_logprobs: (
+        *("self", "logits_fn", "hidden_states", "..."),
+    ),
+    **{r.to_sampling_params: ("self", "...") for r in REQUESTS},
 }
 """Functions that hooks replace or call, and their parameters; `...` stands for any more."""
 

@@ -1,62 +1,69 @@
 """What the API server does with tenants: loads them by name, refuses them clearly, finds and forgets
-them.
+them, and speaks as they do.
 
-vLLM's own registry of adapters stays in charge; its methods are wrapped where a tenant needs more:
-
-- *load*: the folder's content goes into the path (`request`), so that the prefix cache never mixes
-  weights; workers read and check the artifact in a thread before the engine is asked to load it, so
-  that decoding goes on meanwhile; what they refuse is the client's mistake, HTTP 400, and says why.
-- *unload* frees the memory too; vLLM forgets the name alone.
-- *resolve*: a name that nobody has loaded is looked for in the folder of tenants, after a restart too.
+vLLM's own registry of names stays in charge; its methods are wrapped where a tenant needs more, and
+everything that is no tenant passes through them untouched.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 from typing import Any
 
+from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 
-from deltacome.errors import DeltaError
+from deltacome.errors import DeltaError, UnsupportedError
 from deltacome.vllm import compat, metrics
-from deltacome.vllm.request import content_path, is_artifact
-from deltacome.vllm.resolver import TenantResolver
+from deltacome.vllm.find import Finder
+from deltacome.vllm.manners import SAMPLING
+from deltacome.vllm.registry import Registry
+from deltacome.vllm.request import has_digest, is_artifact
 from deltacome.vllm.settings import Settings
 
-POLL_SECONDS = 0.01
-"""Between two questions whether the workers have read an artifact."""
+_registry: Registry | None = None
+"""That of this process: an API server has one."""
 
 
 def install() -> None:
-    """Wraps the API server's registry of models, once."""
-    registry = compat.OpenAIServingModels
-    if hasattr(registry, "_deltacome"):
+    """Wraps classes of the API server, once."""
+    if hasattr(compat.OpenAIServingModels, "_deltacome"):
         return
-    registry._deltacome = True  # pyright: ignore[reportAttributeAccessIssue]
-    for name, wrapper in (
-        ("__init__", _init),
-        ("load_lora_adapter", _load),
-        ("unload_lora_adapter", _unload),
+    compat.OpenAIServingModels._deltacome = True  # pyright: ignore[reportAttributeAccessIssue]
+    for owner, name, wrapper in (
+        (compat.OpenAIServingModels, "__init__", _init),
+        (compat.OpenAIServingModels, "load_lora_adapter", _load),
+        (compat.OpenAIServingModels, "unload_lora_adapter", _unload),
+        (compat.OpenAIServingModels, "resolve_lora", _resolve),
+        (compat.OnlineRenderer, "preprocess_chat", _preprocess_chat),
+        *((request, "to_sampling_params", _sampling) for request in compat.REQUESTS),
     ):
-        original = getattr(registry, name)
-        setattr(registry, name, functools.wraps(original)(wrapper(original)))
+        original = getattr(owner, name)
+        setattr(owner, name, functools.wraps(original)(wrapper(original)))
 
 
 def _init(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+        global _registry
         original(self, engine_client, *args, **kwargs)
-        config = getattr(engine_client, "vllm_config", None)
-        settings = Settings.parse(getattr(config, "additional_config", None))
+        config = engine_client.vllm_config
+        if config.lora_config is None:
+            return
+        settings = Settings.parse(config.additional_config)
+        self._finder = None
         if settings.tenants is not None:
-            self.lora_resolvers.append(TenantResolver(settings.tenants))
-        add_lora, generate = engine_client.add_lora, engine_client.generate
-        engine_client.add_lora = _prefetched(engine_client, add_lora)
-        engine_client.generate = metrics.counted(generate)
+            if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+                raise UnsupportedError(
+                    "deltacome: finding tenants by name needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+                )
+            self._finder = Finder(settings.tenants)
+        _registry = Registry(self, engine_client, settings)
+        engine_client.generate = _with_tenant(engine_client.generate, _registry)
+        engine_client.encode = _with_tenant(engine_client.encode, _registry)
         metrics.watch(engine_client)
 
     return init
@@ -64,27 +71,16 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        if not is_artifact(request.lora_path or ""):
+        if _registry is None or not is_artifact(request.lora_path or ""):
             return await original(self, request, base_model_name)
-        path = content_path(request.lora_path)
-        start = time.perf_counter()
-        request = request.model_copy(update={"lora_path": path})
-        result = await original(self, request, base_model_name)
-        if isinstance(result, str):
-            metrics.loaded(time.perf_counter() - start)
-            # Loading in place is done; a request that said so would load it again in every step.
-            with contextlib.suppress(KeyError):
-                self.lora_requests[request.lora_name].load_inplace = False
-            return result
-        metrics.refused()
-        if result.error.code == HTTPStatus.INTERNAL_SERVER_ERROR:
-            return create_error_response(
-                message=result.error.message,
-                err_type="BadRequestError",
-                status_code=HTTPStatus.BAD_REQUEST,
-                param="lora_path",
-            )
-        return result
+        async with self.lora_resolver_lock[request.lora_name]:
+            if error := await self._check_load_lora_adapter_request(request):
+                return error
+            try:
+                await _loaded(_registry, request.lora_name, request.lora_path)
+            except DeltaError as error:
+                return _refusal(error, "lora_path")
+        return f"Success: tenant '{request.lora_name}' added successfully."
 
     return load
 
@@ -93,28 +89,90 @@ def _unload(original: Callable[..., Any]) -> Callable[..., Any]:
     async def unload(self: Any, request: Any) -> Any:
         known = self.lora_requests.get(request.lora_name)
         result = await original(self, request)
-        if isinstance(result, str) and known is not None and is_artifact(known.lora_path):
-            await self.engine_client.remove_lora(known.lora_int_id)
+        if isinstance(result, str) and known is not None and _registry is not None:
+            _registry.unload(known)
         return result
 
     return unload
 
 
-def _prefetched(engine_client: Any, add_lora: Callable[..., Any]) -> Callable[..., Any]:
-    """`add_lora` that lets workers read an artifact beside their work before they take it."""
+def _resolve(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def resolve(self: Any, lora_name: str) -> Any:
+        finder: Finder | None = getattr(self, "_finder", None)
+        if finder is None or _registry is None:
+            return await original(self, lora_name)
+        async with self.lora_resolver_lock[lora_name]:
+            if lora_name in self.lora_requests:
+                return self.lora_requests[lora_name]
+            try:
+                folder = await finder.find(lora_name)
+                if folder is not None:
+                    return (await _loaded(_registry, lora_name, str(folder), finder)).request
+            except DeltaError as error:
+                return _refusal(error, "model")
+        return await original(self, lora_name)
 
-    async def add(lora_request: Any) -> Any:
-        if is_artifact(lora_request.lora_path):
-            arguments = (lora_request.lora_int_id, lora_request.lora_path)
-            await engine_client.collective_rpc("deltacome_prefetch", args=arguments)
-            while True:
-                states = await engine_client.collective_rpc("deltacome_fetched", args=arguments)
-                refusals = [state for state in states if isinstance(state, str)]
-                if refusals:
-                    raise DeltaError(refusals[0])
-                if all(states):
-                    break
-                await asyncio.sleep(POLL_SECONDS)
-        return await add_lora(lora_request)
+    return resolve
 
-    return add
+
+async def _loaded(registry: Registry, name: str, folder: str, finder: Finder | None = None) -> Any:
+    start = time.perf_counter()
+    entry = await registry.load(name, folder, finder)
+    metrics.loaded(time.perf_counter() - start)
+    return entry
+
+
+def _refusal(error: DeltaError, parameter: str) -> Any:
+    """What a client is told: a tenant that cannot be served is a mistake in what was asked for."""
+    metrics.refused()
+    return create_error_response(str(error), status_code=HTTPStatus.BAD_REQUEST, param=parameter)
+
+
+def _with_tenant(generate: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+    """The engine's `generate` or `encode`, for which the workers hold the tenant of a request."""
+
+    async def generating(
+        prompt: Any, params: Any, *args: Any, lora_request: Any = None, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        if lora_request is None or not has_digest(lora_request.lora_path):
+            async for output in generate(
+                prompt, params, *args, lora_request=lora_request, **kwargs
+            ):
+                yield output
+            return
+        async with registry.using(lora_request) as entry:
+            if entry.manners.ends and isinstance(params, compat.SamplingParams):
+                ends = {"eos_token_id": sorted(entry.manners.ends)}
+                params.update_from_generation_config(ends)
+            outputs = generate(prompt, params, *args, lora_request=entry.engine_request, **kwargs)
+            async for output in metrics.counted(outputs, entry.name, params):
+                yield output
+
+    return generating
+
+
+def _preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    async def preprocess_chat(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        name = getattr(call.arguments["request"], "model", None)
+        entry = _registry.named(name) if _registry is not None else None
+        if entry is not None and entry.manners.template is not None:
+            call.arguments["default_template"] = entry.manners.template
+        return await original(*call.args, **call.kwargs)
+
+    return preprocess_chat
+
+
+def _sampling(original: Callable[..., Any]) -> Callable[..., Any]:
+    def to_sampling_params(self: Any, max_tokens: int, defaults: dict[str, Any]) -> Any:
+        entry = _registry.named(self.model) if _registry is not None else None
+        own = None if entry is None else entry.manners.sampling
+        # With `--generation-config vllm` no model's own defaults count.
+        if own is not None and _registry.models.model_config.generation_config == "auto":  # pyright: ignore
+            kept = {name: value for name, value in defaults.items() if name not in SAMPLING}
+            defaults = kept | own
+        return original(self, max_tokens, defaults)
+
+    return to_sampling_params

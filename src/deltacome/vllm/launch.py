@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from pathlib import Path
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
-from deltacome.format.spec import bands_nbytes
+from deltacome.format.manifest import entry_nbytes
+from deltacome.format.spec import ALIGN, rank
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,15 @@ def plan_launch(
     if len(groups) > 1:
         raise UnsupportedError(f"tenants: expected one size of scale groups, got {sorted(groups)}")
     settings: dict[str, object] = {"lora": lora}
-    if slot_bytes is None and found:
-        slot_bytes = max(map(packed_nbytes, found.values()))
+    if found:
+        records = [r for one in found.values() for r in one.manifest.records.values()]
+        settings["slot_bytes"] = max(map(packed_nbytes, found.values()))
+        settings["max_rank"] = max(1, *map(max_rank, found.values()))
+        settings["max_bands"] = max(1, *(len(record.plan) for record in records))
+        settings["signs"] = any(record.sign_scales for record in records)
+        (settings["group_size"],) = groups
     if slot_bytes is not None:
         settings["slot_bytes"] = slot_bytes
-    if groups:
-        (settings["group_size"],) = groups
     if folder is not None:
         settings["tenants"] = folder
     slots = slots or min(16, max(1, len(found)))
@@ -100,12 +105,21 @@ def plan_launch(
 
 def packed_nbytes(artifact: Artifact) -> int:
     """Bytes of an artifact's packed terms, as a slot holds them."""
-    group = artifact.manifest.group_size
     return sum(
-        bands_nbytes(record.bands_shape, record.plan, group)
+        -(-entry_nbytes(*entry) // ALIGN) * ALIGN
         for record in artifact.manifest.records.values()
-        if record.plan
+        for key, entry in record.entries(artifact.manifest.group_size).items()
+        if not key.endswith(".exact")
     )
+
+
+def max_rank(artifact: Artifact) -> int:
+    """At least the directions of its largest layer: those of matrices that vLLM multiplies at once
+    belong to one module of the checkpoint."""
+    ranks: Counter[str] = Counter()
+    for record in artifact.manifest.records.values():
+        ranks[record.name.rsplit(".", 2)[0]] += rank(record.plan)
+    return max(ranks.values(), default=0)
 
 
 def check_base(name: str, artifact: Artifact, base: Checkpoint) -> None:

@@ -73,11 +73,11 @@ class Delta:
         band_rows(y_TI, ids_T, rows, self.bands, impl=self.impl)
 
     def load(self, slot: int, tenant: Tenant, place: Place) -> None:
-        """Lets a slot be a tenant's, whose bytes are in the pool."""
-        parts = len(place.parts)
-        self.bands.load(slot, tenant.bands.get(place.name, [None] * parts))
-        if self.signs is not None:
-            self.signs.load(slot, tenant.signs.get(place.name, [None] * parts))
+        """Lets a cleared slot be a tenant's, whose bytes are in the pool."""
+        if place.name in tenant.fields:
+            self.bands.fields_SPBF[slot].copy_(tenant.fields[place.name])
+        if self.signs is not None and place.name in tenant.signs:
+            self.signs.load(slot, tenant.signs[place.name])
         if self.bias_SO is not None:
             change = tenant.biases.get(place.name)
             self.bias_SO[slot] = 0 if change is None else change.to(self.bias_SO.device)

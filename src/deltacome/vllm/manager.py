@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from deltacome.errors import ArtifactError, DeltaError
+from deltacome.errors import ArtifactError, DeltaError, MismatchError
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.ops.impls import check_impl, fastest
 from deltacome.ops.slots import Pool
 from deltacome.vllm import compat
 from deltacome.vllm.layers import Delta, NormDelta, install
 from deltacome.vllm.places import Place, find_places
-from deltacome.vllm.request import artifact_path
+from deltacome.vllm.request import artifact_path, content_path, has_digest
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step
 from deltacome.vllm.tenant import Base, Tenant, load_tenant
@@ -110,8 +110,8 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             delta.clear(slot)
         if tenant is None:
             return
-        for offset, chunk in tenant.chunks:
-            self.pool.load(slot, offset, chunk)
+        assert tenant.image is not None
+        self.pool.load(slot, 0, tenant.image)
         for place in self.places:
             if place.name in self.deltas:
                 self.deltas[place.name].load(slot, tenant, place)
@@ -122,6 +122,10 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             for slot, id in enumerate(self.lora_index_to_id)
             if id is not None and isinstance(self._registered_adapters.get(id), Tenant)
         }
+        known = {id for id in self.lora_index_to_id if id is not None} | {0}
+        if lost := set(mapping.index_mapping) - known:
+            # Without a slot their rows would be the base's.
+            raise MismatchError(f"adapters {sorted(lost)} are in the batch and in no slot")
         self.step.set(
             [slots.get(id, -1) for id in mapping.index_mapping],
             [slots.get(id, -1) for id in mapping.prompt_mapping],
@@ -136,7 +140,7 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         super()._set_adapter_mapping(others)
 
     def check_fits(self, tenant: Tenant) -> None:
-        """Raises unless a tenant fits into a slot.
+        """Works out a tenant's tables; raises unless it fits into a slot.
 
         Raises:
             ArtifactError: it has more bytes; says what to set.
@@ -151,20 +155,26 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         for place in self.places:
             delta = self.deltas.get(place.name)
             if isinstance(delta, Delta) and place.name in tenant.bands:
-                delta.bands.fields(0, tenant.bands[place.name])
+                tenant.fields[place.name] = delta.bands.fields(0, tenant.bands[place.name])
 
 
 class WorkerManager(compat.LRUCacheWorkerLoRAManager):
-    """Loads artifacts where requests name them."""
+    """Loads artifacts where requests name them.
+
+    What the API server asked to be read is held until it says otherwise: in a step of the engine there
+    is nothing to read, and nothing that can fail.
+    """
 
     _manager_cls = ModelManager
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deltacome")
-        self._reading: dict[tuple[int, str], Future[Tenant]] = {}
+        self._held: dict[int, Future[Tenant]] = {}
 
     def _load_adapter(self, lora_request: Any) -> Any:
+        if lora_request.lora_int_id in self._held:
+            return self._held[lora_request.lora_int_id].result()
         folder = artifact_path(lora_request.lora_path)
         if not (Path(folder) / MANIFEST_FILE).is_file():
             if not self._tenants.settings.lora:
@@ -173,9 +183,7 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
                     "are off (lora is false in additional_config's deltacome)"
                 )
             return super()._load_adapter(lora_request)
-        key = (lora_request.lora_int_id, lora_request.lora_path)
-        reading = self._reading.pop(key, None)
-        return reading.result() if reading is not None else self._read(*key)
+        return self._read(lora_request.lora_int_id, lora_request.lora_path)
 
     @property
     def _tenants(self) -> ModelManager:
@@ -186,35 +194,45 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
     def _read(self, id: int, path: str) -> Tenant:
         manager: Any = self._tenants
         folder = artifact_path(path)
+        if has_digest(path) and content_path(folder) != path:
+            raise MismatchError(f"{folder}: holds other weights than {path}")
         tenant = load_tenant(
             id, folder, manager.model, manager.places, manager.base, manager.settings
         )
         manager.check_fits(tenant)
-        if torch.device(self.device).type == "cuda":
-            tenant.pin()
+        tenant.gather(pinned=torch.device(self.device).type == "cuda")
         return tenant
 
     def prefetch(self, id: int, path: str) -> None:
-        """Starts reading an artifact in a thread; `_load_adapter` takes the result."""
-        self._reading[id, path] = self._thread.submit(self._read, id, path)
+        """Starts reading an artifact in a thread, unless it is held."""
+        if id not in self._held:
+            self._held[id] = self._thread.submit(self._read, id, path)
 
-    def fetched(self, id: int, path: str) -> bool | str:
+    def fetched(self, id: int) -> bool | str:
         """Whether a prefetch is done; or why the artifact was refused, which ends it."""
-        reading = self._reading.get((id, path))
+        reading = self._held.get(id)
         if reading is None or not reading.done():
             return reading is None
         if error := reading.exception():
-            del self._reading[id, path]
+            del self._held[id]
             return f"{type(error).__name__}: {error}"
         return True
+
+    def drop(self, id: int) -> None:
+        """Forgets an artifact: its memory, and its slot."""
+        self._held.pop(id, None)
+        self._tenants.remove_adapter(id)
 
     def figures(self) -> dict[str, int]:
         """What this worker holds, for metrics."""
         manager = self._tenants
-        tenants = [id for id, one in manager.list_adapters().items() if isinstance(one, Tenant)]
+        held = [f.result() for f in self._held.values() if f.done() and not f.exception()]
+        slots = [manager._registered_adapters.get(id) for id in manager.lora_index_to_id if id]
         return {
-            "known": len(tenants),
-            "resident": sum(id in tenants for id in manager.lora_index_to_id),
+            "resident": sum(isinstance(one, Tenant) for one in slots),
+            "held": len(held),
+            "held_bytes": sum(tenant.nbytes for tenant in held),
+            "slots": manager.lora_slots,
             "slot_bytes": manager.pool.blobs_SN.shape[1],
             "evictions": manager.evictions,
         }

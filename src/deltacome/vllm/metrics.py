@@ -7,12 +7,11 @@ for every few seconds, as a scrape cannot wait for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
-
-from deltacome.vllm.request import is_artifact
 
 WATCH_SECONDS = 5.0
 
@@ -22,12 +21,24 @@ LOAD_SECONDS = Histogram(
     "deltacome_load_seconds", "Seconds from a request to load until it is done"
 )
 REFUSED = Counter("deltacome_refused_loads", "Artifacts that were refused")
-RESIDENT = Gauge("deltacome_resident_tenants", "Tenants in slots of the first worker")
-KNOWN = Gauge("deltacome_host_tenants", "Tenants that the first worker holds on the host")
-SLOT_BYTES = Gauge("deltacome_slot_bytes", "Bytes of a slot of the first worker")
-EVICTIONS = Gauge(
-    "deltacome_evictions", "Tenants that have left a slot of the first worker for another"
-)
+
+
+def _gauge(name: str, text: str) -> Gauge:
+    # Several API servers ask the same workers: the last answer counts.
+    return Gauge(name, text, multiprocess_mode="mostrecent")
+
+
+FIGURES = {
+    "resident": _gauge("deltacome_resident_tenants", "Tenants in slots of the first worker"),
+    "held": _gauge("deltacome_host_tenants", "Tenants that the first worker holds on the host"),
+    "held_bytes": _gauge("deltacome_host_bytes", "Bytes of packed terms held on its host"),
+    "slots": _gauge("deltacome_slots", "Slots of the first worker"),
+    "slot_bytes": _gauge("deltacome_slot_bytes", "Bytes of a slot of the first worker"),
+    "evictions": _gauge(
+        "deltacome_evictions", "Tenants that have left a slot of the first worker for another"
+    ),
+}
+"""By the keys of `WorkerManager.figures`."""
 
 
 def loaded(seconds: float) -> None:
@@ -41,27 +52,17 @@ def refused() -> None:
     REFUSED.inc()
 
 
-def counted(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """The engine's `generate`, with the tokens of tenants counted."""
-
-    async def counting(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        request = kwargs.get("lora_request")
-        if request is None or not is_artifact(request.lora_path):
-            async for output in generate(*args, **kwargs):
-                yield output
-            return
-        tokens = TOKENS.labels(request.lora_name)
-        seen: dict[int, int] = {}
-        parameters = kwargs.get("sampling_params") or (args[1] if len(args) > 1 else None)
-        delta = getattr(getattr(parameters, "output_kind", None), "name", "") == "DELTA"
-        async for output in generate(*args, **kwargs):
-            for one in output.outputs:
-                new = len(one.token_ids) - (0 if delta else seen.get(one.index, 0))
+async def counted(outputs: Any, name: str, params: Any) -> AsyncGenerator[Any, None]:
+    """What the engine says for a tenant, with its tokens counted."""
+    tokens = TOKENS.labels(name)
+    seen: dict[int, int] = {}
+    delta = getattr(getattr(params, "output_kind", None), "name", "") == "DELTA"
+    async with aclosing(outputs):
+        async for output in outputs:
+            for one in output.outputs if isinstance(output.outputs, list) else ():
+                tokens.inc(len(one.token_ids) - (0 if delta else seen.get(one.index, 0)))
                 seen[one.index] = len(one.token_ids)
-                tokens.inc(max(0, new))
             yield output
-
-    return counting
 
 
 def watch(engine_client: Any) -> None:
@@ -73,12 +74,7 @@ def watch(engine_client: Any) -> None:
                 figures = (await engine_client.collective_rpc("deltacome_figures"))[0]
             except Exception:  # an engine that has died says so itself
                 return
-            for gauge, key in (
-                (RESIDENT, "resident"),
-                (KNOWN, "known"),
-                (SLOT_BYTES, "slot_bytes"),
-                (EVICTIONS, "evictions"),
-            ):
+            for key, gauge in FIGURES.items():
                 gauge.set(figures[key])
             await asyncio.sleep(WATCH_SECONDS)
 

@@ -83,8 +83,9 @@ def missing_prefixes(model: nn.Module) -> list[str]:
 
 
 def _place(name: str, module: nn.Module, packed: dict[str, list[str]]) -> Place | None:
-    if isinstance(module, compat.MOE):
-        raise UnsupportedError(f"{name}: experts ({type(module).__name__}) are not covered yet")
+    for kind, words in compat.BYPASSING.items():
+        if isinstance(module, kind):
+            raise UnsupportedError(f"{name}: {type(module).__name__}: {words}: not covered yet")
     if isinstance(module, compat.ParallelLMHead):
         return Place(name, module, "head", (_vocabulary(name, module),))
     if isinstance(module, compat.VocabParallelEmbedding):

@@ -29,3 +29,8 @@ def artifact_path(path: str) -> str:
 def is_artifact(path: str) -> bool:
     """Whether a path names an artifact's folder."""
     return (Path(artifact_path(path)) / MANIFEST_FILE).is_file()
+
+
+def has_digest(path: str) -> bool:
+    """Whether a path is one that `content_path` gave."""
+    return _MARK in path

@@ -34,6 +34,11 @@ class Settings:
     base: str | None = None
     """The checkpoint that deltas were taken against, where that is not the model served: a quantised
     base, say."""
+    base_tokenizer: bool = False
+    """Whether tenants with another tokenizer are served, with the base's; else they are refused."""
+    canary: float | None = 0.25
+    """How far, in nats (root of the mean square), the logprobs of an artifact's canary may be from those
+    recorded when it was made; None: no canary is asked. A quantised base needs more."""
     impl: str | None = None
     """Implementation of the ops; None: the fastest that runs here."""
     tenants: str | None = None

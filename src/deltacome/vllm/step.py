@@ -66,11 +66,13 @@ class Step:
         idle: no row has a slot. Code that is compiled or captured must not look at it.
     """
 
+    _prompts: Tensor | None = None
+    """Hidden states of all tokens, while logprobs of prompts are computed from runs of their rows."""
+
     def __init__(self, slots: int, max_tokens: int, device: torch.device) -> None:
         self.idle = True
         self._tokens = _Rows(slots, max_tokens, device)
         self._sampled = _Rows(slots, max_tokens, device)
-        self._prompt = False
 
     def set(self, token_slots: Sequence[int], sampled_slots: Sequence[int]) -> None:
         """Takes the slots of the batch's rows, −1 for the base."""
@@ -84,22 +86,24 @@ class Step:
 
     def sampled(self, x_TI: Tensor) -> Rows:
         """The rows of the head's input: sampled tokens, or a run of a prompt's."""
-        if not self._prompt:
+        if self._prompts is None:
             return self._sampled.get(x_TI.shape[0])
-        # For the logprobs of a prompt the engine passes a view of the hidden states of all tokens.
-        first, count = int(x_TI.storage_offset()) // x_TI.stride(0), x_TI.shape[0]
-        return self._regrouped(self._tokens.slot_T[first : first + count])
+        # The engine passes a view of the hidden states of all tokens.
+        row = x_TI.stride(0) * x_TI.element_size()
+        first = (x_TI.data_ptr() - self._prompts.data_ptr()) // row
+        return self._regrouped(self._tokens.slot_T[first : first + x_TI.shape[0]])
 
     def _regrouped(self, slot_T: Tensor) -> Rows:
         if not self._tokens.groups:
             return Rows(slot_T, slot_T, slot_T, 1)
         return group_rows(slot_T, self._tokens.slots, tile=TILES[0])
 
+    @classmethod
     @contextlib.contextmanager
-    def prompt_logits(self) -> Iterator[None]:
-        """While open, the head's rows are runs of the hidden states of all tokens."""
-        self._prompt = True
+    def prompt_logits(cls, hidden_states_TI: Tensor) -> Iterator[None]:
+        """While open, the head's rows are runs of these, in every step of this process."""
+        cls._prompts = hidden_states_TI
         try:
             yield
         finally:
-            self._prompt = False
+            cls._prompts = None

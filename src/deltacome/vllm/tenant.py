@@ -29,6 +29,7 @@ from deltacome.vllm import compat
 from deltacome.vllm.places import Place, missing_prefixes
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.shard import shard_bands, shard_signs
+from deltacome.vllm.tokenizers import check_tokenizer
 
 
 @dataclass
@@ -38,10 +39,14 @@ class Tenant:
     id: int
     path: str
     chunks: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Packed terms, uint8, and their offsets in a slot."""
+    """Packed terms as they are read, uint8, and their offsets in a slot; none once gathered."""
     nbytes: int = 0
+    image: Tensor | None = None
+    """What a slot holds of it, uint8 (nbytes,)."""
     bands: dict[str, list[PlacedBands | None]] = field(default_factory=dict)
     signs: dict[str, list[PlacedSigns | None]] = field(default_factory=dict)
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    """Tables of `bands`, as `BandTable.fields` gives them."""
     norms: dict[str, Tensor] = field(default_factory=dict)
     """float32 (H,), the weight that multiplies."""
     biases: dict[str, Tensor] = field(default_factory=dict)
@@ -52,12 +57,15 @@ class Tenant:
     modules_to_save: dict[str, Any] = field(default_factory=dict)
     is_3d_lora_weight: bool = False
 
-    def pin(self) -> None:
-        """Moves the packed terms into one piece of pinned memory: one copy to the device."""
-        image = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
+    def gather(self, *, pinned: bool) -> None:
+        """Copies the packed terms into one piece of memory, which a slot takes in one copy.
+
+        Until then they are views of files: who writes into those would change what is served.
+        """
+        self.image = torch.zeros(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
         for offset, chunk in self.chunks:
-            image[offset : offset + chunk.numel()] = chunk
-        self.chunks = [(0, image)]
+            self.image[offset : offset + chunk.numel()] = chunk
+        self.chunks = []
 
     def get_lora(self, module_name: str) -> None:
         """No low-rank pair, for any module."""
@@ -112,6 +120,8 @@ def load_tenant(
     """
     artifact = Artifact.open(path)
     _check_artifact(artifact, model, settings)
+    if not settings.base_tokenizer:
+        check_tokenizer(artifact.path, base.checkpoint.path)
     rename = compat.renamer(model)
     elsewhere = tuple(missing_prefixes(model))
     where: dict[str, list[tuple[Place, int]]] = {}

@@ -15,7 +15,7 @@ from deltacome.errors import UnsupportedError
 
 def install() -> None:
     """Adds the methods to the class of all workers."""
-    for function in (deltacome_prefetch, deltacome_fetched, deltacome_figures):
+    for function in (deltacome_prefetch, deltacome_fetched, deltacome_drop, deltacome_figures):
         setattr(WorkerBase, function.__name__, function)
 
 
@@ -24,9 +24,14 @@ def deltacome_prefetch(self: Any, id: int, path: str) -> None:
     _manager(self).prefetch(id, path)
 
 
-def deltacome_fetched(self: Any, id: int, path: str) -> bool | str:
+def deltacome_fetched(self: Any, id: int) -> bool | str:
     """Whether an artifact has been read; or why it was refused."""
-    return _manager(self).fetched(id, path)
+    return _manager(self).fetched(id)
+
+
+def deltacome_drop(self: Any, id: int) -> None:
+    """Frees an artifact's memory and its slot."""
+    _manager(self).drop(id)
 
 
 def deltacome_figures(self: Any) -> dict[str, int]:

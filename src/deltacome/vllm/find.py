@@ -13,18 +13,16 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from deltacome.errors import ArtifactError
 from deltacome.format.manifest import MANIFEST_FILE
-from deltacome.vllm import compat
-from deltacome.vllm.request import content_path, is_artifact
+from deltacome.vllm.request import is_artifact
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a tenant can be called: no separators, and no leading dot."""
 
 
-class TenantResolver(compat.LoRAResolver):
+class Finder:
     """Looks for `<place>/<name>`.
 
     Args:
@@ -34,36 +32,28 @@ class TenantResolver(compat.LoRAResolver):
 
     def __init__(self, place: str, cache: Path | None = None) -> None:
         self.place = place
-        self.remote = "://" in place
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         self.cache = cache or Path(home).expanduser() / "deltacome"
 
-    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        """The request for a tenant; None if there is none of this name."""
-        if not NAME.fullmatch(lora_name):
-            return None
-        folder = await asyncio.to_thread(self.find, lora_name)
-        if folder is None:
-            return None
-        return compat.LoRARequest(
-            lora_name=lora_name,
-            lora_int_id=1,  # the registry gives it another
-            lora_path=content_path(str(folder)),
-        )
-
-    def find(self, name: str) -> Path | None:
-        """The local folder of a tenant; copies a remote one.
+    async def find(self, name: str) -> Path | None:
+        """The local folder of a tenant, copied where it is remote; None if there is none.
 
         Raises:
             ArtifactError: the remote place cannot be read.
         """
-        if not self.remote:
+        if not NAME.fullmatch(name):
+            return None
+        return await asyncio.to_thread(self._find, name)
+
+    def _find(self, name: str) -> Path | None:
+        if "://" not in self.place:
             folder = Path(self.place) / name
             return folder if is_artifact(str(folder)) else None
         import fsspec
 
         try:
             system, root = fsspec.core.url_to_fs(self.place)
+            system.invalidate_cache()  # listings of what was there before
             source = f"{root.rstrip('/')}/{name}"
             if not system.exists(f"{source}/{MANIFEST_FILE}"):
                 return None
@@ -71,13 +61,13 @@ class TenantResolver(compat.LoRAResolver):
             target = self.cache / f"{name}-{digest}"
             if not target.is_dir():
                 self.cache.mkdir(parents=True, exist_ok=True)
-                partial = tempfile.mkdtemp(dir=self.cache, prefix=".partial-")
+                partial = Path(tempfile.mkdtemp(dir=self.cache, prefix=".partial-"))
                 try:
                     for file in system.find(source, maxdepth=1):
-                        system.get_file(file, f"{partial}/{file.rpartition('/')[2]}")
-                    os.replace(partial, target)
+                        system.get_file(file, str(partial / file.rpartition("/")[2]))
+                    partial.rename(target)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
             return target
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # each kind of storage has errors of its own
             raise ArtifactError(f"{self.place}: {name} cannot be read: {error}") from error

@@ -1,0 +1,218 @@
+"""Which tenants the API server knows by name, who uses them, and which of them the workers hold.
+
+vLLM loads adapters within a step of the engine: reading stalls everybody, and a folder that has changed
+or gone stops the engine. So workers are asked to read a tenant in a thread beforehand, and hold it until
+they are told to drop it. That is done when nobody uses it any more:
+
+- *unload* and *reload* make a name forgotten, or another's, at once; requests that run go on with the
+  weights they began with, and the last of them frees the memory. Other weights are another adapter to
+  the engine, so that no step and no cached prefix ever mixes the two;
+- more tenants than `--max-cpu-loras` are too many to hold: of those that are idle, the one used longest
+  ago is dropped, and read again when it is asked for. What its folder holds must be what it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+
+from deltacome.errors import ArtifactError, DeltaError, MismatchError
+from deltacome.vllm import compat
+from deltacome.vllm.canary import check_canary
+from deltacome.vllm.find import Finder
+from deltacome.vllm.manners import Manners
+from deltacome.vllm.request import artifact_path, content_path
+from deltacome.vllm.settings import Settings
+
+POLL_SECONDS = 0.01
+"""Between two questions whether the workers have read an artifact."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """A tenant's weights under a name."""
+
+    name: str
+    request: Any
+    """What vLLM's registry has: the name, the folder with a digest of what it holds."""
+    engine_request: Any
+    """What the engine gets. It tells adapters apart by name where it should by number, so later
+    weights under a name have another name there."""
+    manners: Manners
+    finder: Finder | None
+    """What found it, if a request and not a command named it first."""
+    users: int = 0
+    held: bool = False
+    gone: bool = False
+    used: int = 0
+    """The clock when it was used last."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Registry:
+    """The tenants of one API server.
+
+    Args:
+        models: vLLM's registry of names.
+        engine: the client of the engine, before its `generate` is replaced.
+        settings: of the plugin.
+    """
+
+    def __init__(self, models: Any, engine: Any, settings: Settings) -> None:
+        self.models = models
+        self.settings = settings
+        self.capacity: int = engine.vllm_config.lora_config.max_cpu_loras
+        self.entries: dict[int, Entry] = {}
+        self._engine = engine
+        self._generate = engine.generate
+        self._clock = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def named(self, name: str | None) -> Entry | None:
+        """The tenant that requests of a name get."""
+        request = self.models.lora_requests.get(name)
+        return None if request is None else self.entries.get(request.lora_int_id)
+
+    async def load(self, name: str, folder: str, finder: Finder | None = None) -> Entry:
+        """Lets a name be an artifact's; the caller holds the lock of the name.
+
+        Raises:
+            DeltaError: a worker or the canary refused it; whatever had the name still has it.
+        """
+        path = await asyncio.to_thread(_content_path, folder)
+        manners = await asyncio.to_thread(Manners.read, artifact_path(path), self._tokenizer)
+        id = self.models.lora_id_counter.inc(1)
+        known = any(entry.name == name for entry in self.entries.values())
+        request = compat.LoRARequest(name, id, path)
+        engine_request = compat.LoRARequest(f"{name}#{id}" if known else name, id, path)
+        entry = Entry(name, request, engine_request, manners, finder, users=1)
+        self.entries[id] = entry
+        try:
+            await self._hold(entry)
+            await check_canary(self._generate, engine_request, self.settings.canary)
+        except BaseException:
+            self._retire(entry)
+            raise
+        finally:
+            self._release(entry)
+        previous = self.named(name)
+        self.models.lora_requests[name] = request
+        if previous is not None:
+            self._retire(previous)
+        return entry
+
+    def unload(self, request: Any) -> None:
+        """Lets the workers drop what a name had, when the last request that uses it has ended."""
+        if entry := self.entries.get(request.lora_int_id):
+            self._retire(entry)
+
+    @contextlib.asynccontextmanager
+    async def using(self, request: Any) -> AsyncIterator[Entry]:
+        """While open, the workers hold the tenant of a request.
+
+        Raises:
+            VLLMNotFoundError: it was unloaded before the request got here.
+            VLLMValidationError: it cannot be read again.
+        """
+        entry = self.entries.get(request.lora_int_id)
+        if entry is None or entry.gone:
+            raise VLLMNotFoundError(f"The model `{request.lora_name}` was unloaded.")
+        entry.users += 1
+        try:
+            try:
+                entry = await self._ready(entry)
+            except DeltaError as error:
+                raise VLLMValidationError(f"{entry.name}: {error}", parameter="model") from error
+            yield entry
+        finally:
+            self._release(entry)
+
+    async def _ready(self, entry: Entry) -> Entry:
+        """A held entry, used once: this one, or that of the weights found under its name now."""
+        if not entry.held and entry.finder is not None:
+            folder = await entry.finder.find(entry.name)
+            if folder is not None and _content_path(str(folder)) != entry.request.lora_path:
+                async with self.models.lora_resolver_lock[entry.name]:
+                    current = self.named(entry.name)
+                    if current in (entry, None):
+                        current = await self.load(entry.name, str(folder), entry.finder)
+                current.users += 1
+                self._release(entry)
+                entry = current
+        await self._hold(entry)
+        return entry
+
+    async def _hold(self, entry: Entry) -> None:
+        """Has the workers read a tenant beside their work, unless they hold it."""
+        async with entry.lock:
+            if entry.held:
+                return
+            path = entry.request.lora_path
+            if await asyncio.to_thread(_content_path, artifact_path(path)) != path:
+                raise MismatchError(
+                    f"{artifact_path(path)}: holds other weights than those that were loaded: load it "
+                    "again, with load_inplace"
+                )
+            id, ask = entry.request.lora_int_id, self._engine.collective_rpc
+            await ask("deltacome_prefetch", args=(id, path))
+            while True:
+                states = await ask("deltacome_fetched", args=(id,))
+                refusals = [state for state in states if isinstance(state, str)]
+                if refusals:
+                    raise DeltaError(refusals[0])
+                if all(states):
+                    break
+                await asyncio.sleep(POLL_SECONDS)
+            entry.held = True
+        self._trim()
+
+    def _release(self, entry: Entry) -> None:
+        entry.users -= 1
+        entry.used = next(self._clock)
+        self._trim()
+
+    def _retire(self, entry: Entry) -> None:
+        entry.gone = True
+        self._trim()
+
+    def _trim(self) -> None:
+        """Drops what nobody can ask for again, and of what is idle what is too much."""
+        idle = [entry for entry in self.entries.values() if entry.users == 0]
+        for entry in idle:
+            if entry.gone:
+                self._start(self._drop(entry))
+        held = sum(entry.held for entry in self.entries.values() if not entry.gone)
+        idle = sorted((e for e in idle if e.held and not e.gone), key=lambda entry: entry.used)
+        for entry in idle[: max(0, held - self.capacity)]:
+            self._start(self._drop(entry))
+
+    async def _drop(self, entry: Entry) -> None:
+        async with entry.lock:  # who asks for it meanwhile waits, and has it read again
+            if entry.users or not (entry.held or entry.gone):
+                return
+            entry.held = False
+            if entry.gone and self.entries.pop(entry.request.lora_int_id, None) is None:
+                return
+            await self._engine.collective_rpc("deltacome_drop", args=(entry.request.lora_int_id,))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.models.renderer.tokenizer
+
+
+def _content_path(folder: str) -> str:
+    try:
+        return content_path(folder)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be read: {error}") from error
