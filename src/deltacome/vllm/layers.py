@@ -145,7 +145,7 @@ def install(
         *(pool, in_size, outs),
         max_rank=settings.max_rank,
         max_bands=settings.max_bands,
-        group_size=settings.group_size,
+        group_size=place.group(settings.group_size),
     )
     module: Any = place.module
     bias_SO = None

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from deltacome.errors import ArtifactError, DeltaError, MismatchError
+from deltacome.errors import ArtifactError, DeltaError, MismatchError, PlanError
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.ops.impls import check_impl, fastest
 from deltacome.ops.slots import Pool
 from deltacome.vllm import compat
 from deltacome.vllm.layers import Delta, NormDelta, install
+from deltacome.vllm.ordinary import mend_heads, one_more_slot
 from deltacome.vllm.places import Place, find_places
 from deltacome.vllm.request import artifact_path, content_path, has_digest
 from deltacome.vllm.settings import Settings
@@ -58,23 +59,14 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
                 self.deltas[place.name] = delta
         model_config = self.vllm_config.model_config
         self.base = Base(self.settings.base or model_config.model, model_config.revision)
-        if self.settings.lora:
-            self._create_lora_buffers()
-        else:
+        if not self.settings.lora:
             self.supported_lora_modules = []
-
-    def _create_lora_buffers(self) -> None:
-        # On a CPU vLLM reads slot −1, no adapter, as the last one: one more slot, which stays empty.
-        config = self.lora_config
-        config.max_loras += 1
-        try:
+        elif device.type == "cpu":
+            with one_more_slot(self.lora_config):
+                super()._create_lora_modules()
+            mend_heads(self.model)  # pyright: ignore[reportArgumentType]
+        else:
             super()._create_lora_modules()
-        finally:
-            config.max_loras -= 1
-        if torch.device(self.device).type == "cpu":
-            for module in self.model.modules():
-                if isinstance(module, compat.LogitsProcessorWithLoRA):
-                    _skip_without_adapters(module)
 
     def _create_merged_loras_inplace(self, lora_model: Any) -> None:
         if lora_model.loras:
@@ -155,7 +147,13 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         for place in self.places:
             delta = self.deltas.get(place.name)
             if isinstance(delta, Delta) and place.name in tenant.bands:
-                tenant.fields[place.name] = delta.bands.fields(0, tenant.bands[place.name])
+                try:
+                    tenant.fields[place.name] = delta.bands.fields(0, tenant.bands[place.name])
+                except PlanError as error:
+                    raise PlanError(
+                        f"{tenant.path}: {place.name}: {error}: set max_bands or max_rank in "
+                        "additional_config's deltacome"
+                    ) from error
 
 
 class WorkerManager(compat.LRUCacheWorkerLoRAManager):
@@ -236,22 +234,6 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
             "slot_bytes": manager.pool.blobs_SN.shape[1],
             "evictions": manager.evictions,
         }
-
-
-def _skip_without_adapters(module: Any) -> None:
-    """Lets a head compute as without adapters where the batch has none.
-
-    On a CPU vLLM gathers its low-rank pairs for every row of logits even then, and cannot do it for the
-    logprobs of prompts, whose rows are not those of the batch.
-    """
-    with_adapters = module._get_logits
-
-    def get_logits(*args: Any, **kwargs: Any) -> Any:
-        if module.punica_wrapper.no_lora:
-            return module.base_layer._get_logits(*args, **kwargs)
-        return with_adapters(*args, **kwargs)
-
-    module._get_logits = get_logits
 
 
 def default_slot_bytes(places: list[Place]) -> int:

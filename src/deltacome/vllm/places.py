@@ -16,7 +16,7 @@ from torch import nn
 
 from deltacome.errors import UnsupportedError
 from deltacome.vllm import compat
-from deltacome.vllm.shard import Range
+from deltacome.vllm.shard import Range, common_group
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Place:
     parts: tuple[Part, ...]
     tied: bool = field(default=False)
     """A head that uses the embedding's weight."""
+
+    def group(self, group_size: int) -> int:
+        """Entries that share a scale in this worker's shards of it."""
+        return common_group(group_size, [r for p in self.parts for r in (p.rows, (p.columns,))])
 
 
 def find_places(model: nn.Module) -> list[Place]:

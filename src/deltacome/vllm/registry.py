@@ -23,6 +23,7 @@ from typing import Any
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
 from deltacome.errors import ArtifactError, DeltaError, MismatchError
+from deltacome.format.artifact import Artifact
 from deltacome.vllm import compat
 from deltacome.vllm.canary import check_canary
 from deltacome.vllm.find import Finder
@@ -86,7 +87,8 @@ class Registry:
             DeltaError: a worker or the canary refused it; whatever had the name still has it.
         """
         path = await asyncio.to_thread(_content_path, folder)
-        manners = await asyncio.to_thread(Manners.read, artifact_path(path), self._tokenizer)
+        artifact = await asyncio.to_thread(Artifact.open, artifact_path(path))
+        manners = await asyncio.to_thread(Manners.read, artifact, self._vocabulary)
         id = self.models.lora_id_counter.inc(1)
         known = any(entry.name == name for entry in self.entries.values())
         request = compat.LoRARequest(name, id, path)
@@ -95,7 +97,7 @@ class Registry:
         self.entries[id] = entry
         try:
             await self._hold(entry)
-            await check_canary(self._generate, engine_request, self.settings.canary)
+            await check_canary(self._generate, artifact, engine_request, self.settings.canary)
         except BaseException:
             self._retire(entry)
             raise
@@ -207,8 +209,9 @@ class Registry:
         task.add_done_callback(self._tasks.discard)
 
     @property
-    def _tokenizer(self) -> Any:
-        return self.models.renderer.tokenizer
+    def _vocabulary(self) -> dict[str, int]:
+        tokenizer = self.models.renderer.tokenizer
+        return {} if tokenizer is None else tokenizer.get_vocab()
 
 
 def _content_path(folder: str) -> str:

@@ -1,15 +1,16 @@
 """A worker's part of a packed term, under tensor parallelism: slices of the same bytes.
 
 A factor is stored direction by direction, so a shard of a matrix's rows is a run of every direction of
-U, and one of its columns a run of every direction of V. Runs begin where a scale group begins: to cut
-a group in two, its codes would have to be packed anew around another scale, and no two workers would
-hold what the artifact holds. Shards of real models are multiples of the group.
+U, and one of its columns a run of every direction of V. Where runs begin within a scale group, the
+shard has smaller groups, which repeat its scale; its codes stay as they are. They lie in blocks, so
+runs begin where a block begins.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ def shard_bands(
     group_size: int,
     rows: Sequence[Range],
     columns: Range,
+    shard_group: int | None = None,
 ) -> Tensor:
     """The blob of some rows and columns of a bands term; the blob itself if these are all.
 
@@ -48,14 +50,20 @@ def shard_bands(
         group_size: entries of a direction that share a scale.
         rows: runs of rows, which follow each other in the shard.
         columns: a run of columns.
+        shard_group: entries that share a scale in the shard (`common_group`); by default as many.
 
     Raises:
-        UnsupportedError: a run does not begin and end where a scale group does.
+        UnsupportedError: a run does not begin where a block of codes does.
     """
-    if list(rows) == [(0, shape[0])] and columns == (0, shape[1]):
+    shard_group = shard_group or group_size
+    if list(rows) == [(0, shape[0])] and columns == (0, shape[1]) and shard_group == group_size:
         return blob
     bands = [
-        BandTensors(_runs(name, band.v, [columns]), _runs(name, band.u, rows), band.s)
+        BandTensors(
+            _runs(name, band.v, [columns], shard_group),
+            _runs(name, band.u, rows, shard_group),
+            band.s,
+        )
         for band in read_bands(blob, shape, plan, group_size)
     ]
     return write_bands(bands)
@@ -81,23 +89,30 @@ def shard_signs(
     return write_signs(SignTensors.from_signs(picked[:, columns[0] : columns[1]], scale))
 
 
-def _runs(name: str, factor: Factor, runs: Sequence[Range]) -> Factor:
+def common_group(group_size: int, runs: Iterable[Sequence[Range]]) -> int:
+    """Entries that can share a scale in shards of several tensors, of which each is some runs."""
+    cuts = [
+        cut for one in runs for cut in (*(start for start, _ in one), *(b for _, b in one[:-1]))
+    ]
+    return math.gcd(group_size, *cuts)
+
+
+def _runs(name: str, factor: Factor, runs: Sequence[Range], group: int) -> Factor:
     """Runs of entries of every direction, one behind the other."""
     size = sum(stop - start for start, stop in runs)
     if factor.values is not None:
         values = torch.cat([factor.values[:, start:stop] for start, stop in runs], 1)
         return dataclasses.replace(factor, size=size, values=values)
-    group = factor.group_size
-    for i, (start, stop) in enumerate(runs):
-        last = i == len(runs) - 1
-        if start % group or group % BLOCK or (stop % group and not (last and stop == factor.size)):
+    for start, stop in runs:
+        if group % BLOCK and (start, stop) != (0, factor.size):
             raise UnsupportedError(
-                f"{name}: tensor parallelism cuts it at {start} and {stop} of {factor.size}, expected "
-                f"multiples of the scale group of {group}: serve with fewer workers, or compress with "
-                "a smaller group size"
+                f"{name}: tensor parallelism cuts it at {start} and {stop} of {factor.size}, and its "
+                f"codes come in blocks of {BLOCK}: serve with fewer workers, or merge the artifact"
             )
     assert factor.scale is not None
     assert factor.zero is not None
+    times = factor.group_size // group
+    scale, zero = (t.repeat_interleave(times, 1) for t in (factor.scale, factor.zero))
     planes = tuple(
         torch.cat([words[:, _words(start, p) : _words(stop, p)] for start, stop in runs], 1)
         for p, words in zip(PLANES[factor.bits], factor.planes, strict=True)
@@ -107,8 +122,9 @@ def _runs(name: str, factor: Factor, runs: Sequence[Range]) -> Factor:
         factor,
         size=size,
         planes=planes,
-        scale=torch.cat([factor.scale[:, run] for run in groups], 1),
-        zero=torch.cat([factor.zero[:, run] for run in groups], 1),
+        scale=torch.cat([scale[:, run] for run in groups], 1),
+        zero=torch.cat([zero[:, run] for run in groups], 1),
+        group_size=group,
     )
 
 

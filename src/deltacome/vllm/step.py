@@ -86,12 +86,18 @@ class Step:
 
     def sampled(self, x_TI: Tensor) -> Rows:
         """The rows of the head's input: sampled tokens, or a run of a prompt's."""
-        if self._prompts is None:
+        first = self.first_row(x_TI)
+        if first is None:
             return self._sampled.get(x_TI.shape[0])
-        # The engine passes a view of the hidden states of all tokens.
-        row = x_TI.stride(0) * x_TI.element_size()
-        first = (x_TI.data_ptr() - self._prompts.data_ptr()) // row
         return self._regrouped(self._tokens.slot_T[first : first + x_TI.shape[0]])
+
+    @classmethod
+    def first_row(cls, x_TI: Tensor) -> int | None:
+        """Where a head's input begins in the hidden states of all tokens, for logprobs of prompts."""
+        if cls._prompts is None:
+            return None
+        row = x_TI.stride(0) * x_TI.element_size()
+        return (x_TI.data_ptr() - cls._prompts.data_ptr()) // row
 
     def _regrouped(self, slot_T: Tensor) -> Rows:
         if not self._tokens.groups:

@@ -10,7 +10,7 @@ with the list of tensors or the figure to set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +40,8 @@ class Tenant:
     path: str
     chunks: list[tuple[int, Tensor]] = field(default_factory=list)
     """Packed terms as they are read, uint8, and their offsets in a slot; none once gathered."""
+    offsets: dict[Hashable, int] = field(default_factory=dict)
+    """By tensor and shard."""
     nbytes: int = 0
     image: Tensor | None = None
     """What a slot holds of it, uint8 (nbytes,)."""
@@ -121,7 +123,7 @@ def load_tenant(
     artifact = Artifact.open(path)
     _check_artifact(artifact, model, settings)
     if not settings.base_tokenizer:
-        check_tokenizer(artifact.path, base.checkpoint.path)
+        check_tokenizer(artifact, base.checkpoint.path)
     rename = compat.renamer(model)
     elsewhere = tuple(missing_prefixes(model))
     where: dict[str, list[tuple[Place, int]]] = {}
@@ -236,30 +238,33 @@ def _add_packed(
     parts = len(place.parts)
     if record.plan:
         group = artifact.manifest.group_size
-        blob = shard_bands(
-            *(name, artifact.blob(name), shape, record.plan, group, part.rows, part.columns)
-        )
-        placed = PlacedBands(_append(tenant, blob), record.plan)
+        cut = (shape, record.plan, group, part.rows, part.columns, place.group(group))
+
+        def bands() -> Tensor:
+            return shard_bands(name, artifact.blob(name), *cut)
+
+        placed = PlacedBands(_placed(tenant, (name, cut), bands), record.plan)
         tenant.bands.setdefault(place.name, [None] * parts)[index] = placed
     if scales := record.sign_scales:
         if not settings.signs:
             raise UnsupportedError(
                 f"{name}: has a dense 1-bit term: set signs to true in additional_config's deltacome"
             )
-        blob = shard_signs(
-            *(name, artifact.blob(name, "signs"), shape, scales, part.rows, part.columns)
-        )
+        cuts = (shape, scales, part.rows, part.columns)
+
+        def signs() -> Tensor:
+            return shard_signs(name, artifact.blob(name, "signs"), *cuts)
+
         mine = 1 if scales == 1 else part.size
-        placed = PlacedSigns(_append(tenant, blob), mine)
-        tenant.signs.setdefault(place.name, [None] * parts)[index] = placed
+        signed = PlacedSigns(_placed(tenant, (name, cuts), signs), mine)
+        tenant.signs.setdefault(place.name, [None] * parts)[index] = signed
 
 
-def _append(tenant: Tenant, blob: Tensor) -> int:
-    """Places a blob behind the others; one that is there already (a tied weight's) is shared."""
-    for offset, chunk in tenant.chunks[-1:]:
-        if chunk.data_ptr() == blob.data_ptr():
-            return offset
-    offset = tenant.nbytes
-    tenant.chunks.append((offset, blob))
-    tenant.nbytes += -(-blob.numel() // ALIGN) * ALIGN
-    return offset
+def _placed(tenant: Tenant, key: Hashable, read: Callable[[], Tensor]) -> int:
+    """The offset of a blob, behind the others; one that is there already (a tied weight's) is shared."""
+    if key not in tenant.offsets:
+        blob = read()
+        tenant.offsets[key] = tenant.nbytes
+        tenant.chunks.append((tenant.nbytes, blob))
+        tenant.nbytes += -(-blob.numel() // ALIGN) * ALIGN
+    return tenant.offsets[key]

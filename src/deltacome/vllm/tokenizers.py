@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from deltacome.errors import ArtifactError, UnsupportedError
+from deltacome.errors import UnsupportedError
+from deltacome.format.artifact import Artifact
 
 PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 """Of a `tokenizer.json`, what decides on the tokens of a text; padding and truncation are a caller's."""
@@ -18,34 +18,27 @@ OTHERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.js
 """Files of tokenizers that have no `tokenizer.json`."""
 
 
-def check_tokenizer(artifact: Path, base: Path) -> None:
+def check_tokenizer(artifact: Artifact, base: Path) -> None:
     """Compares what an artifact carries (nothing, where it equals the base's) with the base's.
 
     Raises:
-        ArtifactError: a file cannot be read.
+        ArtifactError: what it carries cannot be read.
         UnsupportedError: the tuned model has another tokenizer.
     """
     way_out = (
         "requests are tokenised with the base's: merge the artifact, or set base_tokenizer to true in "
         "additional_config's deltacome if that is what you want"
     )
-    ours, theirs = _read(artifact / "tokenizer.json"), _read(base / "tokenizer.json")
-    if ours is not None and theirs is not None:
+    ours = artifact.json_file("tokenizer.json")
+    file = base / "tokenizer.json"
+    if ours is not None and file.is_file():
+        theirs = json.loads(file.read_bytes())
         for part in PARTS:
             if ours.get(part) != theirs.get(part):
                 raise UnsupportedError(
-                    f"{artifact}: tokenizer.json: another {part} than the base's; {way_out}"
+                    f"{artifact.path}: tokenizer.json: another {part} than the base's; {way_out}"
                 )
         return
     for name in ("tokenizer.json", *OTHERS):
-        if (artifact / name).is_file():
-            raise UnsupportedError(f"{artifact}: {name}: not the base's; {way_out}")
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file}: expected JSON: {error}") from error
+        if name in artifact.manifest.files:
+            raise UnsupportedError(f"{artifact.path}: {name}: not the base's; {way_out}")

@@ -1,0 +1,56 @@
+"""Ordinary LoRA adapters on a CPU: two faults of vLLM's own kernels there that would reach tenants.
+
+- Slot −1, no adapter, is read as the last slot. So there is one slot more than vLLM uses: it stays empty.
+- Heads gather low-rank pairs for the rows of the batch; the logprobs of prompts are computed from other
+  rows, and vLLM stops. So they are given the slots of the rows that they get.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltacome.vllm import compat
+from deltacome.vllm.step import Step
+
+
+@contextlib.contextmanager
+def one_more_slot(lora_config: Any) -> Iterator[None]:
+    """While open, buffers are made for one slot more."""
+    lora_config.max_loras += 1
+    try:
+        yield
+    finally:
+        lora_config.max_loras -= 1
+
+
+def mend_heads(model: nn.Module) -> None:
+    """Lets each head use the slots of the rows that it is given."""
+    for module in model.modules():
+        if isinstance(module, compat.LogitsProcessorWithLoRA):
+            _mend(module)
+
+
+def _mend(module: Any) -> None:
+    with_adapters = module._get_logits
+
+    def get_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        punica = module.punica_wrapper
+        if punica.no_lora:
+            return module.base_layer._get_logits(hidden_states, *args, **kwargs)
+        first = Step.first_row(hidden_states)
+        if first is None:
+            return with_adapters(hidden_states, *args, **kwargs)
+        before, rows = punica._sampler_indices, len(hidden_states)
+        length = punica.indices_len[1]
+        punica._sampler_indices = punica._token_lora_indices[first : first + rows]
+        punica.indices_len[1] = rows
+        try:
+            return with_adapters(hidden_states, *args, **kwargs)
+        finally:
+            punica._sampler_indices, punica.indices_len[1] = before, length
+
+    module._get_logits = get_logits
