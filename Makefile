@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Threads that wait by sleeping: two of them on two busy cores spin each other to a standstill.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint check clean
+.PHONY: install demo tables test lint check clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -24,6 +24,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/
 
 demo: install
 	$(BIN)/python examples/demo.py -o work/demo
+
+# All tables, or TABLES="t2 t11"; SIZE=small for two cores and an hour. What was made is kept in work/.
+SIZE ?= full
+TABLES ?=
+tables: install work/base
+	$(BIN)/python benchmarks/tables/run.py --size $(SIZE) $(TABLES)
+
+work/base: | install
+	$(BIN)/python examples/tenants/base.py -o $@
 
 test: install
 	$(BIN)/python -m pytest

@@ -242,6 +242,13 @@ def test_wrong_usage(cli, pair, arguments, reason, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [[], ["--task", "sums", "--lm-eval", "gsm8k"]])
+def test_eval_wants_one_kind_of_task(cli, pair, arguments):
+    code, out, err = cli("eval", pair[0], *arguments)
+    assert (code, out) == (2, "")
+    assert "one of --task and --lm-eval" in err
+
+
 @pytest.mark.parametrize("arguments", [["compress"], ["compress", "a", "b"], ["none"], ["inspect"]])
 def test_missing_arguments(cli, arguments):
     code, out, err = cli(*arguments)

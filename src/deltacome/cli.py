@@ -115,7 +115,7 @@ def compress_command(
     from deltacome.compression import compress
 
     start = time.monotonic()
-    if search is not None:
+    if search is not None and ratio is not None:
         from deltacome.compression.search import find_template
 
         text = {"source": calibration or "self", "samples": samples, "seq_len": seq_len}
@@ -231,7 +231,13 @@ def generate(
 @app.command("eval")
 def eval_command(
     base: Annotated[str, typer.Argument(help="Base checkpoint.")],
-    task: Annotated[str, typer.Option(help="A reasoning-gym data set, or FILE.jsonl.")],
+    task: Annotated[
+        str | None, typer.Option(help="A reasoning-gym data set, or FILE.jsonl.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead, e.g. gsm8k,humaneval."),
+    ] = None,
     tuned: Annotated[str | None, typer.Option(help="The dense fine-tune, for KL.")] = None,
     delta: Annotated[list[str] | None, typer.Option(help="Artifact; may be repeated.")] = None,
     task_args: Annotated[str, typer.Option(help="Arguments of the data set, JSON.")] = "{}",
@@ -244,9 +250,45 @@ def eval_command(
     dtype: Annotated[
         str, typer.Option(help="bfloat16 saves memory, but its own noise hides a good delta's KL.")
     ] = "float32",
+    shots: Annotated[int | None, typer.Option(min=0, help="--lm-eval: few-shot examples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="--lm-eval: examples a task.")] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(help="--lm-eval: a folder with task files of your own.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="--lm-eval: prompts through the template.")] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="--lm-eval: execute what the model writes, here.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score base, tuned and deltas on held-out questions; compare each with the tuned model."""
+    if (task is None) == (lm_eval is None):
+        raise typer.BadParameter("give one of --task and --lm-eval", param_hint="--task")
+    if lm_eval is not None:
+        _quiet_libraries()
+        from deltacome.evals.harness import run_harness
+        from deltacome.evals.report import harness_table
+
+        found = run_harness(
+            base,
+            [name for name in lm_eval.split(",") if name],
+            tuned=tuned,
+            deltas=delta or [],
+            folder=tasks_folder,
+            shots=shots,
+            limit=limit,
+            chat=chat,
+            run_code=run_code,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+        if as_json:
+            print(json.dumps(found))
+        else:
+            Console(width=None if sys.stdout.isatty() else 120).print(harness_table(found))
+        return
+    assert task is not None
     args = _parse_json(task_args, "--task-args")
     _quiet_libraries()
     from deltacome.evals.report import table

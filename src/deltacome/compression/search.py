@@ -183,7 +183,8 @@ def find_template(
         raise CalibrationError("search: expected calibration text to measure errors on, got none")
     before, after = Checkpoint(base), Checkpoint(tuned)
     device = pick_device(device)
-    size = {"samples": samples, "seq_len": seq_len, "seed": seed}
-    rows = calibration_rows(source, after.path, device=device, **size)
+    rows = calibration_rows(
+        source, after.path, samples=samples, seq_len=seq_len, seed=seed, device=device
+    )
     linears = sample_linears(before, after, rows, blocks=blocks, device=device)
     return search_template(linears, ratio, way, seed)

@@ -1,4 +1,4 @@
-"""The table of `run.evaluate` for a terminal."""
+"""The tables of `run.evaluate` and `harness.run_harness` for a terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +26,20 @@ def table(result: dict[str, Any], sizes: Mapping[str, tuple[int, float]] | None 
             cells.append("-" if size is None else f"{size / 1e6:.1f}")
             cells.append("-" if ratio is None else f"{ratio:.1f}")
         shown.add_row(model["name"], *cells)
+    return shown
+
+
+def harness_table(result: dict[str, Any]) -> Table:
+    """A row for each task and metric of lm-eval, a column for each model."""
+    models = result["models"]
+    shown = Table(title=f"lm-eval: {', '.join(result['tasks'])}")
+    shown.add_column("task, metric")
+    for model in models:
+        shown.add_column(model["name"], justify="right")
+    for task, metrics in models[0]["results"].items():
+        for metric in (m for m in metrics if "stderr" not in m and "sample_len" not in m):
+            values = [model["results"][task][metric] for model in models]
+            shown.add_row(f"{task}, {metric.split(',none')[0]}", *(f"{v:.4f}" for v in values))
     return shown
 
 

@@ -1,0 +1,50 @@
+"""Figure 4, the case study: a question that the tuned model and ours get right, and baselines wrong.
+
+Found by going through the held-out questions of every task and taking the one on which the most
+baselines fail.
+"""
+
+import cells as md
+from lab import Lab
+from rows import main_rows
+
+from deltacome.evals.score import exact_match
+
+
+def make(lab: Lab) -> str:
+    *baselines, ours = main_rows(lab.size)
+    best = (0, "", -1)
+    said: dict[str, dict[str, list[str]]] = {}
+    for task in lab.size.tasks:
+        said[task] = {
+            "backbone": lab.measure(task, lab.dense(lab.base))["answers"],
+            "tuned": lab.measure(task, lab.dense(lab.tenant(task)))["answers"],
+        }
+        for name, method, ratio in (*baselines, ours):
+            said[task][name] = lab.cell(task, method, ratio)["answers"]
+        for i, question in enumerate(lab.questions(task)):
+            right = {
+                n: exact_match(answers[i], question.answer) for n, answers in said[task].items()
+            }
+            wrong = sum(not right[name] for name, _, _ in baselines)
+            if right["tuned"] and right[ours[0]] and wrong > best[0]:
+                best = (wrong, task, i)
+    title = "## Case study: one question, all answers\n\n"
+    wrong, task, i = best
+    if not wrong:
+        return (
+            f"{title}No question was found that tuned and {ours[0]} get right and a baseline wrong."
+        )
+    question = lab.questions(task)[i]
+    rows = [
+        [
+            name,
+            f"`{answers[i].strip()}`",
+            "yes" if exact_match(answers[i], question.answer) else "no",
+        ]
+        for name, answers in said[task].items()
+    ]
+    return (
+        f"{title}Of `{task}`: `{question.prompt}` The right answer is `{question.answer}`.\n\n"
+        + md.table(["model", "answer", "right"], rows)
+    )

@@ -1,0 +1,35 @@
+"""The rows that tables share: each method at the ratio that it is compared at."""
+
+from lab import Size
+
+from deltacome import BitDelta, DeltaCome, LowRank, PrinMix, Residual
+from deltacome.methods.method import Method
+
+RATIO = 16.0
+Row = tuple[str, Method, float | None]
+
+
+def baselines(size: Size) -> list[Row]:
+    """The rows of the paper's main table, and its successors.
+
+    BitDelta's size follows from its one bit. What the residual adds to that has to go somewhere, so
+    its ratio is smaller: 12.
+    """
+    return [
+        ("low rank", LowRank(), RATIO),
+        ("BitDelta, initial scales", BitDelta(), None),
+        ("BitDelta", BitDelta(distill=size.distill), None),
+        ("Delta-CoMe", DeltaCome(), RATIO),
+        ("residual (D-QReLO)", Residual(), 12.0),
+        ("PrinMix", PrinMix(), RATIO),
+    ]
+
+
+def main_rows(size: Size) -> list[Row]:
+    """All methods, ours last."""
+    return baselines(size)
+
+
+def curves() -> list[tuple[str, Method]]:
+    """Methods that exist at every ratio."""
+    return [("low rank", LowRank()), ("Delta-CoMe", DeltaCome()), ("PrinMix", PrinMix())]

@@ -1,0 +1,79 @@
+"""Makes the tables: `python benchmarks/tables/run.py --base work/base [t2 t3 …] [--size small]`.
+
+Without names all are made. Results go to `docs/results/tables.md`, a section for each table; sections
+of other tables stay as they are. Tenants that exist can be given, others are trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from lab import SIZES, Lab, provenance, say
+from transformers.utils import logging
+
+TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "case")
+
+
+def main() -> None:
+    options = _parse()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    given = dict(text.split("=", 1) for text in options.tenant)
+    tenants = {task: Path(folder) for task, folder in given.items()}
+    size = SIZES[options.size]
+    if options.tasks:
+        tasks = tuple(options.tasks)
+        size = replace(size, tasks=tasks, side=tasks[:1])
+    lab = Lab(options.base, options.work, size, tenants)
+    for name in options.tables or TABLES:
+        started = time.monotonic()
+        section = importlib.import_module(name).make(lab)
+        seconds = time.monotonic() - started
+        command = (
+            f"`make tables SIZE={options.size} TABLES={name}`, {seconds:.0f} s of work not kept"
+        )
+        text = f"{section}\n\n{command}. {provenance(lab)}\n"
+        print(text, flush=True)
+        _replace_section(options.report, text)
+        say(f"{name}: {seconds:.0f} s")
+
+
+def _replace_section(report: Path, text: str) -> None:
+    """Puts a section in the place of the one with the same name, in the order of TABLES."""
+    title = "# The paper's tables, measured\n\n"
+    old = report.read_text() if report.exists() else title
+    parts = re.split(r"(?m)^(?=## )", old)
+    sections = {_name(part): part for part in parts[1:]} | {_name(text): text + "\n"}
+    ordered = sorted(sections, key=lambda name: [int(n) for n in re.findall(r"\d+", name)] or [99])
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text((parts[0] + "".join(sections[name] for name in ordered)).rstrip() + "\n")
+
+
+def _name(section: str) -> str:
+    return section.removeprefix("## ").split(":")[0]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The paper's tables on real models.")
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], metavar="TABLE")
+    parser.add_argument("--base", type=Path, default=Path("work/base"))
+    parser.add_argument("--work", type=Path, default=Path("work/tables"))
+    parser.add_argument("--size", choices=sorted(SIZES), default="full")
+    parser.add_argument(
+        "--tenant", action="append", default=[], help="TASK=FOLDER, trained already"
+    )
+    parser.add_argument("--tasks", nargs="+", help="instead of sums, code and chat")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--report", type=Path, default=Path("docs/results/tables.md"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

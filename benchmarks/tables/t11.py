@@ -1,0 +1,59 @@
+"""Table 11: score and KL against bytes, for every method that exists at every ratio."""
+
+from pathlib import Path
+from typing import Any
+
+import cells as md
+import matplotlib
+from lab import Lab
+from rows import curves
+
+from deltacome import BitDelta
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PICTURE = Path("docs/results/tables_curve.png")
+SMALLEST_KL = 1e-6
+"""What is below is drawn here: the scale is logarithmic."""
+
+
+def make(lab: Lab) -> str:
+    task = lab.size.side[0]
+    found = {
+        name: [lab.cell(task, method, ratio) for ratio in lab.size.ratios]
+        for name, method in curves()
+    }
+    found["BitDelta"] = [lab.cell(task, BitDelta(distill=lab.size.distill), None)]
+    tuned = lab.measure(task, lab.dense(lab.tenant(task)))
+    _draw(task, found, tuned)
+    rows = [
+        [name, *md.sizes(c), md.score(c), md.nats(c["kl_task"]),
+         md.nats(c["kl_text"])]
+        for name, cells in found.items() for c in cells
+    ]  # fmt: skip
+    header = ["method", *md.SIZES, f"{task} %", "KL task", "KL text"]
+    return (
+        f"## T11: ratios\n\n![Score and KL against bytes, {task}]({PICTURE.name})\n\n"
+        f"Tuned: {md.score(tuned)}.\n\n" + md.table(header, rows)
+    )
+
+
+def _draw(task: str, found: dict[str, list[dict[str, Any]]], tuned: dict[str, Any]) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.axhline(100 * tuned["score"], color="grey", linestyle=":", label="tuned")
+    markers = "osD^vP*"
+    for (name, cells), marker in zip(found.items(), markers, strict=False):
+        megabytes = [cell["bytes"] / 1e6 for cell in cells]
+        left.plot(megabytes, [100 * c["score"] for c in cells], marker=marker, label=name)
+        kls = [max(cell["kl_task"], SMALLEST_KL) for cell in cells]
+        right.plot(megabytes, kls, marker=marker, label=name)
+    for axes, label in ((left, "exact match, %"), (right, "KL to the tuned model, nats a token")):
+        axes.set(xscale="log", xlabel="MB on disk", ylabel=label)
+        axes.grid(alpha=0.3)
+    right.set_yscale("log")
+    left.legend(frameon=False)
+    figure.suptitle(f"{task}: what a delta keeps, by its size")
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,46 @@
+"""Table 3: every method on every task."""
+
+from typing import Any
+
+import cells as md
+from lab import Lab
+from rows import main_rows
+
+
+def make(lab: Lab) -> str:
+    return "## T3: main table, SmolLM2-135M-Instruct\n\n" + methods_table(lab)
+
+
+def methods_table(lab: Lab) -> str:
+    """Backbone, tuned, then each method: score by task, their mean, and KL."""
+    tasks = lab.size.tasks
+    dense = [("backbone", [lab.measure(t, lab.dense(lab.base)) for t in tasks])]
+    dense += [("tuned", [lab.measure(t, lab.dense(lab.tenant(t))) for t in tasks])]
+    rows = [_row(name, cells) for name, cells in dense]
+    tuned = dense[1][1]
+    for name, method, ratio in main_rows(lab.size):
+        for seed in lab.size.seeds if method.calibrates else lab.size.seeds[:1]:
+            cells = [lab.cell(task, method, ratio, seed) for task in tasks]
+            label = f"{name}, seed {seed}" if seed else name
+            rows.append(_row(label, cells, tuned))
+    header = ["", *md.SIZES, *(f"{task} %" for task in tasks), "mean % of tuned"]
+    header += [f"KL {task}" for task in tasks] + ["KL text, mean"]
+    return md.table(header, rows)
+
+
+def _row(
+    name: str, cells: list[dict[str, Any]], tuned: list[dict[str, Any]] | None = None
+) -> list[str]:
+    kept = "–"
+    if tuned is not None:
+        shares = [c["score"] / t["score"] for c, t in zip(cells, tuned, strict=True) if t["score"]]
+        kept = f"{100 * sum(shares) / len(shares):.1f}" if shares else "–"
+    text = [cell["kl_text"] for cell in cells]
+    return [
+        name,
+        *md.sizes(cells[0]),
+        *(md.score(cell) for cell in cells),
+        kept,
+        *(md.nats(cell["kl_task"]) for cell in cells),
+        md.nats(None if None in text else sum(text) / len(text)),
+    ]

@@ -1,0 +1,20 @@
+"""Table 5: a second backbone of another family, Gemma 3 270M, with the rows of table 3."""
+
+from dataclasses import replace
+
+from lab import Lab
+from t3 import methods_table
+
+BASE, TASK = "gemma", "tiny"
+
+
+def make(lab: Lab) -> str:
+    base = lab.base.with_name(BASE)
+    if not base.exists():
+        raise SystemExit(
+            f"{base}: expected the second backbone, found none; make it with "
+            f"`python examples/tenants/base.py --model gemma3-270m -o {base}`"
+        )
+    given = {TASK: lab.given[f"{BASE}-{TASK}"]} if f"{BASE}-{TASK}" in lab.given else {}
+    second = Lab(base, lab.work, replace(lab.size, tasks=(TASK,)), given)
+    return "## T5: a second backbone, Gemma 3 270M\n\n" + methods_table(second)

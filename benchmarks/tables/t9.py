@@ -1,0 +1,78 @@
+"""Table 9: how the plan is found: set beforehand, greedy search, genetic search, integer program."""
+
+import time
+
+import cells as md
+from lab import Lab, hash_of
+from rows import RATIO
+
+from deltacome import DeltaCome, PrinMix
+from deltacome.arch.checkpoint import Checkpoint
+from deltacome.compression.data import calibration_rows
+from deltacome.compression.search import sample_linears, search_template
+from deltacome.methods.method import Matrix, Method
+from deltacome.methods.template import parse_template
+
+BLOCKS = 3
+
+
+def make(lab: Lab) -> str:
+    task = lab.size.side[0]
+    found: dict[str, tuple[Method, str, str]] = {"set beforehand (8+3+2)": (DeltaCome(), "–", "–")}
+    for way in ("greedy", "genetic"):
+        template, seconds, tried = _searched(lab, task, way)
+        found[f"{way} search"] = (DeltaCome(parse_template(template)), f"{seconds:.0f}", str(tried))
+    for name, refit in (("integer program", False), ("integer program and refit", True)):
+        found[name] = (PrinMix(refit=refit), f"{_program_seconds(lab, task):.0f}", "–")
+    rows = []
+    for name, (method, seconds, tried) in found.items():
+        cell = lab.cell(task, method, RATIO)
+        plan = method.options().get("template", "by matrix")
+        kl = [md.nats(cell["kl_task"]), md.nats(cell["kl_text"])]
+        rows.append([name, f"`{plan}`", seconds, tried, *md.sizes(cell), md.score(cell), *kl])
+    header = ["plan by", "plan", "search s", "tried", *md.SIZES, f"{task} %"]
+    note = f"Searches look at the linears of {BLOCKS} blocks; the program plans every matrix by itself."
+    return (
+        "## T9: greedy, genetic, integer program\n\n"
+        + md.table([*header, "KL task", "KL text"], rows)
+        + f"\n\n{note}"
+    )
+
+
+def _searched(lab: Lab, task: str, way: str) -> tuple[str, float, int]:
+    """Template, seconds and number of candidates; kept, since a search takes minutes."""
+    tuned, text = lab.tenant(task), lab.calibration(task)
+    key = hash_of(lab.dense(tuned).key, text.name, way, RATIO, BLOCKS)
+
+    def search() -> list:
+        rows = calibration_rows(
+            str(text), tuned, samples=lab.size.rows, seq_len=lab.size.row_tokens, seed=0
+        )
+        started = time.monotonic()
+        linears = sample_linears(Checkpoint(lab.base), Checkpoint(tuned), rows, blocks=BLOCKS)
+        result = search_template(linears, RATIO, "greedy" if way == "greedy" else "genetic")
+        return [str(result.template), time.monotonic() - started, len(result.tried)]
+
+    template, seconds, tried = lab.kept(f"search/{way}-{key}", search)
+    return template, seconds, tried
+
+
+def _program_seconds(lab: Lab, task: str) -> float:
+    """Planning all matrices: an SVD of each delta, its costs, and the programs."""
+    before, after = Checkpoint(lab.base), Checkpoint(lab.tenant(task))
+    names = [n for n, info in after.tensors.items() if len(info.shape) == 2 and ".layers." in n]
+
+    def plan() -> float:
+        def matrix(name: str) -> Matrix:
+            shape = after.tensors[name].shape
+            return Matrix(
+                (shape[0], shape[1]), lambda: after.read(name).float() - before.read(name).float()
+            )
+
+        matrices = {name: matrix(name) for name in names}
+        started = time.monotonic()
+        size = sum(2 * m.shape[0] * m.shape[1] for m in matrices.values())
+        PrinMix().planner(matrices)(size / RATIO)
+        return time.monotonic() - started
+
+    return lab.kept(f"search/program-{hash_of(lab.dense(lab.tenant(task)).key, RATIO)}", plan)

@@ -1,0 +1,106 @@
+"""EleutherAI's lm-evaluation-harness on base, tuned and deltas: the papers' own columns.
+
+The harness gets the attached model through its own `HFLM`, so prompts, few-shot examples, stop words and
+metrics are those that published figures were made with. Its data sets come from the Hub, or from a
+folder of task files for those who work offline. `lm-eval` is an extra (`pip install deltacome[lm-eval]`).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltacome.errors import DeltaError
+from deltacome.evals.run import load_model, names, pick_device, shared_tokenizer
+
+Figures = dict[str, dict[str, float]]
+"""Task → metric → value; the harness's names, its standard errors as `<metric>_stderr`."""
+
+
+def run_harness(
+    base: str | Path,
+    tasks: Sequence[str],
+    *,
+    tuned: str | Path | None = None,
+    deltas: Sequence[str | Path] = (),
+    folder: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    run_code: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Runs tasks of the harness on each model.
+
+    Args:
+        base, tuned, deltas: as in `run.evaluate`; all models get the prompts of one tokenizer.
+        tasks: names that the harness knows.
+        folder: more task files (YAML).
+        shots: few-shot examples; None takes each task's own number.
+        limit: only the first examples of each task.
+        chat: put prompts through the chat template.
+        run_code: let tasks such as HumanEval execute what the model writes, on this machine.
+        dtype: of a torch dtype; "auto" is that of the checkpoints, as published figures have it.
+
+    Returns:
+        `{"tasks": …, "models": [{"name": …, "results": Figures}]}`.
+
+    Raises:
+        DeltaError: the harness is not installed, or does not know a task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise DeltaError(
+            f"lm-eval: needs the harness (pip install 'deltacome[lm-eval]'): {error}"
+        ) from error
+    # Decorators of the harness hide the parameters of these.
+    evaluate: Any = simple_evaluate
+    wrap: Any = HFLM
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown or not tasks:
+        raise DeltaError(f"lm-eval: expected tasks that the harness knows, got {unknown or 'none'}")
+    device = pick_device(device)
+    tokenizer = shared_tokenizer(base, tuned, deltas)
+
+    def figures(model: Any) -> Figures:
+        found = evaluate(
+            model=wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=shots,
+            limit=limit,
+            apply_chat_template=chat,
+            confirm_run_unsafe_code=run_code,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        return {task: _numbers(values) for task, values in found["results"].items()}
+
+    models = []
+    if tuned is not None:
+        model = load_model(tuned, device, dtype)
+        models.append({"name": "tuned", "results": figures(model)})
+        del model
+        gc.collect()
+    model = load_model(base, device, dtype)
+    models.insert(0, {"name": "base", "results": figures(model)})
+    for name, delta in zip(names(deltas), deltas, strict=True):
+        from deltacome.format.artifact import Artifact
+        from deltacome.runtime import attach
+
+        with attach(model, Artifact.open(Path(delta))):
+            models.append({"name": name, "results": figures(model)})
+    return {"tasks": list(tasks), "models": models}
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """`exact_match,strict-match` and the like, without what is not a figure."""
+    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}

@@ -1,0 +1,109 @@
+"""lm-eval through the attached model, on tasks that are defined here and need no network."""
+
+import json
+
+import pytest
+import torch
+from evals_helpers import make_model, make_tokenizer
+from rich.console import Console
+
+import deltacome
+from deltacome.errors import DeltaError
+from deltacome.evals.harness import run_harness
+from deltacome.evals.report import harness_table
+from deltacome.evals.run import load_model
+from deltacome.evals.score import greedy
+from deltacome.methods.low_rank import LowRank
+
+TASKS = {
+    "local_answers": """
+output_type: generate_until
+doc_to_text: "Q: {{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 3, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+    "local_choices": """
+output_type: multiple_choice
+doc_to_text: "Q: {{question}}"
+doc_to_choice: ["a", "b", "7"]
+doc_to_target: "{{choice}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+}
+HEAD = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Base, tuned, and a delta of full rank in half precision: it does what the tuned model does."""
+    folder = tmp_path_factory.mktemp("harness")
+    tokenizer = make_tokenizer()
+    base = make_model(len(tokenizer), seed=0)
+    tuned = make_model(len(tokenizer), seed=0)
+    with torch.no_grad():
+        for i, parameter in enumerate(tuned.parameters()):
+            generator = torch.Generator().manual_seed(i)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for name, model in {"base": base, "tuned": tuned}.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    delta = folder / "delta"
+    deltacome.compress(folder / "base", folder / "tuned", delta, method=LowRank(64), ratio=None)
+    return folder / "base", folder / "tuned", delta
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    lines = [{"question": f"{i} + {i}", "answer": "ab", "choice": i % 3} for i in range(24)]
+    file = tmp_path / "data.json"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(HEAD.format(name=name, file=file) + text)
+    return folder
+
+
+def test_a_delta_gets_what_the_tuned_model_gets(models, tasks):
+    base, tuned, delta = models
+    result = run_harness(
+        base, list(TASKS), tuned=tuned, deltas=[delta], folder=tasks, device="cpu", dtype="float32"
+    )
+    assert [model["name"] for model in result["models"]] == ["base", "tuned", "delta"]
+    of_base, of_tuned, of_delta = (model["results"] for model in result["models"])
+    assert set(of_base) == set(TASKS)
+    choices = [figures["local_choices"]["acc,none"] for figures in (of_base, of_tuned, of_delta)]
+    assert choices[1] == choices[2] != choices[0]
+    assert of_delta["local_answers"] == of_tuned["local_answers"]
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(harness_table(result))
+    assert "local_choices, acc" in console.export_text()
+
+
+def test_right_answers_count(models, tasks):
+    # What greedy decoding of our own says is what the harness must find right.
+    base, tokenizer = models[0], make_tokenizer()
+    model = load_model(base, "cpu", "float32")
+    lines = []
+    for i in range(6):
+        said = greedy(model, [tokenizer(f"Q: {i}")["input_ids"]], [1], 3)[0]
+        answer = tokenizer.decode(said).split("\n")[0]
+        lines.append({"question": str(i), "answer": answer, "choice": 0})
+    (tasks.parent / "data.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run_harness(base, ["local_answers"], folder=tasks, device="cpu", dtype="float32")
+    assert result["models"][0]["results"]["local_answers"]["exact_match,none"] == 1.0
+
+
+def test_unknown_tasks_are_refused(models, tasks):
+    with pytest.raises(DeltaError, match="no_such_task"):
+        run_harness(models[0], ["no_such_task"], folder=tasks)
+    with pytest.raises(DeltaError, match="got none"):
+        run_harness(models[0], [], folder=tasks)
