@@ -101,9 +101,11 @@ def fine_tune(weights: dict, *, rank: int = 4, size: float = 0.2, seed: int = 1)
     return tuned
 
 
-def make_base(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def make_base(
+    family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, families: dict = FAMILIES
+) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(**SMALL) if family == "small" else FAMILIES[family]()
+    config = LlamaConfig(**SMALL) if family == "small" else families[family]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

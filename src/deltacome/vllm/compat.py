@@ -105,6 +105,7 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     LRUCacheLoRAModelManager._set_adapter_mapping: ("self", "mapping"),
     LRUCacheLoRAModelManager._create_merged_loras_inplace: ("self", "lora_model"),
     GPUModelRunner._get_prompt_logprobs_dict: ("self", "hidden_states", "..."),
+    GPUModelRunner.sync_and_gather_intermediate_tensors: ("self", "num_tokens", "..."),
     VocabParallelEmbedding.forward: ("self", "input_"),
     RMSNorm.forward_native: ("self", "x", "residual"),
     GemmaRMSNorm.forward_native: ("self", "x", "residual"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import entry_nbytes
+from deltacome.format.manifest import MANIFEST_FILE, entry_nbytes
 from deltacome.format.spec import ALIGN, rank
 
 MAX_BANDS = 6
@@ -72,14 +72,14 @@ def plan_launch(
         UnsupportedError: tenants with scale groups of different sizes.
     """
     known = {name: Artifact.open(path) for name, path in tenants.items()}
-    found = dict(known)
+    found = {artifact.path.resolve(): artifact for artifact in known.values()}
     if folder is not None and Path(folder).is_dir():
-        for one in sorted(Path(folder).iterdir()):
-            if (one / "delta_config.json").is_file():
-                found.setdefault(one.name, Artifact.open(one))
+        for one in sorted(Path(folder).resolve().iterdir()):
+            if (one / MANIFEST_FILE).is_file():
+                found.setdefault(one, Artifact.open(one))
     checkpoint = Checkpoint(base)
-    for name, artifact in found.items():
-        check_base(name, artifact, checkpoint)
+    for artifact in found.values():
+        check_base(artifact, checkpoint)
     groups = {artifact.manifest.group_size for artifact in found.values()}
     if len(groups) > 1:
         raise UnsupportedError(f"tenants: expected one size of scale groups, got {sorted(groups)}")
@@ -125,7 +125,7 @@ def max_rank(artifact: Artifact) -> int:
     return max(ranks.values(), default=0)
 
 
-def check_base(name: str, artifact: Artifact, base: Checkpoint) -> None:
+def check_base(artifact: Artifact, base: Checkpoint) -> None:
     """Compares sampled fingerprints of all tensors.
 
     Raises:
@@ -135,10 +135,12 @@ def check_base(name: str, artifact: Artifact, base: Checkpoint) -> None:
         if record.base_name is None or record.base_sample is None:
             continue
         if record.base_name not in base.tensors:
-            raise MismatchError(f"{name}: {record.base_name}: {base.path} has no such tensor")
+            raise MismatchError(
+                f"{artifact.path}: {record.base_name}: {base.path} has no such tensor"
+            )
         got = base.sample(record.base_name)
         if got != record.base_sample:
             raise MismatchError(
-                f"{name}: {record.name}: wrong base: expected fingerprint {record.base_sample}, got "
-                f"{got} in {base.path}"
+                f"{artifact.path}: {record.name}: wrong base: expected fingerprint "
+                f"{record.base_sample}, got {got} in {base.path}"
             )

@@ -25,7 +25,7 @@ from torch import Tensor
 from deltacome.ops.bands import band_rows, bands
 from deltacome.ops.norm import norm
 from deltacome.ops.rows import Rows
-from deltacome.ops.signs import signs
+from deltacome.ops.signs import sign_rows, signs
 from deltacome.ops.slots import BandTable, Pool, SignTable
 from deltacome.vllm import compat
 from deltacome.vllm.places import Place
@@ -71,6 +71,8 @@ class Delta:
         y_TI, ids_T = y.view(-1, y.shape[-1]), ids.reshape(-1)
         rows = self.step.tokens(ids_T.shape[0])
         band_rows(y_TI, ids_T, rows, self.bands, impl=self.impl)
+        if self.signs is not None:
+            sign_rows(y_TI, ids_T, rows, self.signs)
 
     def load(self, slot: int, tenant: Tenant, place: Place) -> None:
         """Lets a cleared slot be a tenant's, whose bytes are in the pool."""

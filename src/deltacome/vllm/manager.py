@@ -19,7 +19,7 @@ from deltacome.ops.impls import check_impl, fastest
 from deltacome.ops.slots import Pool
 from deltacome.vllm import compat
 from deltacome.vllm.layers import Delta, NormDelta, install
-from deltacome.vllm.ordinary import mend_heads, one_more_slot
+from deltacome.vllm.mends import mend_heads, one_more_slot
 from deltacome.vllm.places import Place, find_places
 from deltacome.vllm.request import artifact_path, content_path, has_digest
 from deltacome.vllm.settings import Settings

@@ -17,10 +17,11 @@ def register() -> None:
     from deltacome.vllm import compat
 
     compat.check()
-    from deltacome.vllm import frontend, prompts, worker
+    from deltacome.vllm import frontend, mends, prompts, worker
     from deltacome.vllm.manager import WorkerManager
 
     compat.lora_model_runner_mixin.LRUCacheWorkerLoRAManager = WorkerManager  # pyright: ignore
+    mends.install()
     prompts.install()
     worker.install()
     frontend.install()

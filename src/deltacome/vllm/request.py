@@ -17,8 +17,9 @@ _MARK = "#deltacome-"
 
 def content_path(folder: str) -> str:
     """The path of an artifact's folder with the digest of what it holds now."""
+    folder = artifact_path(folder)
     digest = hashlib.sha256((Path(folder) / MANIFEST_FILE).read_bytes()).hexdigest()[:16]
-    return f"{artifact_path(folder)}{_MARK}{digest}"
+    return f"{folder}{_MARK}{digest}"
 
 
 def artifact_path(path: str) -> str:

@@ -1,14 +1,18 @@
-"""Ordinary LoRA adapters on a CPU: two faults of vLLM's own kernels there that would reach tenants.
+"""Faults of vLLM on a CPU that would reach tenants.
 
-- Slot −1, no adapter, is read as the last slot. So there is one slot more than vLLM uses: it stays empty.
+- Slot −1, no adapter, is read by the kernels of ordinary adapters as the last slot. So there is one slot
+  more than vLLM uses: it stays empty.
 - Heads gather low-rank pairs for the rows of the batch; the logprobs of prompts are computed from other
-  rows, and vLLM stops. So they are given the slots of the rows that they get.
+  rows, and the engine stops. So they are given the slots of the rows that they get.
+- With adapters a stage of a pipeline that is not the first has no room for what the one before it sends,
+  as only a warm-up makes it, and there is none. So it is made when it is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,3 +58,24 @@ def _mend(module: Any) -> None:
             punica._sampler_indices, punica.indices_len[1] = before, length
 
     module._get_logits = get_logits
+
+
+def install() -> None:
+    """Lets stages of a pipeline make room."""
+    original = compat.GPUModelRunner.sync_and_gather_intermediate_tensors
+    if not hasattr(original, "_deltacome"):
+        mended = _with_room(original)
+        mended._deltacome = True  # pyright: ignore[reportFunctionMemberAccess]
+        compat.GPUModelRunner.sync_and_gather_intermediate_tensors = mended
+
+
+def _with_room(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def gather(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return original(self, *args, **kwargs)
+
+    return gather

@@ -1,0 +1,52 @@
+"""Two workers, tenants found by name in a remote place, and a server that is killed and started again."""
+
+import httpx
+import openai
+import pytest
+import torch
+from test_engine import KINDS
+from tiny_pairs import VOCAB, make_base
+from vllm_helpers import Server, Stage, greedy, load, some_ids, wish
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    stage = Stage(folder, folder / "base")
+    make_base("wide", stage.base, torch.float32, KINDS)
+    stage.models["base"] = load(stage.base)
+    for name in ("one", "two", "three"):
+        stage.tenant(name, group_size=128)
+    return stage
+
+
+@pytest.fixture
+def server(wide, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # where remote artifacts are kept
+    running = Server(
+        tmp_path / "log",
+        [
+            *(wide.base, "--tenants", f"file://{wide.folder / 'tenants'}"),
+            *("--slots", 2, "--slot-bytes", 400_000),
+        ],
+        [
+            *("--served-model-name", "base", "--max-model-len", "256"),
+            *("--tensor-parallel-size", "2"),
+        ],
+    )
+    yield running.start()
+    running.kill()
+
+
+def test_found_after_a_restart_on_two_workers(wide, server):
+    ids = some_ids(7, 1, VOCAB)
+    for name in ("base", "one", "two"):
+        assert server.say(name, ids) == greedy(wide.models[name], ids, 8), name
+    stream = server.client.completions.create(**wish("two", ids, 240, stream=True))
+    next(iter(stream))
+    server.kill()
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(stream)  # it was killed within an answer
+    server.start()
+    for name in ("two", "three", "one", "base"):
+        assert server.say(name, ids) == greedy(wide.models[name], ids, 8), name
