@@ -29,8 +29,8 @@ import torch
 from transformers import AutoTokenizer
 
 import deltacome
-from deltacome.compression.capture import make_skeleton
 from deltacome.format.folder import partial_of
+from deltacome.skeleton import make_skeleton, read_config
 
 Work = Callable[[Path], object]
 """Makes an output, or goes on with one."""
@@ -53,7 +53,7 @@ def main() -> None:
 
 def preload(base: str | Path) -> None:
     """Imports what a run imports when it gets there, so that forked processes need not."""
-    make_skeleton(Path(base), torch.float32)
+    make_skeleton(read_config(Path(base)), torch.float32, base)
     AutoTokenizer.from_pretrained(base)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_pairs import SMALL, copy_of, make_tokenizer, rewrite, tree, weights_of
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltacome import DeltaCome, DeltaError, compress
 from deltacome.errors import (
@@ -112,7 +112,8 @@ def test_values_that_are_not_finite(refused, pair, bad, name, which, whose):
 CONFIGS = {
     "unknown": {"model_type": "nonsense"},
     "none": {"model_type": None},
-    "not causal": {"model_type": "clip"},
+    "of another model": {"model_type": "clip"},
+    "of an unknown class": {"architectures": ["MineForCausalLM"]},
     "of another type": {"hidden_size": "large"},
     "impossible": {"num_attention_heads": 0},
     "with remote code": {
@@ -126,7 +127,7 @@ CONFIGS = {
 def test_architectures_that_are_not_known(refused, pair, change):
     config = json.loads((pair[1] / "config.json").read_text()) | change
     (pair[1] / "config.json").write_text(json.dumps(config))
-    refused(*pair, CheckpointError, "tuned: expected a causal language model")
+    refused(*pair, CheckpointError, "tuned: expected a (model|configuration)")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "3"])
@@ -134,13 +135,13 @@ def test_a_configuration_that_is_none(refused, pair, content):
     (pair[1] / "config.json").unlink()
     if content is not None:
         (pair[1] / "config.json").write_text(content)
-    refused(*pair, CheckpointError, "tuned: expected a causal language model")
+    refused(*pair, CheckpointError, r"tuned(/config\.json)?: expected a model configuration")
 
 
 def test_a_configuration_of_another_size(refused, pair):
     config = json.loads((pair[1] / "config.json").read_text()) | {"intermediate_size": 100}
     (pair[1] / "config.json").write_text(json.dumps(config))
-    match = r"mlp\.gate_proj\.weight: the configuration gives shape \(100, 64\).*\(96, 64\)"
+    match = r"mlp\.down_proj\.weight: the configuration gives shape \(64, 100\).*\(64, 96\)"
     refused(*pair, MismatchError, match)
 
 
@@ -150,11 +151,12 @@ def test_more_layers_than_the_checkpoint_has(refused, pair):
     refused(*pair, MismatchError, r"9 parameters of LlamaForCausalLM .*model\.layers\.2\.")
 
 
-def test_matrices_that_are_no_linears(refused, tmp_path):
-    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
-    base = tmp_path / "gpt2"
-    refused(base, base, UnsupportedError, r"transformer\.h\.0\.attn\.c_attn\.weight: .*Conv1D")
+@pytest.mark.parametrize("which", [0, 1], ids=["base", "tuned"])
+def test_weights_that_are_quantised(refused, pair, which):
+    config = json.loads((pair[which] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (pair[which] / "config.json").write_text(json.dumps(config))
+    refused(*pair, CheckpointError, r"quantised by gptq: load it .* dequantize\(\)")
 
 
 # --- pairs ---------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 from deltacome import DeltaCome, compress
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
-from deltacome.compression.capture import Stream, drop_weights, make_skeleton, set_weight
+from deltacome.compression.capture import Stream, drop_weights, set_weight
 from deltacome.compression.data import calibration_rows
 from deltacome.errors import CalibrationError
 from deltacome.methods.template import parse_template
+from deltacome.skeleton import make_skeleton, read_config
 
 
 def some_rows(lengths=(3, 24, 9, 17, 24, 2), seed=0):
@@ -22,7 +23,7 @@ def some_rows(lengths=(3, 24, 9, 17, 24, 2), seed=0):
 def stream_of(folder, rows, **options):
     checkpoint = Checkpoint(folder)
     options = {"device": "cpu", "dtype": torch.float32} | options
-    model = make_skeleton(folder, options["dtype"])
+    model = make_skeleton(read_config(folder), options["dtype"], folder)
     layout = find_layout(model)
     return Stream(model, layout, checkpoint.read, rows, **options), checkpoint
 

@@ -1,19 +1,19 @@
-"""What a model is made of, read off its module tree: decoder blocks, linears, embedding, head.
+"""What a model is made of, read off its module tree: blocks, matrices, embedding, head.
 
-No family is named here. The blocks are the longest `ModuleList` of one class; which linears share an
-input is seen by running one block and watching what its linears are fed. A table of names per family
-would be shorter to run and would be wrong for the next model.
+No family is named here. The blocks that hidden states pass are the longest `ModuleList` of one class;
+which linears share an input is seen by running one block and watching what its linears are fed. A table
+of names per family would be shorter to run and would be wrong for the next model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -21,52 +21,57 @@ class Layout:
     """Names are those of parameters and modules in the model, e.g. `model.layers.0`."""
 
     blocks: dict[str, nn.Module]
-    """Decoder blocks by name, in the order in which hidden states pass them."""
-    embedding: str
+    """Blocks of the longest list by name, in the order in which hidden states pass them."""
+    side_blocks: dict[str, nn.Module]
+    """Blocks of other lists: a vision tower's, an encoder's beside a decoder."""
+    embedding: str | None
     """The input embedding's weight."""
-    head: str
+    head: str | None
     """The output head's weight (the name it has where it is not tied)."""
-    linears: tuple[str, ...]
-    """Weights of all linears inside of blocks."""
-    other_matrices: tuple[str, ...]
-    """Embedding, head, and weights of linears and embeddings outside of blocks."""
+    matrices: frozenset[str]
+    """Weights of all linears and embeddings: what is worth compressing. Any other parameter, whatever
+    its shape, is stored exactly."""
+    transposed: frozenset[str]
+    """Those of them that their layer multiplies by from the right, (in, out): GPT-2's `Conv1D`."""
 
 
 def find_layout(model: nn.Module) -> Layout:
-    """Reads the layout of a causal language model (its weights may be on the meta device).
+    """Reads the layout of a model (its weights may be on the meta device).
 
     Raises:
-        UnsupportedError: there is no list of blocks, embedding or head, or a block has a matrix
-            that is not the weight of a linear.
+        UnsupportedError: there is no list of blocks.
     """
-    name, blocks = _longest_list(model)
-    names = {f"{name}.{i}": block for i, block in enumerate(blocks)}
-    linears = []
-    for block_name, block in names.items():
-        linears += [f"{path}.weight" for path, _ in linears_of(block_name, block)]
-        _check_matrices(block_name, block)
-    embedding = _module_name(model, "get_input_embeddings")
-    head = _module_name(model, "get_output_embeddings")
-    inside = set(linears)
-    matrices = [
-        f"{path}.weight"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and f"{path}.weight" not in inside
-    ]
-    return Layout(names, f"{embedding}.weight", f"{head}.weight", tuple(linears), tuple(matrices))
+    (longest, first), *others = _lists(model)
+    matrices = {
+        f"{path}.weight": module for path, module in model.named_modules() if _is_matrix(module)
+    }
+    return Layout(
+        {f"{longest}.{i}": block for i, block in enumerate(first)},
+        {f"{name}.{i}": block for name, blocks in others for i, block in enumerate(blocks)},
+        _weight_of(model, "get_input_embeddings"),
+        _weight_of(model, "get_output_embeddings"),
+        frozenset(matrices),
+        frozenset(name for name, module in matrices.items() if _is_conv1d(module)),
+    )
 
 
-def linears_of(name: str, block: nn.Module) -> list[tuple[str, nn.Linear]]:
+def linears_of(name: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The linears below a block, with their full names."""
     return [
         (f"{name}.{path}", module)
         for path, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) or _is_conv1d(module)
     ]
 
 
+def inputs_of(linear: nn.Module) -> int:
+    """Size of what a linear reads."""
+    weight: Any = linear.weight
+    return weight.shape[0] if _is_conv1d(linear) else weight.shape[1]
+
+
 def shared_inputs(
-    linears: Iterable[tuple[str, nn.Linear]], run: Callable[[], Any]
+    linears: Iterable[tuple[str, nn.Module]], run: Callable[[], Any]
 ) -> list[list[str]]:
     """Groups linears that read the same tensor, in the order in which they are called.
 
@@ -109,56 +114,34 @@ def shared_inputs(
     return [names for _, names in groups]
 
 
-def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], head: str) -> None:
-    """Every parameter of the model has its tensor in the checkpoint (a tied head may lack one).
-
-    Args:
-        shapes: of the checkpoint's tensors, by name.
-
-    Raises:
-        MismatchError: lists what is missing or names what has another shape; the model's code or
-            configuration and the checkpoint disagree.
-    """
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    missing = sorted(expected.keys() - shapes.keys() - {head})
-    if missing:
-        raise MismatchError(
-            f"{len(missing)} parameters of {type(model).__name__} are not in the checkpoint, "
-            f"the first is {missing[0]}"
-        )
-    for name, shape in expected.items():
-        if shapes.get(name, shape) != shape:
-            raise MismatchError(
-                f"{name}: the configuration gives shape {shape}, the checkpoint has {shapes[name]}"
-            )
-
-
-def _longest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
-    ]
+def _lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Outermost lists of blocks of one class, the one with the most parameters first."""
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        of_one_kind = isinstance(module, nn.ModuleList) and len({type(b) for b in module}) == 1
+        inside = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if of_one_kind and not inside and any(True for _ in module[0].children()):
+            lists.append((name, module))
     if not lists:
-        raise UnsupportedError(
-            f"{type(model).__name__}: expected a list of decoder blocks, found none"
-        )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        raise UnsupportedError(f"{type(model).__name__}: expected a list of blocks, found none")
+    return sorted(lists, key=lambda item: -sum(p.numel() for p in item[1].parameters()))
 
 
-def _check_matrices(name: str, block: nn.Module) -> None:
-    for path, module in block.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and not isinstance(module, nn.Linear):
-                raise UnsupportedError(
-                    f"{name}.{path}.{attribute}: expected matrices of nn.Linear only, "
-                    f"got shape {tuple(parameter.shape)} in {type(module).__name__}"
-                )
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
 
 
-def _module_name(model: nn.Module, getter: str) -> str:
-    module = getattr(model, getter, lambda: None)()
+def _is_conv1d(module: nn.Module) -> bool:
+    """A linear whose weight is (in, out). Known by its name: the class is of transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _weight_of(model: nn.Module, getter: str) -> str | None:
+    try:
+        module = getattr(model, getter, lambda: None)()
+    except NotImplementedError:
+        return None
     for name, candidate in model.named_modules():
         if candidate is module and isinstance(getattr(module, "weight", None), Tensor):
-            return name
-    raise UnsupportedError(f"{type(model).__name__}.{getter}(): expected a module with a weight")
+            return f"{name}.weight"
+    return None

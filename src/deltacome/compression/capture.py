@@ -17,17 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from deltacome.arch.layout import Layout, linears_of, shared_inputs
-from deltacome.errors import CalibrationError, CheckpointError, UnsupportedError
+from deltacome.arch.layout import Layout, inputs_of, linears_of, shared_inputs
+from deltacome.errors import CalibrationError, UnsupportedError
 from deltacome.numerics.gram import Gram
+from deltacome.skeleton import Target
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -36,28 +34,23 @@ class _Stop(Exception):
     pass
 
 
-def make_skeleton(checkpoint: Path, dtype: torch.dtype) -> nn.Module:
-    """The model of a checkpoint without weights; its buffers (rotary tables) are real.
-
-    `dtype` is that of the passes to come: some buffers (the scale of an embedding) follow it.
-
-    Raises:
-        CheckpointError: transformers does not know the architecture, or it needs remote code.
-    """
-    try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # a configuration runs through a library's code: any kind may come
-        raise CheckpointError(f"{checkpoint}: expected a causal language model: {error}") from error
-    return model.eval()
-
-
 def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
     """Puts a tensor in the place of a parameter."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+
+
+def set_part(model: nn.Module, target: Target, value: Tensor) -> None:
+    """Puts a tensor where it goes: in the place of a parameter, or into rows of one."""
+    if target.expert is None:
+        set_weight(model, target.parameter, value)
+        return
+    parameter = model.get_parameter(target.parameter)
+    if parameter.is_meta:
+        parameter = torch.zeros(parameter.shape, dtype=value.dtype, device=value.device)
+        set_weight(model, target.parameter, parameter)
+    target.view(parameter.data).copy_(value)
 
 
 def drop_weights(module: nn.Module) -> None:
@@ -129,12 +122,12 @@ class Stream:
         """Gram of the inputs that reach a linear of a block, with the weights that are loaded."""
         block = self.layout.blocks[name]
         module = self.model.get_submodule(linear)
-        assert isinstance(module, nn.Linear)
-        gram = Gram(linear, module.in_features, device=self.device)
+        gram = Gram(linear, inputs_of(module), device=self.device)
         for batch in self.batches:
 
             def take(module: nn.Module, args: tuple, batch: Batch = batch) -> None:
-                gram.add(args[0][batch.valid.to(self.device)])
+                # Some layers flatten rows and positions before they multiply.
+                gram.add(args[0].reshape(*batch.valid.shape, -1)[batch.valid.to(self.device)])
                 raise _Stop
 
             self._until_stopped(module, take, lambda batch=batch: self._run(block, name, batch))
@@ -149,8 +142,8 @@ class Stream:
 
     def head_gram(self) -> Tensor:
         """Gram of the inputs of the output head, after the last block."""
-        head = self.model.get_submodule(self.layout.head.removesuffix(".weight"))
-        gram = Gram(self.layout.head, self.batches[0].hidden.shape[-1], device=self.device)
+        head, name = self._head(), str(self.layout.head)
+        gram = Gram(name, self.batches[0].hidden.shape[-1], device=self.device)
         *_, last = self.layout.blocks
         with self._outside_weights():
             for batch in self.batches:
@@ -178,6 +171,10 @@ class Stream:
         finally:
             handle.remove()
 
+    def _head(self) -> nn.Module:
+        assert self.layout.head is not None
+        return self.model.get_submodule(self.layout.head.removesuffix(".weight"))
+
     def _run(self, block: nn.Module, name: str, batch: Batch) -> Any:
         args, kwargs = batch.calls[self._index[name]]
         return block(batch.hidden, *args, **kwargs)
@@ -191,7 +188,7 @@ class Stream:
             calls.append((args, kwargs))
             return hidden
 
-        head = self.model.get_submodule(self.layout.head.removesuffix(".weight"))
+        head = self._head()
 
         def stop(module: nn.Module, args: tuple) -> None:
             raise _Stop

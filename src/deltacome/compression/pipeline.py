@@ -31,14 +31,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltacome.arch.checkpoint import Checkpoint, pair_tensors
-from deltacome.arch.layout import Layout, check_names, find_layout
+from deltacome.arch.layout import Layout, find_layout
 from deltacome.compression.budget import make_plans
-from deltacome.compression.capture import Stream, drop_weights, make_skeleton, set_weight
+from deltacome.compression.capture import Stream, drop_weights, set_part
 from deltacome.compression.card import carried_files, model_card
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import distill_scales
 from deltacome.compression.survey import survey
-from deltacome.errors import CalibrationError, DeltaError, PlanError
+from deltacome.errors import CalibrationError, DeltaError, PlanError, UnsupportedError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos
 from deltacome.format.codec import Packed, SignTensors, read_bands, read_signs, write_signs
 from deltacome.format.folder import disk_errors, write_atomic
@@ -48,6 +48,15 @@ from deltacome.methods.bitdelta import BitDelta
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Matrix, Method, Terms
 from deltacome.numerics.gram import relative_error
+from deltacome.skeleton import (
+    Target,
+    check_names,
+    ignored,
+    is_causal,
+    make_skeleton,
+    read_config,
+    targets,
+)
 
 DEFAULT_RATIO = 16.0
 
@@ -72,6 +81,12 @@ class Run:
     tuned: Checkpoint
     layout: Layout
     model: torch.nn.Module
+    where: dict[str, Target]
+    """Where each tensor of the tuned checkpoint goes in the model."""
+    names: dict[str, str]
+    """Any name of a parameter → the tensor that is all of it."""
+    tied: bool
+    """Whether the head is the input embedding."""
     records: dict[str, Record]
     plans: dict[str, Terms]
     method: Method
@@ -145,6 +160,8 @@ def compress(
     writer = ArtifactWriter(output, identity, resume=resume)
     try:
         run = _prepare(base_checkpoint, tuned_checkpoint, method, device, compute, progress)
+        if calibration != "none":
+            _check_streamed(run)
         carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
         manifest = replace(
             _manifest(run, calibration, samples, seq_len, seed), files=file_infos(carried)
@@ -181,10 +198,21 @@ def _prepare(
     dtype: torch.dtype,
     report: Callable[[Progress], None],
 ) -> Run:
-    model = make_skeleton(tuned.path, dtype)
+    for checkpoint in (base, tuned):
+        checkpoint.check_dense()
+    model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
     layout = find_layout(model)
-    check_names(model, {name: info.shape for name, info in tuned.tensors.items()}, layout.head)
-    pairs = pair_tensors(base, tuned, layout.head, layout.embedding)
+    where = targets(model, tuned.tensors)
+    check_names(model, {name: info.shape for name, info in tuned.tensors.items()}, where)
+    names = _names(model, where)
+    head, embedding = (names.get(name or "") for name in (layout.head, layout.embedding))
+    tied = head is not None and model.get_parameter(str(layout.head)) is model.get_parameter(
+        str(layout.embedding)
+    )
+    pairs = pair_tensors(
+        *(base, tuned, layout.head if tied else head, embedding),
+        ignored=lambda name: ignored(model, name),
+    )
     done = 0
 
     def on_tensor(name: str) -> None:
@@ -192,12 +220,15 @@ def _prepare(
         done += 1
         report(Progress("survey", done, len(pairs), name))
 
-    records, matrices = survey(base, tuned, pairs, layout, on_tensor)
+    records, matrices = survey(base, tuned, pairs, layout, where, on_tensor)
     return Run(
         base,
         tuned,
         layout,
         model,
+        where,
+        names,
+        tied,
         records,
         dict.fromkeys(sorted(matrices), Terms()),
         method,
@@ -208,34 +239,68 @@ def _prepare(
     )
 
 
+def _names(model: torch.nn.Module, where: dict[str, Target]) -> dict[str, str]:
+    whole = {target.parameter: name for name, target in where.items() if target.expert is None}
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    names = {}
+    for group in aliases.values():
+        stored = [whole[name] for name in group if name in whole]
+        names |= {name: whole.get(name, stored[0]) for name in group if stored}
+    return names
+
+
+def _check_streamed(run: Run) -> None:
+    """Refuses calibration where passes block by block would not be those of the model.
+
+    Raises:
+        UnsupportedError: says what the model is and how to go on.
+    """
+    if any(run.records[name].transposed for name in run.plans) and isinstance(run.method, BitDelta):
+        raise UnsupportedError(
+            f"{type(run.model).__name__}: its linears hold transposed weights, whose scales cannot be "
+            "distilled: compress it with calibration none"
+        )
+    if not is_causal(run.model):
+        raise UnsupportedError(
+            f"{type(run.model).__name__}: calibration runs through the blocks of a causal language "
+            "model, one after another, and this is none: compress it with calibration none"
+        )
+
+
 def _compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | None) -> list[str]:
     """Every tensor ends up in exactly one unit; returns the units in the order of their bytes."""
     stream = None
     if rows is not None:
         stream = Stream(
-            run.model, run.layout, run.tuned.read, rows, device=run.device, dtype=run.dtype
+            *(run.model, run.layout, lambda name: run.tuned.read(run.names[name]), rows),
+            device=run.device,
+            dtype=run.dtype,
         )
-    blocks = list(run.layout.blocks)
+    blocks = [*run.layout.blocks, *run.layout.side_blocks]
     total = len(blocks) + 1
     names = []
     for number, block in enumerate(blocks):
-        inside = [name for name in run.records if name.startswith(f"{block}.")]
+        inside = [n for n, target in run.where.items() if target.parameter.startswith(f"{block}.")]
         name = f"unit-{number:05}"
         unit = writer.load(name)
+        streamed = stream if block in run.layout.blocks else None
         if unit is None:
-            unit = _compress_block(run, block, inside, stream)  # and its weights stay loaded
+            unit = _compress_block(run, block, inside, streamed)  # and its weights stay loaded
             writer.save(name, unit)
-        elif stream is not None:
+        elif streamed is not None:
             _load_block(run, block, unit)
-        if stream is not None:
-            stream.advance(block)
+        if streamed is not None:
+            streamed.advance(block)
             drop_weights(run.layout.blocks[block])
         names.append(name)
         _note(run, unit, Progress("blocks", number + 1, total, block))
     name = f"unit-{len(blocks):05}"
     unit = writer.load(name)
     if unit is None:
-        outside = [n for n in run.records if not n.startswith(tuple(f"{b}." for b in blocks))]
+        prefixes = tuple(f"{block}." for block in blocks)
+        outside = [n for n, t in run.where.items() if not t.parameter.startswith(prefixes)]
         unit = _compress_outside(run, outside, stream)
         writer.save(name, unit)
     _note(run, unit, Progress("blocks", total, total, "embedding and head"))
@@ -243,26 +308,32 @@ def _compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | No
 
 
 def _compress_block(run: Run, block: str, names: list[str], stream: Stream | None) -> Unit:
-    """One decoder block: group after group, each against the inputs that reach it."""
+    """One block: group after group, each against the inputs that reach it.
+
+    Without a stream, and for experts, whose inputs depend on the router, inputs are taken as white.
+    """
     records, entries = {}, {}
-    banded = [name for name in names if name in run.plans]
-    if stream is None:
-        groups = [[name.removesuffix(".weight")] for name in banded]
-    else:
+    groups: list[tuple[str | None, list[str]]] = []
+    if stream is not None:
         _load_block(run, block, Unit(tuple(run.records[name] for name in names), {}))
-        groups = stream.groups(block)
-    for group in groups:
-        members = [f"{name}.weight" for name in group if f"{name}.weight" in run.plans]
+        for linears in stream.groups(block):
+            members = [run.names[f"{linear}.weight"] for linear in linears]
+            groups.append((linears[0], [name for name in members if name in run.plans]))
+    grouped = {name for _, members in groups for name in members}
+    groups += [(None, [name]) for name in names if name in run.plans and name not in grouped]
+    for linear, members in groups:
         if not members:
             continue
-        gram = stream.gram(block, group[0]) if stream is not None else None
+        gram = None
+        if stream is not None and linear is not None:
+            gram = stream.gram(block, linear)
         with _naming(members):
             finished, packed = _compress_group(run, members, gram)
         for record in finished:
             records[record.name] = record
             if stream is not None:
                 value = _restored(run, record, packed).to(run.device, run.dtype)
-                set_weight(run.model, record.name, value)
+                set_part(run.model, run.where[record.name], value)
         entries |= packed
     for name in names:
         if name not in records:
@@ -275,12 +346,13 @@ def _compress_outside(run: Run, names: list[str], stream: Stream | None) -> Unit
     """Embedding, head, and what else lies outside of the blocks."""
     records, entries = {}, {}
     # Some models store a head that their configuration ties all the same.
-    tied = run.tuned.config.get("tie_word_embeddings") or run.layout.head not in run.tuned.tensors
+    heads = {run.names.get(str(run.layout.head))}
+    if run.tied:
+        heads.add(run.names.get(str(run.layout.embedding)))
     for name in names:
         records[name] = run.records[name]
         if name in run.plans:
-            is_head = name == run.layout.head or (tied and name == run.layout.embedding)
-            gram = stream.head_gram() if is_head and stream is not None else None
+            gram = stream.head_gram() if name in heads and stream is not None else None
             with _naming([name]):
                 (records[name],), packed = _compress_group(run, [name], gram)
             entries |= packed
@@ -363,9 +435,11 @@ def _delta(run: Run, name: str) -> Tensor:
     """tuned − base in float32, over the rows that both have."""
     record = run.records[name]
     assert record.base_name is not None
-    rows = record.bands_shape[0]
+    assert record.base_shape is not None
+    rows = min(record.shape[0], record.base_shape[0])
     tuned = run.tuned.read(name)[:rows].to(run.device, torch.float32)
-    return tuned - run.base.read(record.base_name)[:rows].to(run.device, torch.float32)
+    delta = tuned - run.base.read(record.base_name)[:rows].to(run.device, torch.float32)
+    return delta.T.contiguous() if record.transposed else delta
 
 
 def _stored_delta(record: Record, entries: dict[str, Tensor]) -> Tensor:
@@ -386,18 +460,19 @@ def _restored(run: Run, record: Record, entries: dict[str, Tensor]) -> Tensor:
     if record.name not in run.plans:
         return run.tuned.read(record.name)
     assert record.base_name is not None
-    base = run.base.read(record.base_name)[: record.bands_shape[0]].float()
-    return base + _stored_delta(record, entries)
+    base, delta = run.base.read(record.base_name).float(), _stored_delta(record, entries)
+    return base + delta.T if record.transposed else base[: len(delta)] + delta
 
 
 def _load_block(run: Run, block: str, unit: Unit) -> None:
     """Loads the compressed-so-far weights of a block: base + terms, or the tuned value itself."""
     parameters = {f"{block}.{name}" for name, _ in run.layout.blocks[block].named_parameters()}
     for record in unit.records:
-        if record.name not in parameters:
+        target = run.where[record.name]
+        if target.parameter not in parameters:
             continue  # a buffer that the checkpoint stores; the skeleton has its own
         value = _restored(run, record, unit.entries)
-        set_weight(run.model, record.name, value.to(run.device, run.dtype))
+        set_part(run.model, target, value.to(run.device, run.dtype))
 
 
 def _exact_entry(run: Run, name: str) -> dict[str, Tensor]:
@@ -464,11 +539,12 @@ def _calibration(
             device=run.device,
             on_step=lambda done, total: run.report(Progress("calibration", done, total)),
         )
-        largest, size = max(map(max, rows)), run.records[run.layout.embedding].shape[0]
+        embedding = run.names[str(run.layout.embedding)]
+        largest, size = max(map(max, rows)), run.records[embedding].shape[0]
         if largest >= size:
             raise CalibrationError(
                 f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
-                f"but {run.layout.embedding} has {size} rows"
+                f"but {embedding} has {size} rows"
             )
         return {f"{i:06}": torch.tensor(row) for i, row in enumerate(rows)}
 
@@ -493,6 +569,7 @@ def _manifest(run: Run, calibration: str, samples: int, seq_len: int, seed: int)
     said: dict[str, Any] = {"source": source}
     if calibration != "none":
         said |= {"samples": samples, "seq_len": seq_len, "seed": seed}
+        said |= _without_inputs(run)
     versions = {
         name: importlib.metadata.version(name) for name in ("deltacome", "torch", "transformers")
     }
@@ -503,6 +580,17 @@ def _manifest(run: Run, calibration: str, samples: int, seq_len: int, seed: int)
         provenance={"calibration": said, "versions": versions},
         records=run.records,
     )
+
+
+def _without_inputs(run: Run) -> dict[str, int]:
+    """How many matrices calibration does not reach, if any: experts, and what no text passes."""
+    inside = tuple(f"{name}." for name in run.layout.blocks)
+    ends = {run.names.get(str(name)) for name in (run.layout.embedding, run.layout.head)}
+    count = 0
+    for name in run.plans.keys() - ends:
+        target = run.where[name]
+        count += target.expert is not None or not target.parameter.startswith(inside)
+    return {"matrices_without_inputs": count} if count else {}
 
 
 def _identity(checkpoint: Checkpoint) -> list:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
-from deltacome.compression.capture import Stream, drop_weights, make_skeleton, set_weight
+from deltacome.compression.capture import Stream, drop_weights, set_weight
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.pipeline import pick_device
 from deltacome.errors import CalibrationError, PlanError
@@ -36,6 +36,7 @@ from deltacome.methods.bands import Gptq, scaled_svd
 from deltacome.methods.template import Template
 from deltacome.numerics.gptq import GramFactor, factor_gram
 from deltacome.numerics.gram import relative_error
+from deltacome.skeleton import make_skeleton, read_config
 
 Way = Literal["greedy", "genetic"]
 WIDTHS = (8, 4, 3)
@@ -77,7 +78,7 @@ def sample_linears(
     dtype: torch.dtype = torch.float32,
 ) -> list[Linear]:
     """Linears of `blocks` blocks, evenly spread over the depth, as the tuned model feeds them."""
-    model = make_skeleton(tuned.path, dtype)
+    model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
     layout = find_layout(model)
     stream = Stream(model, layout, tuned.read, rows, device=device, dtype=dtype)
     names = list(layout.blocks)

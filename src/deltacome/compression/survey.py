@@ -7,7 +7,7 @@ size is known before the first byte is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -22,6 +22,7 @@ from deltacome.arch.layout import Layout
 from deltacome.errors import MismatchError
 from deltacome.format.artifact import dtype_name
 from deltacome.format.manifest import Record
+from deltacome.skeleton import Target
 
 
 def survey(
@@ -29,9 +30,16 @@ def survey(
     tuned: Checkpoint,
     pairs: Iterable[Pair],
     layout: Layout,
+    where: Mapping[str, Target],
     on_tensor: Callable[[str], None],
 ) -> tuple[dict[str, Record], set[str]]:
     """Reads every pair once.
+
+    Args:
+        base, tuned, pairs: what is compared.
+        layout: of the tuned model.
+        where: each tensor of the tuned checkpoint in it.
+        on_tensor: called with the name of each tensor that was read.
 
     Returns:
         Records without plans (what is the same as the base, which rows will be exact), and the
@@ -42,7 +50,6 @@ def survey(
         MismatchError: the two models have no tensor in common, up to fine-tuning.
     """
     records, matrices = {}, set()
-    linears = {*layout.linears, *layout.other_matrices}
     far: list[str] = []
     for pair in pairs:
         tuned_tensor = tuned.read(pair.name)
@@ -61,7 +68,12 @@ def survey(
         common = min(rows, pair.base_shape[0]) if pair.shape else 1
         before, after = _common(base_tensor, common), _common(tuned_tensor, common)
         same = _same_values(before, after)
-        compressible = pair.name in linears and tuned_tensor.is_floating_point()
+        target = where[pair.name]
+        known = target.parameter in layout.matrices or target.expert is not None
+        compressible = known and tuned_tensor.ndim == 2 and tuned_tensor.is_floating_point()
+        transposed = target.parameter in layout.transposed
+        # Rows of a transposed matrix are inputs: more of them are no words that were added.
+        compressible &= not (transposed and pair.shape != pair.base_shape)
         if compressible and not same:
             matrices.add(pair.name)
             if (after.float() - before.float()).norm() > before.float().norm():
@@ -76,6 +88,7 @@ def survey(
             sample_digest(base_tensor),
             full_digest(base_tensor),
             exact_rows=(start, rows) if start < rows else None,
+            transposed=transposed and compressible and not same,
         )
         on_tensor(pair.name)
     if far and len(far) > len(matrices) / 2:

@@ -64,6 +64,8 @@ class Record:
     """Rows stored as their tuned value, [start, stop); all of a 0-dimensional tensor is (0, 1)."""
     error: float | None = None
     """Relative error of the delta, `‖(D − D̂)X‖² / ‖DX‖²` (X: calibration inputs, or identity)."""
+    transposed: bool = False
+    """Whether packed terms are those of the transposed matrix: the tensor is (in, out)."""
 
     @property
     def kind(self) -> str:
@@ -85,7 +87,8 @@ class Record:
     def bands_shape(self) -> tuple[int, int]:
         """(out, in) of what bands and signs cover: the rows that base and tuned have in common."""
         assert self.base_shape is not None
-        return min(self.shape[0], self.base_shape[0]), self.shape[1]
+        rows = min(self.shape[0], self.base_shape[0])
+        return (self.shape[1], rows) if self.transposed else (rows, self.shape[1])
 
     @property
     def exact_shape(self) -> tuple[int, ...]:
@@ -235,6 +238,8 @@ def record_to_json(record: Record) -> dict[str, Any]:
         value["base_digest"] = record.base_digest
     if record.plan:
         value["plan"] = [[band.bits, band.count] for band in record.plan]
+    if record.transposed and record.packed:
+        value["transposed"] = True
     if record.sign_scales:
         value["sign_scales"] = record.sign_scales
     if record.exact_rows:
@@ -273,6 +278,7 @@ def record_from_json(name: str, value: Any) -> Record:
         sign_scales=_take(value, "sign_scales", _integer(1, MAX_DIM), where, default=None),
         exact_rows=_take(value, "exact_rows", _rows, where, default=None),
         error=_take(value, "error", _number, where, default=None),
+        transposed=_take(value, "transposed", _true, where, default=False),
     )
     _no_more(value, where)
     _check_record(record, kind, where)
@@ -298,10 +304,14 @@ def _check_record(record: Record, kind: str, where: str) -> None:
             refuse("bands and signs only on a matrix that the base has too", record.shape)
         if covered == 0 or record.shape[1] == 0:
             refuse("bands and signs only where they cover rows", f"{covered} rows")
+        if record.transposed and covered < rows:
+            refuse("transposed only where all rows are covered", f"{covered} of {rows}")
+    elif record.transposed:
+        refuse("transposed only with bands or signs", kind)
     if record.plan and rank(record.plan) > min(record.bands_shape):
         refuse(f"at most {min(record.bands_shape)} directions", rank(record.plan))
-    if record.sign_scales not in (None, 1, covered):
-        refuse(f"1 or {covered} sign_scales", record.sign_scales)
+    if record.sign_scales and record.sign_scales not in (1, record.bands_shape[0]):
+        refuse(f"1 or {record.bands_shape[0]} sign_scales", record.sign_scales)
     start, stop = record.exact_rows or (rows, rows)
     if not (start == covered and stop == rows) or (record.exact_rows and start == stop and rows):
         refuse(f"exact_rows [{covered}, {rows})", f"[{start}, {stop})")
@@ -403,6 +413,12 @@ def _number(item: Any) -> float:
     if type(item) not in (int, float) or not 0 <= item < float("inf"):
         raise ValueError("expected a finite number ≥ 0")
     return float(item)
+
+
+def _true(item: Any) -> bool:
+    if item is not True:
+        raise ValueError("expected true")
+    return True
 
 
 def _choice(allowed: dict[str, Any]) -> Check:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deltacome.errors import ArtifactError
 from deltacome.format.artifact import Artifact
 from deltacome.runtime.choice import Choice
+from deltacome.runtime.experts import install_experts
 from deltacome.runtime.match import Place, vocabulary_configs
 from deltacome.runtime.modules import embedding_scale, tuned_embedding, tuned_linear
 from deltacome.runtime.terms import Terms
@@ -30,8 +31,18 @@ def install_alone(
         UnsupportedError: an embedding does more than scale.
         ArtifactError: the artifact cannot be read.
     """
-    scales = [_scale(place) for place in places]
     terms = Terms([artifact], [places])
+    experts: dict[int, list[Place]] = {}
+    for place in places:
+        if place.target.expert is not None:
+            experts.setdefault(id(place.module), []).append(place)
+    for mine in experts.values():
+        if any(place.record.kind != "same" for place in mine):
+            install_experts(
+                *(stack, mine[0].module, mine, lambda p: terms.packed([p]), choice, impl)
+            )
+    places = [place for place in places if place.target.expert is None]
+    scales = [_scale(place) for place in places]
     values: dict[tuple[str, int], Tensor] = {}
     for place, scale in zip(places, scales, strict=True):
         key = (place.record.name, id(place.live))

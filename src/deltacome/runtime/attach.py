@@ -35,7 +35,11 @@ Source = Artifact | str | Path
 
 
 def attach(
-    model: nn.Module, artifact: Source | Mapping[str, Source], *, impl: str = "auto"
+    model: nn.Module,
+    artifact: Source | Mapping[str, Source],
+    *,
+    impl: str = "auto",
+    quantized_base: bool = False,
 ) -> Attachment:
     """Makes a base model compute what tuned models compute, from packed codes.
 
@@ -60,6 +64,8 @@ def attach(
         artifact: opened, or its folder; or several by name.
         impl: the implementation of `deltacome.ops`, or `auto`: the fastest that runs on all devices that
             are patched.
+        quantized_base: allows linears that hold the base's weights quantised (4 bits, say), which cannot
+            be compared with the artifact's fingerprints; all other tensors are.
 
     Returns:
         A handle that detaches, by `detach()` or as a context manager.
@@ -85,7 +91,8 @@ def attach(
         raise MismatchError("attach: expected at least one artifact, got none")
     artifacts = {name: _opened(source) for name, source in sources.items()}
     places = [
-        match(model, one.manifest, one.json_file(TUNED_CONFIG_FILE)) for one in artifacts.values()
+        match(model, one.manifest, one.json_file(TUNED_CONFIG_FILE), quantized_base=quantized_base)
+        for one in artifacts.values()
     ]
     if impl == "auto":
         impl = _fastest(places)

@@ -1,17 +1,15 @@
 """Which record of an artifact belongs to which tensor of a live model, and whether they fit.
 
 Everything that can be refused is refused here, before the model is touched. A tensor is found by
-its name in the checkpoint; a name that the artifact does not have is looked up under the other
-names of the same Parameter, so that tied heads need no knowledge of the architecture. What that
-costs: models whose parameters are renamed or stacked while loading are refused, not guessed at.
+the name that transformers loads it under; a parameter that the artifact does not have is looked up
+under its other names, so that tied heads need no knowledge of the architecture.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from deltacome.arch.checkpoint import sample_digest
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.manifest import Manifest, Record
+from deltacome.skeleton import Target, ignored, targets
 
 Config = dict[str, Any]
 
@@ -46,13 +45,16 @@ class Place:
     module: nn.Module
     attr: str
     live: Tensor
-    """The base's value there."""
+    """The base's value there; of a stack of experts the rows that the record is about."""
     record: Record
+    target: Target
+    quantized: bool = False
+    """Whether the base's values are held as codes of another library."""
 
     @property
     def resized(self) -> bool:
         """Whether the tuned model has another number of rows here."""
-        return self.record.shape[:1] != tuple(self.live.shape[:1])
+        return not self.quantized and self.record.shape[:1] != tuple(self.live.shape[:1])
 
     @property
     def grown(self) -> bool:
@@ -65,13 +67,21 @@ class Place:
         return self.record.packed or self.grown
 
 
-def match(model: nn.Module, manifest: Manifest, tuned_config: Config | None) -> list[Place]:
+def match(
+    model: nn.Module,
+    manifest: Manifest,
+    tuned_config: Config | None,
+    *,
+    quantized_base: bool = False,
+) -> list[Place]:
     """Pairs every tensor of the model with its record and checks that they fit.
 
     Args:
         model: holds the base's weights.
         manifest: of the artifact.
         tuned_config: `config.json` of the tuned model, if known.
+        quantized_base: whether linears may hold the base's weights quantised. Their fingerprints are
+            not checked; those of all other tensors are.
 
     Raises:
         MismatchError: a record without a tensor, a tensor without a record, another shape, or other
@@ -80,20 +90,39 @@ def match(model: nn.Module, manifest: Manifest, tuned_config: Config | None) -> 
             cannot run from packed codes.
     """
     check_config(model, tuned_config)
-    places = list(_pair(model, manifest.records, tuned_config))
-    _check_all_found(model, manifest.records, {place.record.name for place in places})
+    where = targets(model, manifest.records)
+    whole = {t.parameter: manifest.records[n] for n, t in where.items() if t.expert is None}
+    stacked = {t.parameter for t in where.values() if t.expert is not None}
+    places = list(_pair(model, whole, stacked, tuned_config))
+    places += _stacks(model, manifest.records, where)
+    found = {place.record.name for place in places}
+    if quantized_base:
+        places += _quantized(model, whole, found)
+        places = [replace(p, quantized=p.quantized or _holds_codes(p)) for p in places]
+        found = {place.record.name for place in places}
+    _check_all_found(model, manifest.records, found)
     checked = set()
     for place in places:
         check_module(place)
-        if (id(place.live), place.record.name) not in checked:
+        if (id(place.live), place.record.name) not in checked and not place.quantized:
             check_base(place)
             checked.add((id(place.live), place.record.name))
+    if places and all(place.quantized for place in places):
+        raise MismatchError("every tensor of the model is quantised: nothing says which base it is")
     return places
 
 
 def _pair(
-    model: nn.Module, records: dict[str, Record], tuned_config: Config | None
+    model: nn.Module, records: dict[str, Record], stacked: set[str], tuned_config: Config | None
 ) -> Iterator[Place]:
+    """Places of tensors that are a whole parameter or buffer.
+
+    Args:
+        model: holds the base's weights.
+        records: by the parameter that they are about.
+        stacked: parameters of many tensors, which are left out here.
+        tuned_config: of the tuned model.
+    """
     places = _places(model)
     names_of = defaultdict(list)
     for (_, _, tensor), names in places:
@@ -101,19 +130,62 @@ def _pair(
     head = _untied_head(model, records, tuned_config)
     unknown = []
     for (module, attr, tensor), names in places:
-        record = next((records[n] for n in names + names_of[id(tensor)] if n in records), None)
-        if record is not None:
-            name = record.name if record.name in names else names[0]
-            yield Place(name, module, attr, tensor, record)
+        known = next((n for n in names + names_of[id(tensor)] if n in records), None)
+        if known is not None:
+            name = known if known in names else names[0]
+            yield Place(name, module, attr, tensor, records[known], Target(known))
         elif head is not None and tensor is head[0]:
-            yield Place(names[0], module, attr, head[1], records[head[2]])
-        elif isinstance(tensor, nn.Parameter):
+            yield Place(names[0], module, attr, head[1], records[head[2]], Target(head[2]))
+        elif isinstance(tensor, nn.Parameter) and not stacked & {*names}:
             unknown.append(names[0])
     if unknown:
         raise MismatchError(
             f"the artifact has no account of {len(unknown)} parameters of the model, the first is "
             f"{unknown[0]}: is this the artifact's base?"
         )
+
+
+def _stacks(
+    model: nn.Module, records: dict[str, Record], where: dict[str, Target]
+) -> Iterator[Place]:
+    """Places of matrices that lie stacked in one parameter."""
+    for name, target in where.items():
+        if target.expert is None:
+            continue
+        path, _, attr = target.parameter.rpartition(".")
+        try:
+            module, live = model.get_submodule(path), model.get_parameter(target.parameter)
+        except AttributeError:
+            continue  # then it is among those that are not found
+        yield Place(name, module, attr, target.view(live.detach()), records[name], target)
+
+
+def _quantized(model: nn.Module, records: dict[str, Record], found: set[str]) -> Iterator[Place]:
+    """Places of weights that have no tensor of their name: codes of a quantised linear."""
+    for parameter, record in records.items():
+        path, _, attr = parameter.rpartition(".")
+        if record.name in found or attr != "weight":
+            continue
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if tensors and _computes(module, record):
+            yield Place(parameter, module, attr, tensors[0], record, Target(parameter), True)
+
+
+def _holds_codes(place: Place) -> bool:
+    """Whether a linear holds its weight in another form than the checkpoint's."""
+    kind, record = type(place.module), place.record
+    own = kind.forward is nn.Linear.forward and place.live.is_floating_point()
+    return place.attr == "weight" and not own and _computes(place.module, record)
+
+
+def _computes(module: nn.Module, record: Record) -> bool:
+    """Whether a module maps vectors of the sizes of a matrix that has packed terms and nothing else."""
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return record.packed and not record.exact_rows and record.bands_shape == sizes
 
 
 def _places(model: nn.Module) -> list[tuple[tuple[nn.Module, str, Tensor], list[str]]]:
@@ -152,14 +224,7 @@ def _untied_head(
 
 
 def _check_all_found(model: nn.Module, records: dict[str, Record], found: set[str]) -> None:
-    # Old checkpoints store tables that the model's own code computes and does not load.
-    ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    ignored |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
-    missing = [
-        name
-        for name in records
-        if name not in found and not any(re.search(pattern, name) for pattern in ignored)
-    ]
+    missing = [name for name in records if name not in found and not ignored(model, name)]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise MismatchError(
@@ -203,14 +268,20 @@ def check_module(place: Place) -> None:
     if not place.patched:
         return
     kind = type(module)
+    if place.target.expert is not None or place.quantized:
+        return
     covered = place.attr == "weight" and (
-        kind.forward is nn.Linear.forward
+        (kind.forward is nn.Linear.forward and not place.record.transposed)
         or (isinstance(module, nn.Embedding) and module.max_norm is None)
+        or (kind.__name__ == "Conv1D" and place.record.transposed)
     )
     if not covered or not place.live.is_floating_point():
+        hint = ""
+        if _holds_codes(place):
+            hint = "; if that is a quantised linear, say quantized_base=True"
         raise UnsupportedError(
             f"{place.name}: expected the weight of a linear layer or an embedding, got "
-            f"{place.attr} ({place.live.dtype}) of {kind.__module__}.{kind.__qualname__}"
+            f"{place.attr} ({place.live.dtype}) of {kind.__module__}.{kind.__qualname__}{hint}"
         )
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         raise UnsupportedError(

@@ -104,7 +104,8 @@ def tuned_tensor(base: Checkpoint, artifact: Artifact, record: Record) -> Tensor
         return exact
     kept = before[: record.shape[0]] if record.shape else before
     if record.packed:
-        kept = artifact.packed(record.name).dense().add_(kept)
+        delta = artifact.packed(record.name).dense()
+        kept = (delta.T if record.transposed else delta).add_(kept)
     kept = kept.to(DTYPES[record.dtype])
     return kept if exact is None else torch.cat([kept, exact])
 

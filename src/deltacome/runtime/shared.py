@@ -52,6 +52,11 @@ def install_shared(
             if place.patched or place.record.replaced:
                 attrs = modules[id(place.module)]
                 attrs.setdefault(place.attr, [None] * len(places))[slot] = place
+            if place.target.expert is not None and place.record.kind != "same":
+                raise UnsupportedError(
+                    f"{artifacts[slot].path}: {place.name}: experts, which several tenants cannot each "
+                    "have: attach this artifact alone, or merge it"
+                )
             if place.resized or place.grown:
                 raise UnsupportedError(
                     f"{artifacts[slot].path}: {place.name}: a vocabulary of another size than the "
@@ -89,7 +94,9 @@ def _plan(attrs: dict[str, Tenants]) -> tuple[str, tuple[float, ...]]:
     stored = [p for tenants in attrs.values() for p in tenants if p and p.record.replaced]
     if isinstance(module, nn.Embedding) and not stored:
         return "embedding", (embedding_scale(place.name, module),)
-    if type(module).forward is nn.Linear.forward and all(p.attr == "bias" for p in stored):
+    multiplies = place.quantized or type(module).forward is nn.Linear.forward
+    multiplies |= place.record.transposed
+    if multiplies and all(p.attr == "bias" for p in stored):
         return "linear", ()
     if set(attrs) == {"weight"}:
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):

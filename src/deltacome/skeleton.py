@@ -1,0 +1,190 @@
+"""The model of a configuration without weights, and where stored tensors go in it.
+
+transformers gives parameters other names than checkpoints have (`language_model.model.…` is
+`model.language_model.…` in memory) and stacks some (the matrices of experts). Which tensor goes where is
+asked of its own loading rules, so that no family is named here; a rule that does more than rename and
+stack is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from deltacome.errors import CheckpointError, MismatchError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a stored tensor goes: a parameter, or rows of one expert in a parameter of all experts."""
+
+    parameter: str
+    expert: int | None = None
+    """Index along dimension 0 of the parameter; None: the tensor is the whole parameter."""
+    part: int = 0
+    """Which of `parts` equal runs of the expert's rows: gate and up lie in one parameter."""
+    parts: int = 1
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The part of a parameter that the tensor fills."""
+        if self.expert is None:
+            return parameter
+        rows = parameter.shape[1] // self.parts
+        return parameter[self.expert, self.part * rows : (self.part + 1) * rows]
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint; code that comes with one is not run.
+
+    Raises:
+        CheckpointError: there is none, or transformers does not know its model type.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a configuration runs through a library's code: any kind may come
+        raise CheckpointError(f"{folder}: expected a model configuration: {error}") from error
+
+
+def parse_config(document: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration that a parsed `config.json` stands for.
+
+    Raises:
+        CheckpointError: transformers does not know its model type, or a value is none for it.
+    """
+    try:
+        return type(AutoConfig.for_model(document["model_type"])).from_dict(document)
+    except Exception as error:  # as above
+        raise CheckpointError(f"expected a model configuration: {error}") from error
+
+
+def make_skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype, where: str | Path
+) -> PreTrainedModel:
+    """The model of a configuration without weights; its buffers (rotary tables) are real.
+
+    Args:
+        config: names its class; one that names none is taken for a causal language model.
+        dtype: of the passes to come: some buffers (the scale of an embedding) follow it.
+        where: what an error names.
+
+    Raises:
+        CheckpointError: transformers lacks the class, or cannot build it from this configuration.
+    """
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if names else AutoModelForCausalLM
+    if kind is None:
+        raise CheckpointError(
+            f"{where}: expected a model of transformers, got {names[0]}: code that comes with a "
+            "checkpoint is not run"
+        )
+    if not isinstance(config, getattr(kind, "config_class", None) or PreTrainedConfig):
+        raise CheckpointError(
+            f"{where}: expected a configuration of {names[0]}, got one of {config.model_type}"
+        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            build = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+            model = build(config, dtype=dtype)
+        model.tie_weights()  # out here: within, each place is given a parameter of its own
+    except Exception as error:  # as above
+        raise CheckpointError(f"{where}: expected a model of transformers: {error}") from error
+    return model.eval()
+
+
+def targets(model: nn.Module, names: Iterable[str]) -> dict[str, Target]:
+    """Where each tensor of a checkpoint goes in a model; a name that no rule knows stays as it is.
+
+    Raises:
+        UnsupportedError: a rule does more than rename and stack.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {name: Target(name) for name in names}
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    there = model.state_dict()
+    found = {}
+    for name in names:
+        parameter, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, there
+        )
+        if pattern is None:
+            found[name] = Target(parameter)
+        else:
+            found[name] = _stacked(name, parameter, pattern, converters)
+    return found
+
+
+def _stacked(name: str, parameter: str, pattern: str, converters: list[WeightConverter]) -> Target:
+    rule = next(rule for rule in converters if pattern in rule.source_patterns)
+    steps = [type(step).__name__ for step in rule.operations]
+    number = re.search(pattern.replace(".", r"\.").replace("*", r"(\d+)"), name)
+    stacks = steps in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+    if not stacks or number is None or not number.groups():
+        raise UnsupportedError(f"{name}: goes to {parameter} by {', '.join(steps)}: not covered")
+    part = rule.source_patterns.index(pattern)
+    return Target(parameter, int(number[1]), part, len(rule.source_patterns))
+
+
+def check_names(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: Mapping[str, Target]
+) -> None:
+    """Every parameter of the model has its tensors in the checkpoint, of the right shape.
+
+    Args:
+        model: a skeleton.
+        shapes: of the checkpoint's tensors, by name.
+        where: their targets.
+
+    Raises:
+        MismatchError: lists what is missing or names what has another shape; the model's code or
+            configuration and the checkpoint disagree.
+    """
+    aliases: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        aliases.setdefault(id(parameter), []).append(name)
+    filled = {target.parameter for target in where.values()}
+    missing = [names[0] for names in aliases.values() if not filled & set(names)]
+    if missing:
+        raise MismatchError(
+            f"{len(missing)} parameters of {type(model).__name__} are not in the checkpoint, "
+            f"the first is {min(missing)}"
+        )
+    for name, target in where.items():
+        if target.parameter in parameters:
+            expected = tuple(target.view(parameters[target.parameter]).shape)
+            if shapes[name] != expected:
+                raise MismatchError(
+                    f"{name}: the configuration gives shape {expected}, the checkpoint has {shapes[name]}"
+                )
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model reads text from left to right through one list of blocks."""
+    kinds = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    kinds |= {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    config: Any = getattr(model, "config", None)
+    return type(model).__name__ in kinds and not getattr(config, "is_encoder_decoder", False)
+
+
+def ignored(model: nn.Module, name: str) -> bool:
+    """Whether a stored tensor is a table that the model computes itself, as old checkpoints have."""
+    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    patterns |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"}
+    return any(re.search(pattern, name) for pattern in patterns)
