@@ -86,7 +86,7 @@ def make_skeleton(
         CheckpointError: transformers lacks the class, or cannot build it from this configuration.
     """
     names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else AutoModelForCausalLM
+    kind: Any = getattr(transformers, names[0], None) if names else AutoModelForCausalLM
     if kind is None:
         raise CheckpointError(
             f"{where}: expected a model of transformers, got {names[0]}: code that comes with a "

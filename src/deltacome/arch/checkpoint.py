@@ -342,7 +342,7 @@ def _changes(
     shape: tuple[int, ...],
 ) -> Iterator[tuple[str, str]]:
     """Prefixes (ours, theirs) whose change makes a name one of the base that shares its longest end."""
-    tail = next((tail for tail in _tails(name) if tail in tails), None)
-    for other in tails[tail] if tail is not None else ():
+    tail = next((tail for tail in _tails(name) if tail in tails), "")
+    for other in tails.get(tail, ()):
         if base[other].shape[1:] == shape[1:]:
             yield name.removesuffix(tail), other.removesuffix(tail)

@@ -118,9 +118,10 @@ def _lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """Outermost lists of blocks of one class, the one with the most parameters first."""
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
-        of_one_kind = isinstance(module, nn.ModuleList) and len({type(b) for b in module}) == 1
         inside = any(name.startswith(f"{outer}.") for outer, _ in lists)
-        if of_one_kind and not inside and any(True for _ in module[0].children()):
+        if inside or not isinstance(module, nn.ModuleList):
+            continue
+        if len({type(block) for block in module}) == 1 and list(module[0].children()):
             lists.append((name, module))
     if not lists:
         raise UnsupportedError(f"{type(model).__name__}: expected a list of blocks, found none")
