@@ -16,7 +16,7 @@ from lab import Lab, Variant, device
 from rows import main_rows
 from torch import Tensor
 
-from deltacome.arch.layout import find_layout
+from deltacome.arch.layout import find_layout, linears_of
 from deltacome.evals.divergence import question_rows
 
 QUESTIONS = 32
@@ -53,8 +53,9 @@ def _outputs(lab: Lab, task: str, variant: Variant) -> dict[str, Tensor]:
     outputs: dict[str, list[Tensor]] = defaultdict(list)
     with lab.weights(variant) as model:
         hooks = []
-        for name in find_layout(model).linears:
-            module = model.get_submodule(name.removesuffix(".weight"))
+        blocks = find_layout(model).blocks.items()
+        for path, module in (linear for block in blocks for linear in linears_of(*block)):
+            name = f"{path}.weight"
 
             def keep(module: Any, inputs: Any, output: Tensor, name: str = name) -> None:
                 outputs[name].append(output[0].half().cpu())
