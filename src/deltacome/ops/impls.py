@@ -42,11 +42,12 @@ def check_impl(op: str, impl: str) -> None:
 
 def check_floats(op: str, **tensors: Tensor) -> None:
     """Raises MismatchError unless all are matrices of float dtypes with equally many rows."""
-    rows = next(iter(tensors.values())).shape[0]
-    if any(tensor.dim() != 2 or tensor.shape[0] != rows for tensor in tensors.values()):
-        got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise MismatchError(f"{op}: expected matrices of equally many rows, got {got}")
+    rows = None
     for name, tensor in tensors.items():
+        rows = tensor.shape[0] if rows is None and tensor.dim() else rows
+        if tensor.dim() != 2 or tensor.shape[0] != rows:
+            got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            raise MismatchError(f"{op}: expected matrices of equally many rows, got {got}")
         if not tensor.is_floating_point():
             raise MismatchError(f"{op}: expected {name} of a float dtype, got {tensor.dtype}")
 
@@ -54,9 +55,10 @@ def check_floats(op: str, **tensors: Tensor) -> None:
 def check_devices(op: str, *tensors: Tensor) -> None:
     """Raises MismatchError unless all lie on one device."""
     first = tensors[0].device
-    if any(tensor.device != first for tensor in tensors):
-        devices = sorted({str(tensor.device) for tensor in tensors})
-        raise MismatchError(f"{op}: expected one device, got {devices}")
+    for tensor in tensors:
+        if tensor.device != first:
+            devices = sorted({str(tensor.device) for tensor in tensors})
+            raise MismatchError(f"{op}: expected one device, got {devices}")
 
 
 def check_ids(op: str, y: Tensor, ids: Tensor, slot: Tensor, *tables: Tensor) -> None:

@@ -5,7 +5,9 @@
 // are used for a chunk of up to 4 tokens. The layout of codes makes that three instructions a
 // vector: the words of a block, repeated over the lanes, shifted by a number of bits that depends
 // on the lane alone, are consecutive codes (docs/format.md). Up to 4 bits a code then indexes a
-// register that holds the values of its group; the lookup ignores higher bits, so nothing is masked.
+// register that holds the values of its group; the lookup ignores higher bits, so nothing is
+// masked. With 512 bits a thread then waits for memory more than for its sums: what it reads next is
+// fetched beside them (`Ahead`).
 //
 // Sums never depend on the number of threads: one direction, or one block of outputs, is summed by
 // one thread in one order.
@@ -13,6 +15,7 @@
 // Legend: T tokens, R directions, N entries of a direction, one float a lane.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -43,6 +46,9 @@ constexpr int64_t CHUNK = 32;             // blocks of inputs whose 4 tokens sta
 constexpr int64_t MAX_TOKENS = 4;         // tokens that share one decoding
 constexpr int64_t THREAD_WORK = 1 << 19;  // codes × tokens worth waking a thread for
 constexpr int64_t AHEAD = 16;             // directions between a prefetch and its use
+constexpr int LINES = 2;                  // of what comes next, fetched with a direction
+constexpr int64_t SPAN = 4;               // blocks of outputs: 2-bit codes of a cache line
+constexpr int64_t SIGN_ROWS = 16;         // of a task
 constexpr int RAGGED = 0;                 // any width, where groups cut through blocks
 
 // Arrays of vectors stay in registers only if the loops over them are unrolled.
@@ -63,6 +69,9 @@ inline void store(float *to, vf v) { std::memcpy(to, &v, sizeof v); }
 inline vf splat(float a) { return a - vf{}; }
 
 inline float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   // Halves, so that the order is that of a tree.
   float lane[LANES];
   store(lane, v);
@@ -98,11 +107,32 @@ inline float from_half(uint16_t h) {
 #endif
 }
 
-struct Factor {
-  int64_t bits, size, groups, group_size;
-  const uint8_t *low, *high, *scale, *zero;  // at 16 bits, `low` are the values
+// Numbers as floats, up to 16 at a time; `to` has room for 16.
+inline void from_halves(const uint8_t *from, float *to, int64_t count) {
+#if defined(__AVX512F__)
+  const __m256i raw = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
+  _mm512_storeu_ps(to, _mm512_cvtph_ps(raw));
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t h;
+    std::memcpy(&h, from + 2 * i, 2);
+    to[i] = from_half(h);
+  }
+#endif
+}
 
-  int64_t blocks() const { return (size + BLOCK - 1) / BLOCK; }
+inline void from_bytes(const uint8_t *from, float *to, int64_t count) {
+#if defined(__AVX512F__)
+  const __m128i raw = _mm_maskz_loadu_epi8(__mmask16((1u << count) - 1), from);
+  _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(raw)));
+#else
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+#endif
+}
+
+struct Factor {
+  int64_t bits, size, blocks, groups, group_size;
+  const uint8_t *low, *high, *scale, *zero;  // at 16 bits, `low` are the values
 
   uint16_t half(const uint8_t *array, int64_t index) const {
     uint16_t h;
@@ -113,7 +143,7 @@ struct Factor {
   uint32_t digit(const uint8_t *plane, int p, int64_t r, int64_t n) const {
     const int64_t k = n % BLOCK;
     uint32_t word;
-    std::memcpy(&word, plane + 4 * ((r * blocks() + n / BLOCK) * 2 * p + k % (2 * p)), 4);
+    std::memcpy(&word, plane + 4 * ((r * blocks + n / BLOCK) * 2 * p + k % (2 * p)), 4);
     return word >> (p * (k / (2 * p))) & ((1u << p) - 1);
   }
 
@@ -183,21 +213,49 @@ inline vu digits(const uint8_t *block, int i) {
 template <int BITS>
 constexpr bool TABLE = BITS != RAGGED && BITS <= TABLE_BITS;
 
+// Every code as a float, for lookup.
+template <int BITS>
+struct Codes {
+  float at[LANES] __attribute__((aligned(64)));
+  constexpr Codes() : at() {
+    for (int lane = 0; lane < LANES; ++lane) at[lane] = float(lane % (1 << BITS));
+  }
+};
+template <int BITS>
+constexpr Codes<BITS> CODES{};
+
 // The scale and zero point of a group, ready for use.
 template <int BITS>
 struct Grid {
   vf table, scale, zero;
 
-  Grid(const Factor &f, int64_t r, int64_t g) {
-    if constexpr (BITS == 16 || BITS == RAGGED) return;
-    const int64_t index = r * f.groups + g;
-    scale = splat(from_half(f.half(f.scale, index)));
-    zero = splat(float(f.zero[index]));
-    if constexpr (TABLE<BITS>) {
-      vf code;
-      for (int lane = 0; lane < LANES; ++lane) code[lane] = float(lane % (1 << BITS));
-      table = (code - zero) * scale;
+  Grid(float scale_, float zero_) : scale(splat(scale_)), zero(splat(zero_)) {
+    if constexpr (TABLE<BITS>) table = (load(CODES<BITS>.at) - zero) * scale;
+  }
+};
+
+// Those of a direction's groups from `first` on, not more than G.
+template <int BITS, int G>
+struct Grids {
+  static constexpr bool USED = BITS != 16 && BITS != RAGGED;
+  static constexpr int ROOM = USED ? (G + 15) / 16 * 16 : 1;
+  float scale[ROOM], zero[ROOM];
+  int64_t first;
+
+  Grids(const Factor &f, int64_t r, int64_t first, int64_t end) : first(first) {
+    if constexpr (USED) {
+      const int64_t at = r * f.groups + first;
+      for (int64_t i = 0; i < ROOM; i += 16) {
+        const int64_t count = std::min<int64_t>(16, end - first - i);
+        if (i && count <= 0) break;
+        from_halves(f.scale + 2 * (at + i), scale + i, count);
+        from_bytes(f.zero + at + i, zero + i, count);
+      }
     }
+  }
+  Grid<BITS> operator[](int64_t g) const {
+    if constexpr (USED) return {scale[g - first], zero[g - first]};
+    return {0.f, 0.f};
   }
 };
 
@@ -219,15 +277,16 @@ inline void decode(const Factor &f, int64_t r, int64_t b, const Grid<BITS> &grid
     const int64_t first = b * BLOCK, count = std::min<int64_t>(BLOCK, f.size - first);
     float values[BLOCK] = {};
     if (BITS == 16)
-      for (int64_t k = 0; k < count; ++k)
-        values[k] = from_half(f.half(f.low, r * f.size + first + k));
+      for (int64_t k = 0; k < count; k += 16)
+        from_halves(f.low + 2 * (r * f.size + first + k), values + k,
+                    std::min<int64_t>(16, count - k));
     else
       for (int64_t k = 0; k < count; ++k) values[k] = f.value(r, first + k);
     UNROLL
     for (int i = 0; i < V; ++i) v[i] = load(values + i * LANES);
   } else {
     constexpr int P = BITS == 3 ? 2 : BITS;
-    const int64_t at = r * f.blocks() + b;
+    const int64_t at = r * f.blocks + b;
     const uint8_t *low = f.low + at * 8 * P;
     const uint8_t *high = f.high + at * 8;
     UNROLL
@@ -244,30 +303,50 @@ inline void decode(const Factor &f, int64_t r, int64_t b, const Grid<BITS> &grid
   }
 }
 
-// Directions lie a page or so apart: too far for the CPU to see which line comes next.
+// Directions of a large matrix lie pages apart: too far for the CPU to see which line is next.
 template <int BITS>
 inline void prefetch(const Factor &f, int64_t r, int64_t b) {
   if constexpr (BITS != RAGGED && BITS != 16)
-    __builtin_prefetch(f.low + (r * f.blocks() + b) * 8 * (BITS == 3 ? 2 : BITS));
+    __builtin_prefetch(f.low + (r * f.blocks + b) * 8 * (BITS == 3 ? 2 : BITS));
 }
+
+// Bytes that this thread reads next, fetched a few lines at a time beside its sums. A tenant's part
+// of a layer is some kilobytes, of which the CPU's own prefetching sees little before they end.
+struct Ahead {
+  const struct Band *band = nullptr, *last = nullptr;
+  const uint8_t *at = nullptr, *end = nullptr;
+
+  void start(const Band *first, const Band *last);
+  void all(const Band *first, const Band *last);
+  void next();
+  void lines() {
+    if (at >= end) return;
+    // Past the end is harmless.
+    for (int i = 0; i < LINES; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += 64 * LINES;
+  }
+};
 
 template <int BITS>
 inline int64_t blocks_of_group(const Factor &f) {
-  return BITS == RAGGED || BITS == 16 ? f.blocks() : f.group_size / BLOCK;
+  return BITS == RAGGED || BITS == 16 ? f.blocks : f.group_size / BLOCK;
 }
 
 // t[r, j] += Σ_n x[j, n] · value[r, n] over blocks b0 … b1, for TT tokens.
 template <int BITS, int TT>
-NOINLINE void shrink(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1,
-                     const float *x, int64_t ldx, float *t) {
+NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t b1,
+                     const float *x, int64_t ldx, float *t, Ahead &next) {
   constexpr int SUMS = TT == 1 ? std::min(V, 4) : 2;  // enough of them to hide the adder's latency
-  const int64_t per_group = blocks_of_group<BITS>(f);
+  const int32_t per_group = int32_t(blocks_of_group<BITS>(f));
+  const int64_t g0 = int32_t(b0) / per_group, g1 = int32_t(b1 + per_group - 1) / per_group;
   for (int64_t r = r0; r < r1; ++r) {
+    next.lines();
+    const Grids<BITS, CHUNK + 1> grids(f, r, g0, g1);
     vf acc[TT][SUMS] = {};
-    for (int64_t b = b0; b < b1;) {
-      const int64_t g = int32_t(b) / int32_t(per_group);
-      const Grid<BITS> grid(f, r, g);
-      for (const int64_t end = std::min(b1, (g + 1) * per_group); b < end; ++b) {
+    int64_t b = b0;
+    for (int64_t g = g0; g < g1; ++g) {
+      const Grid<BITS> grid = grids[g];
+      for (const int64_t end = std::min<int64_t>(b1, (g + 1) * per_group); b < end; ++b) {
         vf v[V];
         decode<BITS>(f, r, b, grid, v);
         UNROLL
@@ -288,9 +367,10 @@ NOINLINE void shrink(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_
 
 // y[j, block, :] += Σ_r t[r, j] · value[r, block, :] for NB blocks from b on and TT tokens.
 template <int BITS, int TT, int NB>
-NOINLINE void expand(const Factor &f, int64_t count, int64_t b, const float *t, float *y) {
+NOINLINE void expand(const Factor f, int64_t count, int64_t b, const float *t, float *y,
+                     Ahead &next) {
   const int64_t per_group = blocks_of_group<BITS>(f);
-  const int64_t g0 = b / per_group;
+  const int64_t g0 = b / per_group, g1 = (b + NB + per_group - 1) / per_group;
   vf acc[TT][NB * V];
   UNROLL
   for (int j = 0; j < TT; ++j)
@@ -301,10 +381,13 @@ NOINLINE void expand(const Factor &f, int64_t count, int64_t b, const float *t, 
     UNROLL
     for (int j = 0; j < TT; ++j) weight[j] = splat(t[r * TT + j]);
     prefetch<BITS>(f, r + AHEAD, b);
-    Grid<BITS> grid(f, r, g0);
+    next.lines();
+    const Grids<BITS, NB + 1> grids(f, r, g0, g1);
+    int64_t g = g0;
+    Grid<BITS> grid = grids[g];
     UNROLL
-    for (int n = 0, g = int(g0); n < NB; ++n) {
-      if (b + n >= (g + 1) * per_group) grid = Grid<BITS>(f, r, ++g);
+    for (int n = 0; n < NB; ++n) {
+      if (b + n >= (g + 1) * per_group) grid = grids[++g];
       vf v[V];
       decode<BITS>(f, r, b + n, grid, v);
       UNROLL
@@ -341,35 +424,35 @@ NOINLINE void sign_sums(const uint8_t *words, int64_t blocks, const float *x, in
 
 template <int TT>
 void shrink_any(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1, const float *x,
-                int64_t ldx, float *t) {
+                int64_t ldx, float *t, Ahead &next) {
   const bool ragged = f.bits != 16 && f.group_size % BLOCK;
   switch (ragged ? RAGGED : f.bits) {
-    case 1: return shrink<1, TT>(f, r0, r1, b0, b1, x, ldx, t);
-    case 2: return shrink<2, TT>(f, r0, r1, b0, b1, x, ldx, t);
-    case 3: return shrink<3, TT>(f, r0, r1, b0, b1, x, ldx, t);
-    case 4: return shrink<4, TT>(f, r0, r1, b0, b1, x, ldx, t);
-    case 8: return shrink<8, TT>(f, r0, r1, b0, b1, x, ldx, t);
-    case 16: return shrink<16, TT>(f, r0, r1, b0, b1, x, ldx, t);
-    default: return shrink<RAGGED, TT>(f, r0, r1, b0, b1, x, ldx, t);
+    case 1: return shrink<1, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
+    case 2: return shrink<2, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
+    case 3: return shrink<3, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
+    case 4: return shrink<4, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
+    case 8: return shrink<8, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
+    case 16: return shrink<16, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
+    default: return shrink<RAGGED, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
   }
 }
 
 template <int TT, int NB>
-void expand_any(const Factor &f, int64_t count, int64_t b, const float *t, float *y) {
+void expand_any(const Factor &f, int64_t count, int64_t b, const float *t, float *y, Ahead &next) {
   const bool ragged = f.bits != 16 && f.group_size % BLOCK;
   switch (ragged ? RAGGED : f.bits) {
-    case 1: return expand<1, TT, NB>(f, count, b, t, y);
-    case 2: return expand<2, TT, NB>(f, count, b, t, y);
-    case 3: return expand<3, TT, NB>(f, count, b, t, y);
-    case 4: return expand<4, TT, NB>(f, count, b, t, y);
-    case 8: return expand<8, TT, NB>(f, count, b, t, y);
-    case 16: return expand<16, TT, NB>(f, count, b, t, y);
-    default: return expand<RAGGED, TT, NB>(f, count, b, t, y);
+    case 1: return expand<1, TT, NB>(f, count, b, t, y, next);
+    case 2: return expand<2, TT, NB>(f, count, b, t, y, next);
+    case 3: return expand<3, TT, NB>(f, count, b, t, y, next);
+    case 4: return expand<4, TT, NB>(f, count, b, t, y, next);
+    case 8: return expand<8, TT, NB>(f, count, b, t, y, next);
+    case 16: return expand<16, TT, NB>(f, count, b, t, y, next);
+    default: return expand<RAGGED, TT, NB>(f, count, b, t, y, next);
   }
 }
 
 struct Band {
-  int64_t count, first;  // first: its place among the directions of its slot
+  int64_t part, count, first;  // first: its place among the directions of its slot
   Factor v, u;
   const uint8_t *s;
 
@@ -379,6 +462,22 @@ struct Band {
     return a;
   }
 };
+
+void Ahead::start(const Band *first, const Band *last_) {
+  band = first;
+  last = last_;
+  at = end;
+  next();
+}
+void Ahead::next() {
+  if (at < end || band == last) return;
+  at = band->v.low;
+  end = band->s + 4 * band->count;
+  ++band;
+}
+void Ahead::all(const Band *first, const Band *last_) {
+  for (start(first, last_); at < end; next()) lines();
+}
 
 // What the slots of a pool hold for one layer; `fields` as ops/slots.py lays them out.
 struct Table {
@@ -391,11 +490,13 @@ struct Table {
 
   static constexpr int FIELDS = 12;  // of a band: bits, count, first, V (4), U (4), s
 
-  std::vector<Band> bands(int64_t slot, int64_t part) const {
+  // Adds the bands of a slot, part by part.
+  void read(int64_t slot, std::vector<Band> &bands) const {
     const uint8_t *base = blobs + slot * slot_bytes;
     const auto factor = [&](const int64_t *offset, int64_t bits, int64_t size) {
       return Factor{bits,
                     size,
+                    (size + BLOCK - 1) / BLOCK,
                     (size + group_size - 1) / group_size,
                     group_size,
                     base + offset[0],
@@ -403,13 +504,12 @@ struct Table {
                     base + offset[2],
                     base + offset[3]};
     };
-    std::vector<Band> result;
-    const int64_t *f = fields + (slot * parts + part) * max_bands * FIELDS;
-    for (int64_t i = 0; i < max_bands; ++i, f += FIELDS)
-      if (f[1])
-        result.push_back({f[1], f[2], factor(f + 3, f[0], in), factor(f + 7, f[0], outs[part]),
-                          base + f[11]});
-    return result;
+    const int64_t *f = fields + slot * parts * max_bands * FIELDS;
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t i = 0; i < max_bands; ++i, f += FIELDS)
+        if (f[1])
+          bands.push_back({part, f[1], f[2], factor(f + 3, f[0], in),
+                           factor(f + 7, f[0], outs[part]), base + f[11]});
   }
 };
 
@@ -419,9 +519,16 @@ struct Matrix {
   int64_t stride;
   bool bf16;
 
-  float get(int64_t row, int64_t column) const {
-    const int64_t at = row * stride + column;
-    return bf16 ? from_bf16(((const uint16_t *)data)[at]) : ((const float *)data)[at];
+  // A row as floats, followed by zeros up to `room`.
+  void get(int64_t row, int64_t count, float *to, int64_t room) const {
+    const int64_t at = row * stride;
+    if (bf16) {
+      const uint16_t *from = (const uint16_t *)data + at;
+      for (int64_t k = 0; k < count; ++k) to[k] = from_bf16(from[k]);
+    } else {
+      std::memcpy(to, (const float *)data + at, 4 * count);
+    }
+    std::fill(to + count, to + room, 0.f);
   }
 
   void set(int64_t row, const float *from, int64_t count) const {
@@ -453,7 +560,7 @@ inline int64_t chunk_of(int64_t j, int64_t tokens) {
 
 // One part's outputs of one tenant's rows, or all inputs for rows of an embedding.
 struct Target {
-  const std::vector<Band> *bands;
+  const Band *bands, *end;
   bool with_u;
   int64_t rank, size, column;  // column: the first in y
   const int64_t *rows;         // of y
@@ -462,36 +569,37 @@ struct Target {
 };
 
 template <int TT, int NB>
-void expand_tile(const Target &to, int64_t b, int64_t j, const Matrix &y) {
+void expand_tile(const Target &to, int64_t b, int64_t j, const Matrix &y, Ahead &next) {
   float tile[TT * NB * BLOCK] __attribute__((aligned(64))) = {};
   const float *t = to.t + j * to.rank;
-  for (const Band &band : *to.bands)
-    expand_any<TT, NB>(to.with_u ? band.u : band.v, band.count, b, t + band.first * TT, tile);
+  for (const Band *band = to.bands; band != to.end; ++band)
+    expand_any<TT, NB>(to.with_u ? band->u : band->v, band->count, b, t + band->first * TT, tile,
+                       next);
   const int64_t first = b * BLOCK, count = std::min<int64_t>(NB * BLOCK, to.size - first);
   for (int64_t i = 0; i < TT; ++i)
     y.add(to.rows[j + i], to.column + first, tile + i * NB * BLOCK, count);
 }
 
 template <int TT>
-void expand_span(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y) {
+void expand_span(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y, Ahead &next) {
   constexpr int NB = std::max(1, TILE / TT);
-  for (; b + NB <= b1; b += NB) expand_tile<TT, NB>(to, b, j, y);
-  for (; b < b1; ++b) expand_tile<TT, 1>(to, b, j, y);
+  for (; b + NB <= b1; b += NB) expand_tile<TT, NB>(to, b, j, y, next);
+  for (; b < b1; ++b) expand_tile<TT, 1>(to, b, j, y, next);
 }
 
-void expand_blocks(const Target &to, int64_t b, int64_t b1, const Matrix &y) {
+void expand_blocks(const Target &to, int64_t b, int64_t b1, const Matrix &y, Ahead &next) {
   for (int64_t j = 0; j < to.tokens;) {
     const int64_t chunk = chunk_of(j, to.tokens);
-    if (chunk == 4) expand_span<4>(to, b, b1, j, y);
-    if (chunk == 2) expand_span<2>(to, b, b1, j, y);
-    if (chunk == 1) expand_span<1>(to, b, b1, j, y);
+    if (chunk == 4) expand_span<4>(to, b, b1, j, y, next);
+    if (chunk == 2) expand_span<2>(to, b, b1, j, y, next);
+    if (chunk == 1) expand_span<1>(to, b, b1, j, y, next);
     j += chunk;
   }
 }
 
 void shrink_range(const Band &band, int64_t r0, int64_t r1, int64_t tokens, int64_t rank,
-                  const float *x, int64_t ldx, float *t) {
-  const int64_t blocks = band.v.blocks();
+                  const float *x, int64_t ldx, float *t, Ahead &next) {
+  const int64_t blocks = band.v.blocks;
   for (int64_t j = 0; j < tokens;) {
     const int64_t chunk = chunk_of(j, tokens);
     float *tj = t + j * rank + band.first * chunk;
@@ -499,9 +607,9 @@ void shrink_range(const Band &band, int64_t r0, int64_t r1, int64_t tokens, int6
     for (int64_t b = 0; b < blocks; b += CHUNK) {
       const int64_t b1 = std::min(blocks, b + CHUNK);
       const float *xj = x + j * ldx;
-      if (chunk == 4) shrink_any<4>(band.v, r0, r1, b, b1, xj, ldx, tj);
-      if (chunk == 2) shrink_any<2>(band.v, r0, r1, b, b1, xj, ldx, tj);
-      if (chunk == 1) shrink_any<1>(band.v, r0, r1, b, b1, xj, ldx, tj);
+      if (chunk == 4) shrink_any<4>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
+      if (chunk == 2) shrink_any<2>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
+      if (chunk == 1) shrink_any<1>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
     }
     for (int64_t r = r0; r < r1; ++r)
       for (int64_t i = 0; i < chunk; ++i) tj[r * chunk + i] *= band.singular(r);
@@ -509,71 +617,134 @@ void shrink_range(const Band &band, int64_t r0, int64_t r1, int64_t tokens, int6
   }
 }
 
-int threads_for(int64_t work, int64_t threads) {
-  return int(std::max<int64_t>(1, std::min(threads, work / THREAD_WORK)));
-}
-
-// The rows of one slot, and where their x and t lie in the scratch.
+// The rows of one slot, what it holds, and where their t lie in the scratch.
 struct Group {
-  int64_t slot, first, tokens;        // first: place of the first row among those of all groups
-  std::vector<std::vector<Band>> parts;
+  int64_t slot, first, tokens;  // first: place of the first row among those of all groups
+  const Band *bands, *end;
   int64_t rank, t;
+  size_t shrinks, expands;  // ends of its tasks
 };
 
-// Rows by slot. -1 if a slot is out of range, else the number of rows that have one.
-int64_t group(const int32_t *slot, int64_t tokens, int64_t slots, std::vector<Group> &groups,
-              std::vector<int64_t> &rows) {
-  int64_t live = 0;
-  for (int64_t j = 0; j < tokens; ++j) {
-    if (slot[j] < -1 || slot[j] >= slots) return -1;
-    live += slot[j] >= 0;
-  }
-  if (!live) return 0;
-  std::vector<int64_t> count(slots, 0);
-  for (int64_t j = 0; j < tokens; ++j)
-    if (slot[j] >= 0) ++count[slot[j]];
-  int64_t first = 0;
-  for (int64_t s = 0; s < slots; ++s) {
-    if (count[s]) groups.push_back({s, first, count[s], {}, 0, 0});
-    first += count[s];
-    count[s] = first - count[s];  // from here on: where its next row goes
-  }
-  rows.resize(live);
-  for (int64_t j = 0; j < tokens; ++j)
-    if (slot[j] >= 0) rows[count[slot[j]]++] = j;
-  return live;
-}
-
-// Reads what the slots of the groups hold; drops those that hold nothing. The floats of all t.
-int64_t read(const Table &table, std::vector<Group> &groups) {
-  int64_t floats = 0;
-  size_t kept = 0;
-  for (Group &g : groups) {
-    for (int64_t p = 0; p < table.parts; ++p) {
-      g.parts.push_back(table.bands(g.slot, p));
-      for (const Band &band : g.parts.back()) g.rank = std::max(g.rank, band.first + band.count);
-    }
-    g.t = floats;
-    floats += g.rank * g.tokens;
-    if (g.rank) std::swap(groups[kept++], g);
-  }
-  groups.resize(kept);
-  return floats;
-}
-
-// Memory that a thread keeps from call to call.
-float *scratch(int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (int64_t(memory.size()) < floats) memory.resize(floats);
-  return memory.data();
-}
-
+// Directions of a band whose t is to be made, or blocks of outputs of a part's bands.
 struct Task {
   const Group *group;
-  int64_t part, band, first, last;
+  const Band *bands, *end;
+  int64_t column, size, first, last;
 };
 
-constexpr int64_t SPAN = 4;  // blocks of outputs: 2-bit codes of a cache line
+// What a call has to do; a thread keeps the memory from call to call.
+struct Work {
+  std::vector<Group> groups;
+  std::vector<int64_t> rows;  // of y, by slot
+  std::vector<Band> bands;
+  std::vector<Task> shrinks, expands;
+  std::vector<int64_t> count;
+  std::vector<float> memory;
+  int64_t codes = 0;  // × rows
+
+  float *scratch(int64_t floats) {
+    if (int64_t(memory.size()) < floats) memory.resize(floats);
+    return memory.data();
+  }
+
+  // Rows by slot. -1 if a slot is out of range, else the number of rows that have one.
+  int64_t group(const int32_t *slot, int64_t tokens, int64_t slots) {
+    groups.clear();
+    shrinks.clear();
+    expands.clear();
+    bands.clear();
+    codes = 0;
+    int64_t live = 0;
+    for (int64_t j = 0; j < tokens; ++j) {
+      if (slot[j] < -1 || slot[j] >= slots) return -1;
+      live += slot[j] >= 0;
+    }
+    if (!live) return 0;
+    count.assign(slots, 0);
+    for (int64_t j = 0; j < tokens; ++j)
+      if (slot[j] >= 0) ++count[slot[j]];
+    int64_t first = 0;
+    for (int64_t s = 0; s < slots; ++s) {
+      if (count[s]) groups.push_back({s, first, count[s], nullptr, nullptr, 0, 0, 0, 0});
+      first += count[s];
+      count[s] = first - count[s];  // from here on: where its next row goes
+    }
+    rows.resize(live);
+    for (int64_t j = 0; j < tokens; ++j)
+      if (slot[j] >= 0) rows[count[slot[j]]++] = j;
+    return live;
+  }
+
+  // Reads what the slots of the groups hold; drops those that hold nothing. The floats of all t.
+  int64_t read(const Table &table) {
+    bands.reserve(groups.size() * table.parts * table.max_bands);  // they do not move from here on
+    int64_t floats = 0;
+    size_t kept = 0;
+    for (Group g : groups) {
+      g.bands = bands.data() + bands.size();
+      table.read(g.slot, bands);
+      g.end = bands.data() + bands.size();
+      if (g.bands == g.end) continue;
+      for (const Band *band = g.bands; band != g.end; ++band)
+        g.rank = std::max(g.rank, band->first + band->count);
+      g.t = floats;
+      floats += g.rank * g.tokens;
+      groups[kept++] = g;
+    }
+    groups.resize(kept);
+    return floats;
+  }
+
+  // Blocks of outputs of some bands, as tasks of the last group that was begun.
+  void expand(const Group &g, const Band *first, const Band *end, int64_t column, int64_t size) {
+    const int64_t blocks = (size + BLOCK - 1) / BLOCK;
+    for (int64_t b = 0; b < blocks; b += SPAN)
+      expands.push_back({&g, first, end, column, size, b, std::min(blocks, b + SPAN)});
+    for (; first != end; ++first) codes += first->count * size * g.tokens;
+  }
+
+  // Widens rows, makes t, uses it, for each group. Of many groups a thread takes whole ones, so that
+  // it waits for no other and knows what it reads next; the tasks of a few are shared out.
+  template <class Widen, class Shrink, class Expand>
+  void run(int64_t threads, Widen widen, Shrink shrink, Expand expand) {
+    const int team = int(std::max<int64_t>(1, std::min(threads, codes / THREAD_WORK)));
+    const size_t count = groups.size();
+    if (team == 1 || count >= 2 * size_t(team)) {
+      std::atomic<size_t> claimed{0};
+#pragma omp parallel num_threads(team) if (team > 1)
+      {
+        Ahead ahead;
+        size_t i = claimed++;
+        if (i < count) ahead.all(groups[i].bands, groups[i].end);
+        for (size_t next; i < count; i = next) {
+          next = claimed++;
+          if (next < count) ahead.start(groups[next].bands, groups[next].end);
+          const Group &g = groups[i];
+          for (int64_t j = g.first; j < g.first + g.tokens; ++j) widen(j);
+          for (size_t k = i ? groups[i - 1].shrinks : 0; k < g.shrinks; ++k, ahead.next())
+            shrink(shrinks[k], ahead);
+          for (size_t k = i ? groups[i - 1].expands : 0; k < g.expands; ++k, ahead.next())
+            expand(expands[k], ahead);
+        }
+      }
+      return;
+    }
+#pragma omp parallel num_threads(team)
+    {
+      Ahead ahead;
+      for (const Group &g : groups) {
+#pragma omp for nowait
+        for (int64_t j = g.first; j < g.first + g.tokens; ++j) widen(j);
+      }
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+      for (const Task &task : shrinks) shrink(task, ahead);
+#pragma omp for schedule(dynamic)
+      for (const Task &task : expands) expand(task, ahead);
+    }
+  }
+};
+thread_local Work kept;
 
 }  // namespace
 
@@ -588,60 +759,44 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
                         const uint8_t *blobs, int64_t slot_bytes, const int64_t *fields,
                         int64_t slots, int64_t parts, int64_t max_bands, const int64_t *outs,
                         int64_t in, int64_t group_size, int64_t threads) {
-  std::vector<Group> groups;
-  std::vector<int64_t> rows;
-  const int64_t live = group(slot, tokens, slots, groups, rows);
+  Work &work = kept;
+  const int64_t live = work.group(slot, tokens, slots);
   if (live <= 0) return live;
-  const Table table{blobs, slot_bytes, fields, slots, parts, max_bands, outs, in, group_size};
-  const int64_t floats = read(table, groups);
-  if (groups.empty()) return live;
+  const int64_t floats =
+      work.read({blobs, slot_bytes, fields, slots, parts, max_bands, outs, in, group_size});
+  if (work.groups.empty()) return live;
   const Matrix y{y_data, y_stride, y_bf16 != 0}, x{x_data, x_stride, x_bf16 != 0};
   const int64_t ldx = (in + BLOCK - 1) / BLOCK * BLOCK;
-  float *x_TI = scratch(live * ldx + floats), *t = x_TI + live * ldx;
-
-  std::vector<Task> shrinks, expands;
-  std::vector<Target> targets;
-  int64_t work = 0;
-  for (const Group &g : groups) {
+  float *x_TI = work.scratch(live * ldx + floats), *t = x_TI + live * ldx;
+  const int64_t *rows = work.rows.data();
+  for (Group &g : work.groups) {
     const int64_t span = g.tokens > 32 ? 64 : 16;  // directions that use one piece of x from L1
-    int64_t column = 0;
-    for (int64_t p = 0; p < parts; ++p) {
-      const std::vector<Band> &bands = g.parts[p];
-      for (int64_t i = 0; i < int64_t(bands.size()); ++i) {
-        for (int64_t r = 0; r < bands[i].count; r += span)
-          shrinks.push_back({&g, p, i, r, std::min(bands[i].count, r + span)});
-        work += bands[i].count * (in + outs[p]) * g.tokens;
+    int64_t column = 0, part = 0;
+    for (const Band *first = g.bands, *end; first != g.end; first = end) {
+      for (; part < first->part; ++part) column += outs[part];
+      for (end = first; end != g.end && end->part == part; ++end) {
+        for (int64_t r = 0; r < end->count; r += span)
+          work.shrinks.push_back({&g, end, end + 1, 0, in, r, std::min(end->count, r + span)});
+        work.codes += end->count * in * g.tokens;
       }
-      if (!bands.empty()) {
-        const int64_t blocks = (outs[p] + BLOCK - 1) / BLOCK;
-        for (int64_t b = 0; b < blocks; b += SPAN)
-          expands.push_back({&g, int64_t(targets.size()), 0, b, std::min(blocks, b + SPAN)});
-        targets.push_back({&bands, true, g.rank, outs[p], column, rows.data() + g.first, g.tokens,
-                           t + g.t});
-      }
-      column += outs[p];
+      work.expand(g, first, end, column, outs[part]);
     }
+    g.shrinks = work.shrinks.size();
+    g.expands = work.expands.size();
   }
-  const int team = threads_for(work, threads);
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-    for (const Group &g : groups) {
-#pragma omp for nowait
-      for (int64_t j = g.first; j < g.first + g.tokens; ++j) {
-        for (int64_t n = 0; n < in; ++n) x_TI[j * ldx + n] = x.get(rows[j], n);
-        std::fill(x_TI + j * ldx + in, x_TI + (j + 1) * ldx, 0.f);
-      }
-    }
-#pragma omp barrier
-#pragma omp for schedule(dynamic)
-    for (const Task &task : shrinks) {
-      const Group &g = *task.group;
-      shrink_range(g.parts[task.part][task.band], task.first, task.last, g.tokens, g.rank,
-                   x_TI + g.first * ldx, ldx, t + g.t);
-    }
-#pragma omp for schedule(dynamic)
-    for (const Task &task : expands) expand_blocks(targets[task.part], task.first, task.last, y);
-  }
+  work.run(
+      threads, [&](int64_t j) { x.get(rows[j], in, x_TI + j * ldx, ldx); },
+      [&](const Task &task, Ahead &next) {
+        const Group &g = *task.group;
+        shrink_range(*task.bands, task.first, task.last, g.tokens, g.rank, x_TI + g.first * ldx,
+                     ldx, t + g.t, next);
+      },
+      [&](const Task &task, Ahead &next) {
+        const Group &g = *task.group;
+        const Target to{task.bands,  task.end,       true,     g.rank,  task.size,
+                        task.column, rows + g.first, g.tokens, t + g.t};
+        expand_blocks(to, task.first, task.last, y, next);
+      });
   return live;
 }
 
@@ -652,34 +807,29 @@ int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, cons
                             int64_t slot_bytes, const int64_t *fields, int64_t slots,
                             int64_t max_bands, int64_t out, int64_t in, int64_t group_size,
                             float scale, int64_t threads) {
-  std::vector<Group> groups;
-  std::vector<int64_t> rows;
-  const int64_t live = group(slot, tokens, slots, groups, rows);
+  Work &work = kept;
+  const int64_t live = work.group(slot, tokens, slots);
   if (live <= 0) return live;
-  const Table table{blobs, slot_bytes, fields, slots, 1, max_bands, &out, in, group_size};
-  const int64_t floats = read(table, groups);
-  for (const Group &g : groups)
+  const int64_t floats =
+      work.read({blobs, slot_bytes, fields, slots, 1, max_bands, &out, in, group_size});
+  const int64_t *rows = work.rows.data();
+  for (const Group &g : work.groups)
     for (int64_t j = g.first; j < g.first + g.tokens; ++j)
       if (ids[rows[j]] < 0 || ids[rows[j]] >= out) return -2;
   const Matrix y{y_data, y_stride, y_bf16 != 0};
-  float *t = scratch(floats);
-  std::vector<Task> expands;
-  std::vector<Target> targets;
-  const int64_t blocks = (in + BLOCK - 1) / BLOCK;
-  int64_t work = 0;
-  for (const Group &g : groups) {
-    for (int64_t b = 0; b < blocks; b += SPAN)
-      expands.push_back({&g, int64_t(targets.size()), 0, b, std::min(blocks, b + SPAN)});
-    targets.push_back(
-        {&g.parts[0], false, g.rank, in, 0, rows.data() + g.first, g.tokens, t + g.t});
-    work += g.rank * in * g.tokens;
+  float *t = work.scratch(floats);
+  for (Group &g : work.groups) {
+    for (const Band *band = g.bands; band != g.end; ++band)
+      work.shrinks.push_back({&g, band, band + 1, 0, out, 0, band->count});
+    work.expand(g, g.bands, g.end, 0, in);
+    g.shrinks = work.shrinks.size();
+    g.expands = work.expands.size();
   }
-  const int team = threads_for(work, threads);
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-    for (const Group &g : groups)
-      for (const Band &band : g.parts[0]) {
-#pragma omp for nowait
+  work.run(
+      threads, [](int64_t) {},
+      [&](const Task &task, Ahead &) {
+        const Group &g = *task.group;
+        const Band &band = *task.bands;
         for (int64_t r = 0; r < band.count; ++r)
           for (int64_t j = 0; j < g.tokens;) {
             const int64_t chunk = chunk_of(j, g.tokens);
@@ -688,11 +838,13 @@ int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, cons
               tj[i] = band.u.value(r, ids[rows[g.first + j + i]]) * (scale * band.singular(r));
             j += chunk;
           }
-      }
-#pragma omp barrier
-#pragma omp for schedule(dynamic)
-    for (const Task &task : expands) expand_blocks(targets[task.part], task.first, task.last, y);
-  }
+      },
+      [&](const Task &task, Ahead &next) {
+        const Group &g = *task.group;
+        const Target to{task.bands, task.end,       false,    g.rank,  task.size,
+                        0,          rows + g.first, g.tokens, t + g.t};
+        expand_blocks(to, task.first, task.last, y, next);
+      });
   return live;
 }
 
@@ -703,59 +855,50 @@ int64_t deltacome_signs(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
                         const uint8_t *blobs, int64_t slot_bytes, const int64_t *fields,
                         int64_t slots, int64_t parts, const int64_t *outs, int64_t in,
                         int64_t threads) {
-  std::vector<Group> groups;
-  std::vector<int64_t> rows;
-  const int64_t live = group(slot, tokens, slots, groups, rows);
+  Work &work = kept;
+  const int64_t live = work.group(slot, tokens, slots);
   if (live <= 0) return live;
   const Matrix y{y_data, y_stride, y_bf16 != 0}, x{x_data, x_stride, x_bf16 != 0};
   const int64_t ldx = (in + BLOCK - 1) / BLOCK * BLOCK;
-  float *x_TI = scratch(live * ldx);
-  std::vector<Task> tasks;
-  int64_t work = 0;
-  for (const Group &g : groups) {
+  float *x_TI = work.scratch(live * ldx);
+  const int64_t *rows = work.rows.data();
+  for (Group &g : work.groups) {
     int64_t column = 0;
-    for (int64_t p = 0; p < parts; ++p) {
-      if (fields[(g.slot * parts + p) * 3 + 2]) {
-        for (int64_t o = 0; o < outs[p]; o += 16)
-          tasks.push_back({&g, p, column, o, std::min(outs[p], o + 16)});
-        work += outs[p] * in * g.tokens;
-      }
-      column += outs[p];
+    for (int64_t p = 0; p < parts; column += outs[p++]) {
+      if (!fields[(g.slot * parts + p) * 3 + 2]) continue;
+      for (int64_t o = 0; o < outs[p]; o += SIGN_ROWS)
+        work.expands.push_back(
+            {&g, nullptr, nullptr, column, p, o, std::min(outs[p], o + SIGN_ROWS)});
+      work.codes += outs[p] * in * g.tokens;
     }
+    g.expands = work.expands.size();
   }
-  const int team = threads_for(work, threads);
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-#pragma omp for
-    for (int64_t j = 0; j < live; ++j) {
-      for (int64_t n = 0; n < in; ++n) x_TI[j * ldx + n] = x.get(rows[j], n);
-      std::fill(x_TI + j * ldx + in, x_TI + (j + 1) * ldx, 0.f);
-    }
-#pragma omp for schedule(dynamic)
-    for (const Task &task : tasks) {
-      const Group &g = *task.group;
-      const int64_t *f = fields + (g.slot * parts + task.part) * 3;
-      const uint8_t *base = blobs + g.slot * slot_bytes;
-      for (int64_t o = task.first; o < task.last; ++o) {
-        float alpha;
-        std::memcpy(&alpha, base + f[1] + 4 * (f[2] > 1 ? o : 0), 4);
-        const uint8_t *words = base + f[0] + o * (ldx / 8);
+  work.run(
+      threads, [&](int64_t j) { x.get(rows[j], in, x_TI + j * ldx, ldx); },
+      [](const Task &, Ahead &) {},
+      [&](const Task &task, Ahead &) {
+        const Group &g = *task.group;
+        const int64_t *f = fields + (g.slot * parts + task.size) * 3;  // size: the part
+        const uint8_t *base = blobs + g.slot * slot_bytes;
         for (int64_t j = 0; j < g.tokens;) {
           const int64_t chunk = chunk_of(j, g.tokens);
           const float *xj = x_TI + (g.first + j) * ldx;
-          float sums[MAX_TOKENS];
-          if (chunk == 4) sign_sums<4>(words, ldx / BLOCK, xj, ldx, sums);
-          if (chunk == 2) sign_sums<2>(words, ldx / BLOCK, xj, ldx, sums);
-          if (chunk == 1) sign_sums<1>(words, ldx / BLOCK, xj, ldx, sums);
-          for (int64_t i = 0; i < chunk; ++i) {
-            sums[i] *= alpha;
-            y.add(rows[g.first + j + i], task.band + o, sums + i, 1);
+          float tile[MAX_TOKENS][SIGN_ROWS];
+          for (int64_t o = task.first; o < task.last; ++o) {
+            float alpha, sums[MAX_TOKENS];
+            std::memcpy(&alpha, base + f[1] + 4 * (f[2] > 1 ? o : 0), 4);
+            const uint8_t *words = base + f[0] + o * (ldx / 8);
+            if (chunk == 4) sign_sums<4>(words, ldx / BLOCK, xj, ldx, sums);
+            if (chunk == 2) sign_sums<2>(words, ldx / BLOCK, xj, ldx, sums);
+            if (chunk == 1) sign_sums<1>(words, ldx / BLOCK, xj, ldx, sums);
+            for (int64_t i = 0; i < chunk; ++i) tile[i][o - task.first] = alpha * sums[i];
           }
+          for (int64_t i = 0; i < chunk; ++i)
+            y.add(rows[g.first + j + i], task.column + task.first, tile[i],
+                  task.last - task.first);
           j += chunk;
         }
-      }
-    }
-  }
+      });
   return live;
 }
 
@@ -766,14 +909,14 @@ int64_t deltacome_norm(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_d
   for (int64_t j = 0; j < tokens; ++j)
     if (slot[j] < -1 || slot[j] >= slots) return -1;
   const Matrix y{y_data, y_stride, y_bf16 != 0}, x{x_data, x_stride, x_bf16 != 0};
-  float *row = scratch(size);
+  const int64_t room = (size + LANES - 1) / LANES * LANES;
+  float *row = kept.scratch(room);
   for (int64_t j = 0; j < tokens; ++j) {
     if (slot[j] < 0) continue;
-    double squares = 0;
-    for (int64_t n = 0; n < size; ++n) {
-      row[n] = x.get(j, n);
-      squares += double(row[n]) * row[n];
-    }
+    x.get(j, size, row, room);
+    vf lanes = {};
+    for (int64_t n = 0; n < room; n += LANES) lanes += load(row + n) * load(row + n);
+    const double squares = sum(lanes);
     const float factor = float(1 / std::sqrt(squares / size + eps));
     const float *w = weights + slot[j] * size;
     for (int64_t n = 0; n < size; ++n) row[n] = row[n] * factor * w[n];

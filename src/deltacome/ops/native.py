@@ -18,8 +18,8 @@ loaded here. Which one follows `torch.backends.cpu.get_cpu_capability()`, so tha
 installs as before, and asking for this implementation is an error that says why.
 
 Threads are OpenMP's, of the runtime that torch has loaded, as many as `torch.get_num_threads()`; a
-call too small to be worth waking one stays on the caller's. All tenants of a call are one list of
-tasks. Sums are ordered alike for any number of threads.
+call too small to be worth waking one stays on the caller's. With many tenants in a call a thread takes
+whole ones, with few their tasks are shared out. Sums are ordered alike for any number of threads.
 
 Activations of float32 and bfloat16 are read and written as they lie; other dtypes and outputs with
 gaps between columns are converted by torch and copied back, which a float16 model pays for.
@@ -101,6 +101,8 @@ def missing() -> UnsupportedError | None:
 
 def readable(a: Tensor) -> Tensor:
     """The matrix itself where C can walk it (rows apart, columns together), else a float32 copy."""
+    if a.is_contiguous() and a.dtype in _NATIVE:
+        return a
     apart = a.shape[0] <= 1 or a.stride(0) >= a.shape[1]  # rows that overlap are torch's to refuse
     together = a.shape[1] == 1 or a.stride(1) == 1
     if a.dtype in _NATIVE and apart and together:
@@ -119,7 +121,7 @@ def check(op: str, y: Tensor, slot_T: Tensor, *tables: Tensor) -> None:
     Raises:
         MismatchError: says what was expected.
     """
-    if y.device.type != "cpu":
+    if not y.is_cpu:
         raise MismatchError(f"{op}: impl 'cpu': expected tensors on the CPU, got {y.device}")
     if slot_T.dtype != torch.int32 or not slot_T.is_contiguous():
         raise MismatchError(f"{op}: expected int32 slots in one piece, got {slot_T.dtype}")
