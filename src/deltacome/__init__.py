@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deltacome.methods.low_rank import LowRank
     from deltacome.methods.prinmix import PrinMix
     from deltacome.methods.residual import Residual
-    from deltacome.runtime import attach, merge
+    from deltacome.runtime import attach, base_for, merge
 
 _HOMES = {
     "Artifact": "deltacome.format.artifact",
@@ -30,6 +30,7 @@ _HOMES = {
     "PrinMix": "deltacome.methods.prinmix",
     "Residual": "deltacome.methods.residual",
     "attach": "deltacome.runtime",
+    "base_for": "deltacome.runtime",
     "compress": "deltacome.compression",
     "merge": "deltacome.runtime",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "PrinMix",
     "Residual",
     "attach",
+    "base_for",
     "compress",
     "merge",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -40,7 +40,7 @@ class Target:
     """Which of `parts` equal runs of the expert's rows: gate and up lie in one parameter."""
     parts: int = 1
 
-    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+    def view(self, parameter: Tensor) -> Tensor:
         """The part of a parameter that the tensor fills."""
         if self.expert is None:
             return parameter
@@ -139,6 +139,25 @@ def _stacked(name: str, parameter: str, pattern: str, converters: list[WeightCon
         raise UnsupportedError(f"{name}: goes to {parameter} by {', '.join(steps)}: not covered")
     part = rule.source_patterns.index(pattern)
     return Target(parameter, int(number[1]), part, len(rule.source_patterns))
+
+
+def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts a tensor in the place of a parameter."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+
+
+def set_part(model: nn.Module, target: Target, value: Tensor) -> None:
+    """Puts a tensor where it goes: in the place of a parameter, or into rows of one."""
+    if target.expert is None:
+        set_weight(model, target.parameter, value)
+        return
+    parameter = model.get_parameter(target.parameter)
+    if parameter.is_meta:
+        parameter = torch.zeros(parameter.shape, dtype=value.dtype, device=value.device)
+        set_weight(model, target.parameter, parameter)
+    target.view(parameter.data).copy_(value)
 
 
 def check_names(

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 from deltacome import DeltaCome, compress
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
-from deltacome.compression.capture import Stream, drop_weights, set_weight
+from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows
 from deltacome.errors import CalibrationError
 from deltacome.methods.template import parse_template
-from deltacome.skeleton import make_skeleton, read_config
+from deltacome.skeleton import make_skeleton, read_config, set_weight
 
 
 def some_rows(lengths=(3, 24, 9, 17, 24, 2), seed=0):

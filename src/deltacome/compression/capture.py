@@ -25,32 +25,13 @@ from torch import Tensor, nn
 from deltacome.arch.layout import Layout, inputs_of, linears_of, shared_inputs
 from deltacome.errors import CalibrationError, UnsupportedError
 from deltacome.numerics.gram import Gram
-from deltacome.skeleton import Target
+from deltacome.skeleton import set_weight
 
 ReadTensor = Callable[[str], Tensor]
 
 
 class _Stop(Exception):
     pass
-
-
-def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
-    """Puts a tensor in the place of a parameter."""
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-
-
-def set_part(model: nn.Module, target: Target, value: Tensor) -> None:
-    """Puts a tensor where it goes: in the place of a parameter, or into rows of one."""
-    if target.expert is None:
-        set_weight(model, target.parameter, value)
-        return
-    parameter = model.get_parameter(target.parameter)
-    if parameter.is_meta:
-        parameter = torch.zeros(parameter.shape, dtype=value.dtype, device=value.device)
-        set_weight(model, target.parameter, parameter)
-    target.view(parameter.data).copy_(value)
 
 
 def drop_weights(module: nn.Module) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from deltacome.arch.checkpoint import Checkpoint, pair_tensors
 from deltacome.arch.layout import Layout, find_layout
 from deltacome.compression.budget import make_plans
-from deltacome.compression.capture import Stream, drop_weights, set_part
+from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.card import carried_files, model_card
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import distill_scales
@@ -55,6 +55,7 @@ from deltacome.skeleton import (
     is_causal,
     make_skeleton,
     read_config,
+    set_part,
     targets,
 )
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
-from deltacome.compression.capture import Stream, drop_weights, set_weight
+from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.pipeline import pick_device
 from deltacome.errors import CalibrationError, PlanError
@@ -36,7 +36,7 @@ from deltacome.methods.bands import Gptq, scaled_svd
 from deltacome.methods.template import Template
 from deltacome.numerics.gptq import GramFactor, factor_gram
 from deltacome.numerics.gram import relative_error
-from deltacome.skeleton import make_skeleton, read_config
+from deltacome.skeleton import make_skeleton, read_config, set_weight
 
 Way = Literal["greedy", "genetic"]
 WIDTHS = (8, 4, 3)

@@ -48,7 +48,8 @@ def install_alone(
         key = (place.record.name, id(place.live))
         if key not in values:
             values[key] = _value(terms, place)
-        _put(stack, place, values[key])
+        if not place.quantized:
+            _put(stack, place, values[key])
         if place.patched:
             _patch(stack, place, terms, scale, choice, impl)
     _resize(stack, model, places)
