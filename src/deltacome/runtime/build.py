@@ -41,9 +41,8 @@ def base_for(
     if document is None:
         raise ArtifactError(f"{artifact.path}: expected {TUNED_CONFIG_FILE}, found none")
     records = artifact.manifest.records
-    if dtype is None:
-        dtype = DTYPES[max(records.values(), key=Record.tuned_nbytes).dtype]
-    model = make_skeleton(parse_config(document), dtype, artifact.path)
+    kind = dtype or DTYPES[max(records.values(), key=Record.tuned_nbytes).dtype]
+    model = make_skeleton(parse_config(document), kind, artifact.path)
     where = targets(model, records)
     check_names(model, {name: record.shape for name, record in records.items()}, where)
     checkpoint = Checkpoint(base)
@@ -51,7 +50,7 @@ def base_for(
     for name, record in records.items():
         if where[name].parameter in parameters:
             value = _value(checkpoint, artifact, record)
-            set_part(model, where[name], value.to(dtype) if value.is_floating_point() else value)
+            set_part(model, where[name], value.to(kind) if value.is_floating_point() else value)
     model.tie_weights()
     _say_rows(model)
     return model
