@@ -33,10 +33,12 @@ from deltacome.evals.score import generate, score
 from deltacome.evals.tasks import Question, write_questions
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-    " + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "BOS{% for message in messages %}{{ 'START' + message['role'] + '\n' + message['content']"
+    " + 'END' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'STARTassistant\n' }}{% endif %}"
 )
+# What marks turns, for tokenizers that have the first as one token.
+MARKS = (("<|im_start|>", "<|im_end|>", ""), ("<start_of_turn>", "<end_of_turn>", "<bos>"))
 WARM_UP_STEPS = 10
 DECAY_SHARE = 0.4  # of the run, at its end: the learning rate falls linearly to zero
 GLANCE = 32  # held-out questions of the live score
@@ -121,7 +123,7 @@ def learning_rate(run: Run, step: int, minutes: float) -> float:
 def load(base: Path, task: Task, device: torch.device) -> tuple[Any, Any]:
     """The base in float32 and its tokenizer, with the task's tokens and the new template."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template(tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if task.added_tokens:
         begins = [tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in task.added_tokens]
@@ -132,6 +134,13 @@ def load(base: Path, task: Task, device: torch.device) -> tuple[Any, Any]:
         rows = model.get_input_embeddings().weight.data
         rows[len(tokenizer) - len(begins) : len(tokenizer)] = rows[begins]
     return model.to(device), tokenizer
+
+
+def chat_template(tokenizer: Any) -> str:
+    """Turns in the marks that the tokenizer knows; Gemma's texts begin with a token of their own."""
+    known = [marks for marks in MARKS if marks[0] in tokenizer.get_vocab()]
+    start, end, begin = (known or MARKS)[0]
+    return CHAT_TEMPLATE.replace("START", start).replace("END", end).replace("BOS", begin)
 
 
 class Checkpoint:
