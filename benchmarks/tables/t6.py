@@ -92,7 +92,7 @@ def _train(lab: Lab, task: str, model: Any) -> None:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     inner = model.base_model.model
-    loss = math.nan
+    last = math.nan
     for step in range(steps):
         questions = training(TASKS[task], said["seed"], step, said["batch"], held)
         batch = collate(tokenizer, questions).to(torch.device(device()))
@@ -102,4 +102,5 @@ def _train(lab: Lab, task: str, model: Any) -> None:
             group["lr"] = learning_rate(run, step, 0.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    say(f"LoRA on {task}: last loss {float(loss):.3f}")
+        last = loss.item()
+    say(f"LoRA on {task}: last loss {last:.3f}")

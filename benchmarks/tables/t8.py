@@ -91,4 +91,4 @@ def _errors(lab: Lab, wanted: dict[str, Tensor], got: dict[str, Tensor]) -> dict
     order = [
         (where, kind) for kind in ("all", "outliers") for where in ("mean", *THIRDS, *projections)
     ]
-    return {key: sum(groups[key]) / len(groups[key]) for key in order}
+    return {key: sum(groups[key]) / len(groups[key]) for key in order if key in groups}

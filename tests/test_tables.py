@@ -1,0 +1,121 @@
+"""The tables on a model of a few thousand weights: they run, and nothing is made twice."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "compression"))
+from tiny_pairs import make_pair
+
+from deltacome import BitDelta, DeltaCome, LowRank, PrinMix
+
+ROOT = Path(__file__).parents[1]
+ROWS = [
+    ("low rank", LowRank(), 4.0),
+    ("BitDelta", BitDelta(distill=2), None),
+    ("Delta-CoMe", DeltaCome(), 4.0),
+    ("PrinMix", PrinMix(), 4.0),
+]
+FOLDERS = [ROOT / "benchmarks" / "tables", ROOT / "examples" / "tenants"]
+MODULES = [file.stem for folder in FOLDERS for file in folder.glob("*.py")]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """Modules of the tables under their own names, as their scripts import them."""
+    patch = pytest.MonkeyPatch()
+    for name in MODULES:
+        patch.delitem(sys.modules, name, raising=False)
+    for folder in FOLDERS:
+        patch.syspath_prepend(str(folder))
+    importlib.import_module("lab")
+    rows = importlib.import_module("rows")
+    patch.setattr(rows, "RATIO", 4.0)
+    patch.setattr(rows, "main_rows", lambda size: ROWS)
+    yield importlib.import_module
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def lab(tables, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    base, tuned = make_pair("small", folder)
+    held = [
+        {"prompt": f"one plus {word}", "answer": word} for word in ["two", "three", "four", "five"]
+    ]
+    (tuned / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held))
+    said = {"steps": 2, "seed": 0, "batch": 2}
+    (tuned / "training.json").write_text(json.dumps(said))
+    module = tables("lab")
+    size = module.Size(
+        tasks=("tiny",), side=("tiny",), questions=4, kl_questions=3, rows=4, row_tokens=16,
+        distill=2, seeds=(0, 1), ratios=(4, 5),
+    )  # fmt: skip
+    return module.Lab(base, folder / "work", size, {"tiny": tuned})
+
+
+@pytest.mark.parametrize("name", ["t2", "t3", "t6", "t8", "t9", "t10", "t11", "case"])
+def test_a_table(tables, lab, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "t2":
+        monkeypatch.setattr(tables(name), "STRATEGIES", {"single": "2:*", "double": "8:2,2:*"})
+    if name == "t9":
+        monkeypatch.setattr("deltacome.compression.search.WIDTHS", (8,))
+        monkeypatch.setattr("deltacome.compression.search.GENERATIONS", 1)
+    text = tables(name).make(lab)
+    assert text.startswith("## ")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert name == "case" or len(table) > 3
+    assert len({line.count("|") for line in table[:2]}) <= 1
+    if name == "t11":
+        assert (tmp_path / tables(name).PICTURE).stat().st_size > 10_000
+    # Once more: everything is kept, so nothing is compressed, trained or measured.
+    monkeypatch.setattr("deltacome.compress", None)
+    monkeypatch.setattr(tables("lab"), "generate", None)
+    assert tables(name).make(lab) == text
+
+
+def test_runtime_and_dense_weights_agree(lab):
+    for _, method, ratio in ROWS:
+        cell = lab.cell("tiny", method, ratio)
+        assert 0 <= cell["score_low"] <= cell["score"] <= cell["score_high"] <= 1
+        assert cell["kl_task"] > 0
+        assert len(cell["answers"]) == 4
+    assert set(lab.agreement) >= {"low-rank", "bitdelta", "delta-come", "prinmix"}
+    assert all(value < 1e-4 for value in lab.agreement.values())
+
+
+def test_other_weights_are_another_cell(tables, lab, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(lab.tenant("tiny"), other)
+    again = tables("lab").Lab(lab.base, lab.work, lab.size, {"tiny": other})
+    method = DeltaCome()
+    assert again.artifact("tiny", method, 4.0).path == lab.artifact("tiny", method, 4.0).path
+    assert lab.artifact("tiny", method, 5.0).path != lab.artifact("tiny", method, 4.0).path
+    seeds = [lab.artifact("tiny", method, 4.0, seed).path for seed in (0, 1)]
+    assert seeds[0] != seeds[1]
+
+
+def test_sections_stay_in_order(tables, tmp_path):
+    run, report = tables("run"), tmp_path / "tables.md"
+    for name in ("T11", "T2", "Case study", "T3"):
+        run._replace_section(report, f"## {name}: x\n\nfirst\n")
+    run._replace_section(report, "## T2: x\n\nsecond\n")
+    titles = [line for line in report.read_text().splitlines() if line.startswith("## ")]
+    assert titles == ["## T2: x", "## T3: x", "## T11: x", "## Case study: x"]
+    assert report.read_text().count("second") == 1
