@@ -69,7 +69,7 @@ def lab(tables, tmp_path_factory):
     return module.Lab(base, folder / "work", size, {"tiny": tuned})
 
 
-@pytest.mark.parametrize("name", ["t2", "t3", "t6", "t8", "t9", "t10", "t11", "case"])
+@pytest.mark.parametrize("name", ["t2", "t3", "t6", "t8", "t9", "t10", "t11", "vlm", "case"])
 def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "t2":
@@ -77,6 +77,12 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     if name == "t9":
         monkeypatch.setattr("deltacome.compression.search.WIDTHS", (8,))
         monkeypatch.setattr("deltacome.compression.search.GENERATIONS", 1)
+    if name == "vlm":
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        monkeypatch.setattr(tables(name), "TOWER", {**small, "num_hidden_layers": 1})
+        monkeypatch.setattr(
+            tables(name), "main_rows", lambda size: [("l", LowRank(), 3.0), ROWS[2]]
+        )
     text = tables(name).make(lab)
     assert text.startswith("## ")
     table = [line for line in text.splitlines() if line.startswith("|")]

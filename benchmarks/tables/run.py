@@ -17,7 +17,7 @@ import torch
 from lab import SIZES, Lab, provenance, say
 from transformers.utils import logging
 
-TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "case")
+TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "vlm", "case")
 
 
 def main() -> None:
@@ -51,7 +51,9 @@ def _replace_section(report: Path, text: str) -> None:
     old = report.read_text() if report.exists() else title
     parts = re.split(r"(?m)^(?=## )", old)
     sections = {_name(part): part for part in parts[1:]} | {_name(text): text + "\n"}
-    ordered = sorted(sections, key=lambda name: [int(n) for n in re.findall(r"\d+", name)] or [99])
+    ordered = sorted(
+        sections, key=lambda name: [int(n) for n in re.findall(r"\d+", name)] or [99, len(name)]
+    )
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text((parts[0] + "".join(sections[name] for name in ordered)).rstrip() + "\n")
 
