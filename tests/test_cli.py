@@ -177,6 +177,27 @@ def test_verify_and_merge(cli, artifact, pair, tmp_path):
     assert weights_of(tmp_path / "dense").keys() == weights_of(Path(pair[1])).keys()
 
 
+def test_export(cli, artifact, pair, tmp_path):
+    code, out, err = cli("export", artifact, "-o", tmp_path / "lora", "--to", "peft-lora", "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert said.keys() == {"path", "ranks", "errors", "saved", "left_out", "nbytes"}
+    assert said["left_out"] == []
+    small = ["-o", tmp_path / "small", "--to", "peft-lora", "--rank", "2", "--lora-only"]
+    code, out, _ = cli("export", artifact, *small)
+    assert code == 0
+    assert "rank: 2;" in out
+    assert "left out: model.layers.0.input_layernorm.weight," in out
+    code, _, _ = cli("export", artifact, "-o", tmp_path / "dense", "--to", "dense")
+    assert code == 0
+    assert weights_of(tmp_path / "dense").keys() == weights_of(Path(pair[1])).keys()
+    for wrong in (["--to", "gguf"], ["--to", "dense", "--rank", "3"], []):
+        assert cli("export", artifact, "-o", tmp_path / "x", *wrong)[0] == 2
+    assert_refused(
+        cli("export", tmp_path, "-o", tmp_path / "x", "--to", "dense"), "not an artifact"
+    )
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
