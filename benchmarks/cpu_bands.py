@@ -1,93 +1,128 @@
-"""What a delta costs at decode on a CPU: packed bands against their reference and the base's layer.
+"""What a delta costs at decode on a CPU: packed codes against their reference and the base's layer.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_bands.py
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_bands.py --shape 576x1536 --tokens 1 --seconds 2
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_bands.py -o docs/results/cpu_bands.md
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_bands.py --shape 576x1536 --rows 1/1 --seconds 2
 
 Before anything is timed, `cpu` is held against the dense delta in float64; a wrong result ends the
 run. Base, `cpu` and `reference` then take turns, so that another job on the machine slows all of them,
 and the ratios are medians of the ratios of each turn. Weights and blobs come out of a pool larger
-than the last-level cache, as the layers of a model do.
+than the caches of a core, as the layers of a model do.
 
-GB/s counts the packed bytes of the delta once; the limit is a copy measured in the same run, which
-reads and writes. Decoding is bound by instructions well below it, and more so for more tokens.
+GB/s counts the packed bytes of the batch's tenants once; the limit is a sum over memory that was not in
+a cache, measured in the same run: decoding reads and hardly writes.
 """
 
+from __future__ import annotations
+
 import argparse
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from origin import origin
 from torch import Tensor, nn
 
 from deltacome.errors import DeltaError
-from deltacome.format.codec import BandTensors, Factor, dense, read_bands, write_bands
+from deltacome.format.codec import (
+    BandTensors,
+    Factor,
+    SignTensors,
+    dense,
+    write_bands,
+    write_signs,
+)
 from deltacome.format.spec import GROUP, Band, Plan, format_plan
 from deltacome.ops import native
 from deltacome.ops.bands import bands
-from deltacome.ops.rows import group_rows
-from deltacome.ops.slots import BandTable, PlacedBands, Pool
+from deltacome.ops.rows import Rows, group_rows
+from deltacome.ops.signs import signs
+from deltacome.ops.slots import BandTable, PlacedBands, PlacedSigns, Pool, SignTable
 
-SHAPES = ("4096x4096", "11008x4096", "576x1536")
+SHAPES = ("4096x4096", "11008x4096", "576x576", "1536x576", "576x1536", "49152x576")
+"""Llama-2-7B's attention and half of its MLP; all of SmolLM2-135M, its head last."""
 POOL = 128 << 20
-"""Bytes that a pass over all copies of an operand touches at least."""
+COPIES = 256
+"""Copies of an operand that take turns: so many bytes, but no more than a model has matrices."""
+TERMS = {"bands 1/16": 16, "bands 1/64": 64, "signs": 0}
+"""What the tenants hold: the plan of the Delta-CoMe paper, the same with a quarter of its directions, or
+BitDelta's signs."""
 
 
-def paper_plan(out: int, inputs: int) -> Plan:
-    """8 bit × 2, 3 bit × in / 128, the rest 2 bit, codes at a sixteenth of 16 bits."""
-    three = inputs // 128
-    two = (out * inputs // (out + inputs) - 8 * 2 - 3 * three) // 2
-    return (Band(8, 2), Band(3, three), Band(2, two))
+@dataclass
+class Delta:
+    """A term of one matrix: its blob, how a table names it, and the dense value."""
 
+    blob: Tensor
+    plan: Plan | None
+    dense_OI: Tensor
 
-def random_blob(out: int, inputs: int, plan: Plan) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-
-    def factor(band: Band, size: int) -> Factor:
-        groups = -(-size // GROUP)
-        high = 1 << band.bits
-        codes = torch.randint(0, high, (band.count, size), generator=generator)
-        zero = torch.randint(0, high, (band.count, groups), generator=generator)
-        scale = (torch.rand(band.count, groups, generator=generator) + 0.5) / high
-        return Factor.from_codes(
-            codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), band.bits
-        )
-
-    return write_bands(
-        [
+    @classmethod
+    def random(cls, out: int, inputs: int, ratio: int) -> Delta:
+        """Bands of a sixteenth (or less) of the bytes, or signs for ratio 0."""
+        if not ratio:
+            term = SignTensors.from_signs(torch.rand(out, inputs) > 0.5, torch.rand(out) / inputs)
+            return cls(write_signs(term), None, term.dense().double())
+        plan = paper_plan(out, inputs, ratio)
+        terms = [
             BandTensors(factor(band, inputs), factor(band, out), torch.rand(band.count) / inputs)
             for band in plan
         ]
-    )
+        return cls(write_bands(terms), plan, dense(terms).double())
 
-
-def pool(a: Tensor) -> list[Tensor]:
-    return [a.clone() for _ in range(max(2, POOL // (a.numel() * a.element_size())))]
-
-
-def tables_of(
-    out: int, inputs: int, blob: Tensor, plan: Plan, tenants: int, copies: int
-) -> list[BandTable]:
-    """Tables whose tenants' bytes lie apart, though they are the same."""
-    tables = []
-    for _ in range(copies):
-        where = Pool(tenants, blob.numel())
-        table = BandTable(where, inputs, [out], max_bands=len(plan))
+    def table(self, tenants: int) -> BandTable | SignTable:
+        """A table whose tenants' bytes lie apart, though they are the same."""
+        out, inputs = self.dense_OI.shape
+        pool = Pool(tenants, self.blob.numel())
+        if self.plan is None:
+            table = SignTable(pool, inputs, [out])
+            placed = PlacedSigns(0, out)
+        else:
+            table = BandTable(pool, inputs, [out], max_bands=len(self.plan))
+            placed = PlacedBands(0, self.plan)
         for slot in range(tenants):
-            where.load(slot, 0, blob)
-            table.load(slot, [PlacedBands(0, plan)])
-        tables.append(table)
-    return tables
+            pool.load(slot, 0, self.blob)
+            table.load(slot, [placed])  # pyright: ignore[reportArgumentType]
+        return table
 
 
-def check(out: int, inputs: int, blob: Tensor, plan: Plan, delta_OI: Tensor) -> None:
+def paper_plan(out: int, inputs: int, ratio: int) -> Plan:
+    """8 bit × 2, 3 bit × in / 128, the rest 2 bit: codes at 1/16; 1/64 has a quarter of the bits."""
+    three = max(1, inputs // 128 * 16 // ratio)
+    two = (out * inputs * 16 // ratio // (out + inputs) - 8 * 2 - 3 * three) // 2
+    return (Band(8, 2), Band(3, three), Band(2, max(1, two)))
+
+
+def factor(band: Band, size: int) -> Factor:
+    """Random codes, scales and zero points."""
+    groups, high = -(-size // GROUP), 1 << band.bits
+    codes = torch.randint(0, high, (band.count, size), dtype=torch.uint8)
+    zero = torch.randint(0, high, (band.count, groups), dtype=torch.uint8)
+    scale = (torch.rand(band.count, groups) + 0.5) / high
+    return Factor.from_codes(codes, scale.half(), zero, band.bits)
+
+
+def add(y_TO: Tensor, x_TI: Tensor, rows: Rows, table: BandTable | SignTable, impl: str) -> None:
+    """The op of a table."""
+    if isinstance(table, BandTable):
+        bands(y_TO, x_TI, rows, table, impl=impl)
+    else:
+        signs(y_TO, x_TI, rows, table, impl=impl)
+
+
+def check(delta: Delta) -> None:
     """Ends the run unless `cpu` gives the dense delta."""
-    (table,) = tables_of(out, inputs, blob, plan, 2, 1)
+    out, inputs = delta.dense_OI.shape
+    table = delta.table(2)
     for tokens in (1, 8):
         rows = group_rows(torch.arange(tokens) % 2, 2)
         x_TI, y_TO = torch.randn(tokens, inputs), torch.zeros(tokens, out)
-        bands(y_TO, x_TI, rows, table, impl="cpu")
-        expected = x_TI.double() @ delta_OI.T
+        add(y_TO, x_TI, rows, table, "cpu")
+        expected = x_TI.double() @ delta.dense_OI.T
         error = float((y_TO - expected).norm() / expected.norm())
         if not error < 1e-5:
             raise DeltaError(f"{out}x{inputs}, {tokens} tokens: relative error {error:.1e}")
@@ -99,48 +134,43 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def copy_bandwidth() -> float:
-    """GB/s that a copy out of the caches reads and writes, the median of some."""
-    source = torch.ones(POOL, dtype=torch.uint8)
-    target = torch.zeros_like(source)
-    times = [seconds_of(lambda: target.copy_(source)) for _ in range(9)]
-    return 2 * POOL / statistics.median(times) / 1e9
+def read_bandwidth() -> float:
+    """GB/s of a sum over memory out of the caches, the best of some."""
+    source = torch.ones(4 * POOL // 4)
+    return source.nbytes / min(seconds_of(source.sum) for _ in range(9)) / 1e9
+
+
+def copies(nbytes: int) -> int:
+    return max(2, min(COPIES, POOL // nbytes))
 
 
 def measure(
-    out: int, inputs: int, tokens: int, tenants: int, dtype: torch.dtype, tables: list[BandTable]
-) -> Callable[[float], dict[str, list[float]]]:
-    """A function that takes turns for some seconds and gives the seconds of each turn."""
-    weights = pool(torch.randn(out, inputs, dtype=dtype))
+    delta: Delta, tokens: int, tenants: int, dtype: torch.dtype, seconds: float
+) -> dict[str, list[float]]:
+    """Takes turns for some seconds; the seconds of each turn, NaN where the reference was left out."""
+    out, inputs = delta.dense_OI.shape
+    weight_OI = torch.randn(out, inputs, dtype=dtype)
+    weights = [weight_OI.clone() for _ in range(copies(weight_OI.nbytes))]
+    tables = [delta.table(tenants) for _ in range(copies(tenants * delta.blob.numel()))]
     x_TI, y_TO = torch.randn(tokens, inputs, dtype=dtype), torch.zeros(tokens, out, dtype=dtype)
     rows = group_rows(torch.arange(tokens) % tenants, tenants)
     turn = 0
-
-    def linear() -> None:
-        nn.functional.linear(x_TI, weights[turn % len(weights)])
-
-    def packed(impl: str) -> Callable[[], None]:
-        return lambda: bands(y_TO, x_TI, rows, tables[turn % len(tables)], impl=impl)
-
-    calls = {"base": linear, "cpu": packed("cpu"), "reference": packed("reference")}
-
-    def run(seconds: float) -> dict[str, list[float]]:
-        nonlocal turn
-        for call in calls.values():
-            call()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times["base"]) < 5:
-            turn += 1
-            for name, call in calls.items():
-                # The reference takes as long as all the rest; some turns of it are enough.
-                if name != "reference" or turn % 8 == 1 or len(times["reference"]) < 5:
-                    times[name].append(seconds_of(call))
-                else:
-                    times[name].append(float("nan"))
-        return times
-
-    return run
+    calls = {
+        "base": lambda: nn.functional.linear(x_TI, weights[turn % len(weights)]),
+        "cpu": lambda: add(y_TO, x_TI, rows, tables[turn % len(tables)], "cpu"),
+        "reference": lambda: add(y_TO, x_TI, rows, tables[turn % len(tables)], "reference"),
+    }
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["base"]) < 5:
+        turn += 1
+        for name, call in calls.items():
+            # The reference takes as long as all the rest; some turns of it are enough.
+            left_out = name == "reference" and turn % 8 != 1 and len(times["base"]) > 4
+            times[name].append(float("nan") if left_out else seconds_of(call))
+    return times
 
 
 def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
@@ -148,53 +178,80 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
     return statistics.median(a / b for a, b in pairs if a == a and b == b)
 
 
-def milliseconds(times: list[float]) -> float:
-    return 1e3 * statistics.median(t for t in times if t == t)
+def table(options: argparse.Namespace, limit: float) -> Iterator[str]:
+    """The lines of the table, each when it has been measured."""
+    yield (
+        "| out × in | delta | dtype | rows / tenants | base ms | cpu ms | reference ms | "
+        "reference ÷ cpu | cpu ÷ base | GB/s | of the read |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    plans = []
+    for shape in options.shape or SHAPES:
+        out, inputs = map(int, shape.split("x"))
+        for term in options.terms:
+            delta = Delta.random(out, inputs, TERMS[term])
+            check(delta)
+            if delta.plan:
+                plans.append(f"{out} × {inputs}, {term}: `{format_plan(delta.plan)}`")
+            for name in options.dtype:
+                for batch in options.rows:
+                    tokens, tenants = map(int, batch.split("/"))
+                    dtype = getattr(torch, name)
+                    times = measure(delta, tokens, tenants, dtype, options.seconds)
+                    ms = {
+                        key: 1e3 * statistics.median(t for t in value if t == t)
+                        for key, value in times.items()
+                    }
+                    rate = tenants * delta.blob.numel() / ms["cpu"] / 1e6
+                    yield (
+                        f"| {out} × {inputs} | {term} | {name} | {batch} | {ms['base']:.3f} | "
+                        f"{ms['cpu']:.3f} | {ms['reference']:.1f} | "
+                        f"{ratio(times, 'reference', 'cpu'):.1f} | "
+                        f"{100 * ratio(times, 'cpu', 'base'):.0f} % | {rate:.1f} | "
+                        f"{100 * rate / limit:.0f} % |"
+                    )
+    yield ""
+    yield f"Plans: {'; '.join(plans)}."
 
 
 def main() -> None:
+    options = _parse()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    limit = read_bandwidth()
+    lines = [
+        "# What a delta adds to a layer on a CPU",
+        "",
+        f"`python benchmarks/cpu_bands.py {shlex.join(sys.argv[1:])}`",
+        "",
+        f"{origin()} {options.threads} threads, kernels for {native.default_isa()}; a sum over memory "
+        f"reads {limit:.1f} GB/s. Times are medians; ratios are medians of the ratios of each turn. "
+        "`base` is the layer itself, `reference` the op in plain torch. Results were checked first.",
+        "",
+    ]
+    print("\n".join(lines))
+    for line in table(options, limit):
+        lines.append(line)
+        print(line, flush=True)
+    if options.output is not None:
+        options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", action="append", help="OUTxIN; may be repeated")
+    parser.add_argument("--terms", nargs="+", choices=TERMS, default=list(TERMS))
     parser.add_argument(
         "--rows",
         nargs="+",
-        default=["1/1", "8/1", "64/1", "16/4", "16/16"],
+        default=["1/1", "8/1", "16/16"],
         help="rows of the batch / tenants that they belong to",
     )
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each row of the table")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    limit = copy_bandwidth()
-    print(f"torch {torch.__version__}, {args.threads} threads, {native.default_isa()}")
-    print(f"copy: {limit:.1f} GB/s read and written\n")
-    print("| out × in | dtype | rows / tenants | base ms | cpu ms | reference ms | reference ÷ cpu | "
-          "cpu ÷ base | GB/s | of the copy |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for shape in args.shape or SHAPES:
-        out, inputs = map(int, shape.split("x"))
-        plan = paper_plan(out, inputs)
-        blob = random_blob(out, inputs, plan)
-        check(out, inputs, blob, plan, dense(read_bands(blob, (out, inputs), plan)).double())
-        for name in args.dtype:
-            for batch in args.rows:
-                tokens, tenants = map(int, batch.split("/"))
-                copies = max(2, POOL // (tenants * blob.numel()))
-                tables = tables_of(out, inputs, blob, plan, tenants, copies)
-                dtype = getattr(torch, name)
-                times = measure(out, inputs, tokens, tenants, dtype, tables)(args.seconds)
-                ms = {key: milliseconds(value) for key, value in times.items()}
-                rate = tenants * blob.numel() / ms["cpu"] / 1e6
-                print(
-                    f"| {out} × {inputs} | {name} | {batch} | {ms['base']:.3f} | {ms['cpu']:.3f} | "
-                    f"{ms['reference']:.1f} | {ratio(times, 'reference', 'cpu'):.1f} | "
-                    f"{100 * ratio(times, 'cpu', 'base'):.0f} % | {rate:.1f} | "
-                    f"{100 * rate / limit:.0f} % |",
-                    flush=True,
-                )
-        print(f"  plan {format_plan(plan)}, {blob.numel():,} bytes", flush=True)
+    parser.add_argument("-o", "--output", type=Path, help="writes the page")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

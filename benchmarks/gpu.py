@@ -11,8 +11,8 @@ The parts, each a table:
 
 - `figure3`, as in the Delta-CoMe paper: Triton ÷ plain PyTorch, batches of 1 … 64 rows of one tenant,
   square matrices of 2048 … 8192, with the paper's plan at 1/16; also drawn.
-- `decode`: shapes of Llama-2-7B, 64 rows of one tenant, beside a 1-bit delta (BitDelta's way, the op
-  `signs`), a bfloat16 LoRA of equal bytes, one of rank 64, and the base's matmul.
+- `decode`: shapes of Llama-2-7B, 1, 16 and 64 rows of one tenant, beside a 1-bit delta (BitDelta's way,
+  the op `signs`), a bfloat16 LoRA of equal bytes, one of rank 64, and the base's matmul.
 - `tenants`: 64 rows of 1 … 64 tenants; LoRAs are batched products of gathered pairs.
 - `prefill`: 2048 and 8192 rows of one tenant against the arithmetic floor, r · (in + out) products a row
   at the speed of the base's matmul.
@@ -21,17 +21,19 @@ Before anything is timed it must agree with the dense deltas in float64. Kernels
 CUDA graphs over enough copies of their weights that the L2 cache cannot hold them; PyTorch's
 implementation, which waits for the device, runs without a graph. The limits, a device copy and a square
 matmul, are timed in the same run. GB/s count the packed bytes of the tenants in the batch once, with x
-and y.
+and y. The last column is the time of the bands, in their faster tiles, over that of the row.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from origin import origin
 from torch import Tensor
 
 from deltacome.format.codec import (
@@ -55,6 +57,12 @@ LLAMA: dict[Shape, Plan] = {
     (4096, 11008): (Band(8, 2), Band(3, 32), Band(2, 1428)),
 }
 """(out, in) → the paper's plan at 1/16."""
+SIZES = (2048, 4096, 6144, 8192)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Hidden sizes and batches of figure 3."""
+TENANTS = (1, 2, 4, 8, 16, 32, 64)
+PREFILL = (2048, 8192)
+"""Tenants in a batch of 64 rows; rows of a prompt."""
 DISTINCT = 2
 """Tenants whose codes differ; more would only take longer to make, as bytes are read all the same."""
 BEYOND_CACHE = 512 * 2**20
@@ -62,6 +70,7 @@ BEYOND_CACHE = 512 * 2**20
 TOLERANCE = 2**-9
 """Of a row's norm: t is rounded to 11 bits, y not at all (it is float32 in the check)."""
 DTYPE = torch.bfloat16
+DEVICE = "cuda"
 
 
 class Deltas:
@@ -138,10 +147,10 @@ class Limits:
     """What the device can do, timed in this run."""
 
     def __init__(self) -> None:
-        source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+        source = torch.zeros(2**30, dtype=torch.uint8, device=DEVICE)
         target = torch.empty_like(source)
         self.copy = 2 * source.nbytes / graph_time(lambda: target.copy_(source)) * 1e6
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
         c = torch.empty_like(a)
         self.matmul = 2 * 8192**3 / graph_time(lambda: torch.mm(a, b, out=c)) * 1e6
 
@@ -154,54 +163,62 @@ class Limits:
         )
 
 
-HEAD = "| µs | GB/s | of copy | TFLOP/s | of matmul |"
+SPEED = "µs | GB/s | of copy | TFLOP/s | of matmul"
+HEAD = (
+    f"| matrix, tenants of rows | what | {SPEED} | ÷ base | bands ÷ it |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
 
 
-def decode(limits: Limits, tokens: int = 64) -> Iterator[str]:
+def decode(limits: Limits) -> Iterator[str]:
     """One tenant at Llama's shapes, beside its peers."""
-    yield f"| matrix | what {HEAD} ÷ base |\n|---|---|---|---|---|---|---|---|"
+    yield HEAD
     for shape, plan in LLAMA.items():
-        deltas = Deltas(shape, plan, 1, "cuda", one=False)
-        x_TI = torch.randn(tokens, shape[1], device="cuda", dtype=DTYPE)
-        slot_T = torch.zeros(tokens, dtype=torch.int64, device="cuda")
-        yield from _peers(limits, deltas, x_TI, slot_T, (16,))
+        deltas = Deltas(shape, plan, 1, DEVICE, one=False)
+        for tokens in (1, 16, 64):
+            x_TI = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
+            slot_T = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)
+            yield from _peers(limits, deltas, x_TI, slot_T, (1, 16) if tokens == 1 else (16,))
 
 
 def tenants(limits: Limits, tokens: int = 64) -> Iterator[str]:
     """The same number of rows, of more and more tenants."""
-    yield f"| matrix | what {HEAD} ÷ base |\n|---|---|---|---|---|---|---|---|"
-    for count in (1, 2, 4, 8, 16, 32, 64):
+    yield HEAD
+    for count in TENANTS:
         for shape, plan in LLAMA.items():
-            deltas = Deltas(shape, plan, count, "cuda", one=False)
-            x_TI = torch.randn(tokens, shape[1], device="cuda", dtype=DTYPE)
-            slot_T = torch.arange(tokens, device="cuda") % count
+            deltas = Deltas(shape, plan, count, DEVICE, one=False)
+            x_TI = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
+            slot_T = torch.arange(tokens, device=DEVICE) % count
             yield from _peers(limits, deltas, x_TI, slot_T, (1, 16))
 
 
 def prefill(limits: Limits) -> Iterator[str]:
     """Many rows of one tenant, against what its products cost at the speed of the base's matmul."""
-    yield f"| matrix, rows | what {HEAD} ÷ base |\n|---|---|---|---|---|---|---|---|"
-    for tokens in (2048, 8192):
+    yield HEAD
+    for tokens in PREFILL:
         for shape, plan in LLAMA.items():
-            deltas = Deltas(shape, plan, 1, "cuda", one=False)
-            x_TI = torch.randn(tokens, shape[1], device="cuda", dtype=DTYPE)
-            slot_T = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+            deltas = Deltas(shape, plan, 1, DEVICE, one=False)
+            x_TI = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
+            slot_T = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)
             base = time_matmul(x_TI, shape)
             floor = base * rank(plan) * sum(shape) / (shape[0] * shape[1])
-            yield from _peers(limits, deltas, x_TI, slot_T, (64,))
-            yield f"| {shape}, {tokens} | floor | {floor:.1f} | – | – | – | – | {floor / base:.2f} |"
+            yield from _peers(limits, deltas, x_TI, slot_T, (64,), floor)
 
 
 def _peers(
-    limits: Limits, deltas: Deltas, x_TI: Tensor, slot_T: Tensor, tiles: tuple[int, ...]
+    limits: Limits,
+    deltas: Deltas,
+    x_TI: Tensor,
+    slot_T: Tensor,
+    tiles: tuple[int, ...],
+    floor: float | None = None,
 ) -> Iterator[str]:
+    """Rows of a table: bands, its peers, the base's matmul, and the arithmetic floor if there is one."""
     (out, size), tokens, count = deltas.shape, len(x_TI), deltas.tenants
-    where = f"| {out}×{size} {format_plan(deltas.plan)}, {count} of {tokens} rows "
     moved = x_TI.nbytes + 2 * tokens * out * x_TI.itemsize
     base = time_matmul(x_TI, deltas.shape)
-    flops = 2 * tokens * out * size
-    yield f"{where}| base matmul | {limits.speed(moved + 2 * out * size, flops, base)} | 1 |"
-    y_TO = torch.zeros(tokens, out, device="cuda", dtype=DTYPE)
+    y_TO = torch.zeros(tokens, out, device=DEVICE, dtype=DTYPE)
+    found: list[tuple[str, float, str]] = []
     for tile in tiles:
         rows = group_rows(slot_T, count, tile=tile)
         check(deltas, x_TI, rows)
@@ -216,32 +233,39 @@ def _peers(
 
             us = graph_time(calls) / len(tables)
             cells = limits.speed(moved + count * nbytes, 2 * tokens * work, us)
-            yield f"{where}| {name}, tile {tile} | {cells} | {us / base:.2f} |"
+            found.append((f"{name}, tile {tile}", us, cells))
+    ours = min(us for name, us, _ in found if name.startswith("bands"))
     rows = group_rows(slot_T, count)
     slow = event_time(lambda: bands(y_TO, x_TI, rows, deltas.band_tables[0]), 3)
-    yield f"{where}| PyTorch | {slow:.1f} | – | – | – | – | {slow / base:.2f} |"
-    equal = round(deltas.nbytes / (2 * (out + size)))
-    for r in (equal, 64):
+    found.append(("PyTorch", slow, f"{slow:.1f} | – | – | – | –"))
+    for r in (round(deltas.nbytes / (2 * (out + size))), 64):
         us = time_lora(x_TI, slot_T, deltas.shape, count, r)
-        cells = limits.speed(
-            moved + 2 * count * r * (out + size), 2 * tokens * r * (out + size), us
+        flops = 2 * tokens * r * (out + size)
+        found.append(
+            (f"LoRA, rank {r}", us, limits.speed(moved + 2 * count * r * (out + size), flops, us))
         )
-        yield f"{where}| LoRA, rank {r} | {cells} | {us / base:.2f} |"
+    cells = limits.speed(moved + 2 * out * size, 2 * tokens * out * size, base)
+    found.append(("base matmul", base, cells))
+    if floor is not None:
+        found.append(("arithmetic floor", floor, f"{floor:.1f} | – | – | – | –"))
+    where = f"{out}×{size} `{format_plan(deltas.plan)}`, {count} of {tokens}"
+    for name, us, cells in found:
+        yield f"| {where} | {name} | {cells} | {us / base:.2f} | {ours / us:.2f} |"
 
 
-def figure3(output: Path | None) -> Iterator[str]:
+def figure3(limits: Limits, output: Path | None) -> Iterator[str]:
     """Triton ÷ PyTorch over batches and sizes; also drawn."""
-    yield "| size | rows | Triton µs | PyTorch µs | ratio |\n|---|---|---|---|---|"
+    yield f"| size | rows | {SPEED} | PyTorch µs | ratio |\n|---|---|---|---|---|---|---|---|---|"
     ratios: dict[int, list[tuple[int, float]]] = {}
-    for size in (2048, 4096, 6144, 8192):
+    for size in SIZES:
         directions = size * size // 16 * 16 // (2 * 2 * size)  # 2-bit codes of 1/16 of the bytes
         plan = (Band(8, 2), Band(3, 32), Band(2, directions - 22))
-        deltas = Deltas((size, size), plan, 1, "cuda", one=False)
-        for tokens in (1, 2, 4, 8, 16, 32, 64):
-            x_TI = torch.randn(tokens, size, device="cuda", dtype=DTYPE)
-            rows = group_rows(torch.zeros(tokens, dtype=torch.int64, device="cuda"), 1)
+        deltas = Deltas((size, size), plan, 1, DEVICE, one=False)
+        for tokens in ROWS:
+            x_TI = torch.randn(tokens, size, device=DEVICE, dtype=DTYPE)
+            rows = group_rows(torch.zeros(tokens, dtype=torch.int64, device=DEVICE), 1)
             check(deltas, x_TI, rows)
-            y_TO = torch.zeros(tokens, size, device="cuda", dtype=DTYPE)
+            y_TO = torch.zeros(tokens, size, device=DEVICE, dtype=DTYPE)
 
             def calls(y_TO=y_TO, x_TI=x_TI, rows=rows, tables=deltas.band_tables) -> None:
                 for table in tables:
@@ -251,7 +275,9 @@ def figure3(output: Path | None) -> Iterator[str]:
             table = deltas.band_tables[0]
             slow = event_time(lambda y=y_TO, x=x_TI, r=rows, t=table: bands(y, x, r, t), 3)
             ratios.setdefault(size, []).append((tokens, slow / fast))
-            yield f"| {size} | {tokens} | {fast:.1f} | {slow:.1f} | {slow / fast:.1f} |"
+            moved = x_TI.nbytes + 2 * y_TO.nbytes + deltas.nbytes
+            cells = limits.speed(moved, 4 * tokens * rank(plan) * size, fast)
+            yield f"| {size} | {tokens} | {cells} | {slow:.1f} | {slow / fast:.1f} |"
     if output is not None:
         draw(ratios, output.with_suffix(".png"))
 
@@ -272,8 +298,8 @@ def draw(ratios: dict[int, list[tuple[int, float]]], file: Path) -> None:
 def time_matmul(x_TI: Tensor, shape: Shape) -> float:
     """Microseconds of the base's matmul alone."""
     copies = max(1, BEYOND_CACHE // (shape[0] * shape[1] * x_TI.itemsize))
-    weights = [torch.randn(shape, device="cuda", dtype=x_TI.dtype) for _ in range(copies)]
-    y_TO = torch.empty(len(x_TI), shape[0], device="cuda", dtype=x_TI.dtype)
+    weights = [torch.randn(shape, device=DEVICE, dtype=x_TI.dtype) for _ in range(copies)]
+    y_TO = torch.empty(len(x_TI), shape[0], device=DEVICE, dtype=x_TI.dtype)
 
     def calls() -> None:
         for weight_OI in weights:
@@ -286,7 +312,7 @@ def time_lora(x_TI: Tensor, slot_T: Tensor, shape: Shape, count: int, r: int) ->
     """Microseconds of `x A B`: two matmuls for one pair, batched products for several of equal share."""
     nbytes = 2 * count * r * sum(shape)
     copies = max(1, BEYOND_CACHE // nbytes)
-    options = {"device": "cuda", "dtype": x_TI.dtype}
+    options = {"device": DEVICE, "dtype": x_TI.dtype}
     pairs = [
         (torch.randn(count, shape[1], r, **options), torch.randn(count, r, shape[0], **options))
         for _ in range(copies)
@@ -347,14 +373,15 @@ def main() -> None:
         sys.exit("benchmarks/gpu.py: expected a CUDA device, found none; --check needs none")
     limits = Limits()
     parts = {
-        "figure3": lambda: figure3(options.output),
+        "figure3": lambda: figure3(limits, options.output),
         "decode": lambda: decode(limits),
         "tenants": lambda: tenants(limits),
         "prefill": lambda: prefill(limits),
     }
     lines = [
         f"# Kernels on {torch.cuda.get_device_name()}\n",
-        f"torch {torch.__version__}, {DTYPE}; device copy {limits.copy / 1e9:.0f} GB/s (read + write), "
+        f"`python benchmarks/gpu.py {shlex.join(sys.argv[1:])}`\n",
+        f"{origin()} {DTYPE}; device copy {limits.copy / 1e9:.0f} GB/s (read + write), "
         f"matmul {limits.matmul / 1e12:.0f} TFLOP/s, both timed in this run.",
     ]
     print("\n".join(lines))

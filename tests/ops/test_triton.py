@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ops_helpers import INTERPRETED
 
-FILES = ("test_bands.py", "test_signs.py", "test_norm.py", "test_graphs.py")
+FILES = ("test_bands.py", "test_signs.py", "test_norm.py", "test_graphs.py", "test_benchmarks.py")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
