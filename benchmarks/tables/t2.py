@@ -23,7 +23,8 @@ STRATEGIES = {
 def make(lab: Lab) -> str:
     task = lab.size.side[0]
     rows = []
-    for name, template in STRATEGIES.items():
+    for name in lab.size.strategies or STRATEGIES:
+        template = STRATEGIES[name]
         cell = lab.cell(task, DeltaCome(parse_template(template)), RATIO)
         kl = [md.nats(cell["kl_task"]), md.nats(cell["kl_text"])]
         rows.append([name, f"`{template}`", *md.sizes(cell), md.score(cell), *kl])
