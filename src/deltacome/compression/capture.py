@@ -82,7 +82,7 @@ class Stream:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
         self._index = {name: i for i, name in enumerate(layout.blocks)}
-        with self._outside_weights(), torch.no_grad():
+        with self.outside_weights(), torch.no_grad():
             for ids, valid in _batches(rows, batch_tokens):
                 hidden, calls = self._record_calls(ids.to(device))
                 self.batches.append(Batch(ids, valid, hidden, calls))
@@ -97,11 +97,10 @@ class Stream:
         block = self.layout.blocks[name]
         batch = self.batches[0]
         with torch.no_grad():
-            return shared_inputs(linears_of(name, block), lambda: self._run(block, name, batch))
+            return shared_inputs(linears_of(name, block), lambda: self.run(name, batch))
 
     def gram(self, name: str, linear: str) -> Tensor:
         """Gram of the inputs that reach a linear of a block, with the weights that are loaded."""
-        block = self.layout.blocks[name]
         module = self.model.get_submodule(linear)
         gram = Gram(linear, inputs_of(module), device=self.device)
         for batch in self.batches:
@@ -111,36 +110,44 @@ class Stream:
                 gram.add(args[0].reshape(*batch.valid.shape, -1)[batch.valid.to(self.device)])
                 raise _Stop
 
-            self._until_stopped(module, take, lambda batch=batch: self._run(block, name, batch))
+            self._until_stopped(module, take, lambda batch=batch: self.run(name, batch))
         return gram.value
 
     def advance(self, name: str) -> None:
         """Replaces all hidden states by the block's output."""
         with torch.no_grad():
             for batch in self.batches:
-                output = self._run(self.layout.blocks[name], name, batch)
-                batch.hidden = output[0] if isinstance(output, tuple) else output
+                batch.hidden = self.run(name, batch)
 
     def head_gram(self) -> Tensor:
         """Gram of the inputs of the output head, after the last block."""
         head, name = self._head(), str(self.layout.head)
         gram = Gram(name, self.batches[0].hidden.shape[-1], device=self.device)
-        *_, last = self.layout.blocks
-        with self._outside_weights():
+        with self.outside_weights():
             for batch in self.batches:
 
                 def take(module: nn.Module, args: tuple, batch: Batch = batch) -> None:
                     gram.add(args[0][batch.valid.to(self.device)])
                     raise _Stop
 
-                def run(batch: Batch = batch) -> None:
-                    outputs = {name: (lambda h, *a, **k: h) for name in self.layout.blocks}
-                    outputs[last] = lambda h, *a, batch=batch, **k: batch.hidden
-                    with self._patched(outputs):
-                        self.model(input_ids=batch.ids.to(self.device), use_cache=False)
-
-                self._until_stopped(head, take, run)
+                self._until_stopped(head, take, lambda batch=batch: self.answer(batch))
         return gram.value
+
+    def run(self, name: str, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """A block's output, (B, L, H), for the hidden states of a batch or for others of that shape."""
+        args, kwargs = batch.calls[self._index[name]]
+        hidden = batch.hidden if hidden is None else hidden
+        output = self.layout.blocks[name](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def answer(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V) for the last block's output: the batch's hidden states, or others."""
+        hidden = batch.hidden if hidden is None else hidden
+        *_, last = self.layout.blocks
+        outputs = {name: (lambda h, *a, **k: h) for name in self.layout.blocks}
+        outputs[last] = lambda h, *a, **k: hidden
+        with self._patched(outputs):
+            return self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
 
     def _until_stopped(self, module: nn.Module, hook: Callable, run: Callable[[], Any]) -> None:
         handle = module.register_forward_pre_hook(hook)
@@ -155,10 +162,6 @@ class Stream:
     def _head(self) -> nn.Module:
         assert self.layout.head is not None
         return self.model.get_submodule(self.layout.head.removesuffix(".weight"))
-
-    def _run(self, block: nn.Module, name: str, batch: Batch) -> Any:
-        args, kwargs = batch.calls[self._index[name]]
-        return block(batch.hidden, *args, **kwargs)
 
     def _record_calls(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
         calls: list[tuple[tuple, dict[str, Any]]] = []
@@ -195,17 +198,19 @@ class Stream:
                 del self.layout.blocks[name].__dict__["forward"]
 
     @contextmanager
-    def _outside_weights(self) -> Iterator[None]:
-        """Loads embedding and norms, everything outside of blocks that is not the head."""
+    def outside_weights(self, head: str | None = None) -> Iterator[None]:
+        """Loads everything outside of blocks, the head only where the tensor that it uses is named."""
         inside = tuple(f"{name}." for name in self.layout.blocks)
-        names = [
-            name
+        # Deduplicated names show a tied head under the embedding's name, which is what is wanted.
+        names = {
+            name: name
             for name, _ in self.model.named_parameters()
             if not name.startswith(inside) and name != self.layout.head
-        ]
-        # Deduplicated names show a tied head under the embedding's name, which is what is wanted.
-        for name in names:
-            set_weight(self.model, name, self.read(name).to(self.device, self.dtype))
+        }
+        if head is not None:
+            names[self.layout.head] = head
+        for name, source in names.items():
+            set_weight(self.model, name, self.read(source).to(self.device, self.dtype))
         try:
             yield
         finally:

@@ -64,7 +64,7 @@ class Gptq:
             factors.append([])
             for band in plan:
                 rows = slice(start, start + band.count)
-                factors[-1].append(_factor(band.bits, v_RI[rows], quantized, rows))
+                factors[-1].append(factor_of(band.bits, v_RI[rows], quantized, rows))
                 start += band.count
         return factors
 
@@ -78,7 +78,7 @@ class Gptq:
             plan, v, u_RO.split(counts), s_R.split(counts), strict=True
         ):
             quantized = self._quantize_u(u_BO, s_B, v_factor, min(band.bits, 8), gram_II)
-            u_factor = _factor(band.bits, u_BO, quantized, slice(None))
+            u_factor = factor_of(band.bits, u_BO, quantized, slice(None))
             bands.append(BandTensors(v_factor, u_factor, s_B.cpu()))
         return bands
 
@@ -101,7 +101,7 @@ def scaled_svd(delta_OI: Tensor, directions: int) -> tuple[Tensor, Tensor, Tenso
     return u_RO * math.sqrt(out_size), s_R / scale, v_RI * math.sqrt(in_size)
 
 
-def _factor(bits: int, values_BN: Tensor, quantized: Quantized, rows: slice) -> Factor:
+def factor_of(bits: int, values_BN: Tensor, quantized: Quantized, rows: slice) -> Factor:
     """A band's factor: the rounded values at 16 bits, packed codes below."""
     if bits == 16:
         return Factor.from_values(values_BN.cpu())

@@ -1,0 +1,91 @@
+"""Singular triples of a delta as the model feels it.
+
+An error E of a weight changes a layer's output by E x, and the model's answer by what the output is
+worth there. With C = Σ x xᵀ over the layer's inputs and G = Σ g gᵀ over the gradients of the answer's
+log-probability at its outputs, half of tr(G E C Eᵀ) approximates the KL divergence that E costs: the
+Fisher information with inputs and gradients taken as independent (K-FAC; Martens & Grosse 2015,
+arXiv 1503.05671). So the SVD is taken of `L_Gᵀ D L_C` with C = L_C L_Cᵀ and G = L_G L_Gᵀ: its singular
+values are in that unit, comparable between layers, and they fall far more steeply than those of D.
+Its triples are mapped back through the inverse factors: `D = Uᵀ diag(s) V` as ever, but with
+V C Vᵀ = 1 and U G Uᵀ = 1.
+
+Damping adds a share of the mean diagonal to C and G, so that what calibration never saw keeps a weight.
+
+O outputs, I inputs, R directions.
+"""
+
+import torch
+from torch import Tensor
+
+from deltacome.errors import CalibrationError, MismatchError
+from deltacome.numerics.svd import svd
+
+
+def weighted_svd(
+    delta_OI: Tensor,
+    rank: int,
+    inputs: Tensor | None,
+    outputs: Tensor | None,
+    damping: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest triples of a delta under both weights.
+
+    Args:
+        delta_OI: float32 (O, I).
+        rank: at most min(O, I).
+        inputs: C, float32 (I, I), or None for white inputs.
+        outputs: G, float32 (O, O), or its diagonal (O,), or None for outputs of equal worth.
+        damping: share of the mean diagonal that is added to each.
+
+    Returns:
+        u_RO, s_R, v_RI float32 with `D ≈ Uᵀ diag(s) V`. Σ s² over what is left out is the squared
+        error under the weights.
+
+    Raises:
+        CalibrationError: a weight is not positive definite even after damping.
+        MismatchError: the sizes do not fit.
+    """
+    out_size, in_size = delta_OI.shape
+    for name, weight, size in (("inputs", inputs, in_size), ("outputs", outputs, out_size)):
+        if weight is not None and set(weight.shape) != {size}:
+            raise MismatchError(
+                f"a delta of shape {(out_size, in_size)} needs weights of {size} {name}, got "
+                f"{tuple(weight.shape)}"
+            )
+    c_II = None if inputs is None else _root("inputs", inputs, damping)
+    g_OO = None if outputs is None else _root("outputs", outputs, damping)
+    weighted_OI = delta_OI if c_II is None else delta_OI.to(c_II.dtype) @ c_II
+    if g_OO is not None:
+        weighted_OI = g_OO[:, None] * weighted_OI if g_OO.ndim == 1 else g_OO.T @ weighted_OI
+    u_RO, s_R, v_RI = svd(weighted_OI.float(), rank)
+    return _back(u_RO, g_OO), s_R, _back(v_RI, c_II)
+
+
+def _root(name: str, weight: Tensor, damping: float) -> Tensor:
+    """L with W = L Lᵀ, lower triangular float64, or the square root of a diagonal."""
+    diagonal = weight if weight.ndim == 1 else weight.diagonal()
+    extra = damping * float(diagonal.double().mean())
+    if weight.ndim == 1:
+        root = (weight.double() + extra).sqrt()
+        if not (root > 0).all():
+            raise CalibrationError(f"weights of {name}: expected positive numbers after damping")
+        return root
+    damped = weight.double().clone()
+    damped.diagonal().add_(extra)
+    root, info = torch.linalg.cholesky_ex(damped)
+    if info.item():
+        raise CalibrationError(
+            f"weights of {name}: not positive definite after {damping:g} damping, the pivot "
+            f"{info.item() - 1} is not positive"
+        )
+    return root
+
+
+def _back(vectors_RN: Tensor, root: Tensor | None) -> Tensor:
+    """Vectors of the weighted matrix as vectors of the matrix: L⁻ᵀ for each."""
+    if root is None:
+        return vectors_RN
+    if root.ndim == 1:
+        return (vectors_RN.to(root.dtype) / root).float()
+    solved_NR = torch.linalg.solve_triangular(root.T, vectors_RN.T.to(root.dtype), upper=True)
+    return solved_NR.T.float().contiguous()
