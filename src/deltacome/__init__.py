@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deltacome.compression import compress
     from deltacome.errors import DeltaError
     from deltacome.format.artifact import Artifact
+    from deltacome.methods.adaptive import Adaptive
     from deltacome.methods.bitdelta import BitDelta
     from deltacome.methods.delta_come import DeltaCome
     from deltacome.methods.low_rank import LowRank
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from deltacome.runtime import attach, base_for, merge
 
 _HOMES = {
+    "Adaptive": "deltacome.methods.adaptive",
     "Artifact": "deltacome.format.artifact",
     "BitDelta": "deltacome.methods.bitdelta",
     "DeltaCome": "deltacome.methods.delta_come",
@@ -36,6 +38,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Adaptive",
     "Artifact",
     "BitDelta",
     "DeltaCome",

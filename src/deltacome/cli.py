@@ -46,7 +46,7 @@ def compress_command(
     tuned: Annotated[str, typer.Argument(help="Full fine-tune of that base.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
     method: Annotated[
-        str, typer.Option(help="delta-come, low-rank, bitdelta, residual or prinmix.")
+        str, typer.Option(help="delta-come, low-rank, bitdelta, residual, prinmix or adaptive.")
     ] = "delta-come",
     ratio: Annotated[
         float | None, typer.Option(help="Tuned bytes ÷ bytes on disk, met within 2 %. Default 16.")
@@ -73,6 +73,9 @@ def compress_command(
     refit: Annotated[
         bool | None, typer.Option("--refit/--no-refit", help="Off: prinmix keeps U (ablation).")
     ] = None,
+    diagonal: Annotated[
+        bool | None, typer.Option("--diagonal", help="adaptive with less disk: see its docs.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -98,6 +101,7 @@ def compress_command(
         scales=scales,
         distill=distill,
         refit=refit,
+        diagonal=diagonal,
     )
     if ratio is not None and ratio <= 0:
         raise typer.BadParameter(f"expected a ratio above 0, got {ratio}", param_hint="--ratio")
@@ -441,6 +445,7 @@ _TAKES = {
     "bitdelta": {"scales", "distill"},
     "residual": {"plan", "scales"},
     "prinmix": {"refit"},
+    "adaptive": {"diagonal"},
 }
 
 
@@ -475,9 +480,13 @@ def _method(name: str, **options: Any) -> Any:
         from deltacome.methods.residual import Residual
 
         return Residual(**given)
-    from deltacome.methods.prinmix import PrinMix
+    if name == "prinmix":
+        from deltacome.methods.prinmix import PrinMix
 
-    return PrinMix(**given)
+        return PrinMix(**given)
+    from deltacome.methods.adaptive import Adaptive
+
+    return Adaptive(**given)
 
 
 def _template(plan: str | None, precision: str | None) -> Any:

@@ -8,6 +8,7 @@ from tiny_pairs import copy_of, rewrite, tree, weights_of
 from transformers import AutoModelForCausalLM
 
 from deltacome import (
+    Adaptive,
     Artifact,
     BitDelta,
     DeltaCome,
@@ -25,6 +26,8 @@ from deltacome.errors import PlanError
 from deltacome.methods.template import parse_template
 
 METHODS = {
+    "adaptive": (Adaptive(), 8),
+    "adaptive-diagonal": (Adaptive(diagonal=True), 8),
     "delta-come": (DeltaCome(), 8),
     "low-rank": (LowRank(), 8),
     "low-rank-fixed": (LowRank(3), None),
@@ -57,7 +60,7 @@ def test_ratio_and_manifest(artifacts, name):
     artifact, manifest = artifacts[name], artifacts[name].manifest
     assert ratio is None or artifact.ratio() == pytest.approx(ratio, rel=0.02)
     assert manifest.method == method.options()
-    text = name in ("delta-come", "prinmix", "bitdelta-distilled")
+    text = method.calibrates or getattr(method, "distill", 0) > 0
     assert (manifest.provenance["calibration"]["source"] != "none") == text
     matrices = [record for record in manifest.records.values() if len(record.shape) == 2]
     kinds = {"bitdelta": "signs", "residual": "signs+bands"}.get(name.split("-")[0], "bands")
@@ -87,12 +90,13 @@ def test_the_order_of_errors(artifacts):
         return sum(matrices) / len(matrices)
 
     assert error("prinmix") < error("delta-come")
+    assert error("adaptive") != error("adaptive-diagonal")
     assert error("residual") < error("bitdelta")
     assert error("residual-rows") < error("bitdelta-rows")
     assert error("bitdelta-rows") < error("bitdelta")
 
 
-@pytest.mark.parametrize("name", ["prinmix", "bitdelta-distilled"])
+@pytest.mark.parametrize("name", ["adaptive", "prinmix", "bitdelta-distilled"])
 def test_resumed_runs_have_the_same_bytes(pairs, artifacts, text, name, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
@@ -112,6 +116,7 @@ def test_resumed_runs_have_the_same_bytes(pairs, artifacts, text, name, tmp_path
             run(pairs["llama-tied"], tmp_path / "a", name, text, progress=stop(point), resume=True)
     # What was measured is not measured again.
     monkeypatch.setattr(PrinMix, "planner", None)
+    monkeypatch.setattr(Adaptive, "planner", None)
     monkeypatch.setattr(pipeline, "distill_scales", None)
     again = run(pairs["llama-tied"], tmp_path / "a", name, text, resume=True)
     assert tree(again.path) == tree(artifacts[name].path)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.card import carried_files, model_card
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import distill_scales
+from deltacome.compression.sensitivity import Weights, measure, measured, sweep
 from deltacome.compression.survey import survey
 from deltacome.errors import CalibrationError, DeltaError, PlanError, UnsupportedError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos
@@ -44,6 +46,7 @@ from deltacome.format.codec import Packed, SignTensors, read_bands, read_signs, 
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
+from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.bitdelta import BitDelta
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Matrix, Method, Terms
@@ -60,6 +63,8 @@ from deltacome.skeleton import (
 )
 
 DEFAULT_RATIO = 16.0
+SWEEP_TOKENS = 1024
+"""Tokens of a batch whose logits are held at once, with what is differentiated of them."""
 
 
 class Progress(NamedTuple):
@@ -95,6 +100,8 @@ class Run:
     dtype: torch.dtype
     report: Callable[[Progress], None]
     errors: list[float]
+    weights: Path | None = None
+    """Folder of what `sensitivity.measure` kept, where the method asked for it."""
 
 
 def compress(
@@ -167,10 +174,14 @@ def compress(
         manifest = replace(
             _manifest(run, calibration, samples, seq_len, seed), files=file_infos(carried)
         )
-        run.plans.update(_plans(run, writer, manifest, ratio))
-        rows = None
-        if calibration != "none":
-            rows = _calibration(run, writer, calibration, samples, seq_len, seed)
+
+        def text() -> list[list[int]] | None:
+            if calibration == "none":
+                return None
+            return _calibration(run, writer, calibration, samples, seq_len, seed)
+
+        run.plans.update(_plans(run, writer, manifest, ratio, text, seed))
+        rows = text()
         names = _compress_units(run, writer, rows if method.calibrates else None)
         if isinstance(method, BitDelta) and rows is not None:
             _distill(run, writer, names, rows, method.distill, seed)
@@ -368,7 +379,14 @@ def _compress_group(
     deltas = {name: _delta(run, name) for name in names}
     plans = {name: run.plans[name] for name in names}
     records, entries = [], {}
-    for name, packed in run.method.compress(deltas, plans, gram).items():
+    if isinstance(run.method, Adaptive) and run.weights is not None:
+        kept = {name: measured(run.weights, name) for name in names}
+        outputs = {n: k["outputs"].to(run.device) for n, k in kept.items()}
+        gram = kept[names[0]]["inputs"].to(run.device) if "inputs" in kept[names[0]] else gram
+        found = run.method.compress(deltas, plans, gram, outputs)
+    else:
+        found = run.method.compress(deltas, plans, gram)
+    for name, packed in found.items():
         terms = {"plan": plans[name].bands, "sign_scales": plans[name].sign_scales}
         record = replace(run.records[name], **terms)
         blobs = {f"{name}.{kind}": blob for kind, blob in packed.blobs().items()}
@@ -505,17 +523,26 @@ def _naming(names: list[str]) -> Iterator[None]:
 
 
 def _plans(
-    run: Run, writer: ArtifactWriter, manifest: Manifest, ratio: float | None
+    run: Run,
+    writer: ArtifactWriter,
+    manifest: Manifest,
+    ratio: float | None,
+    text: Callable[[], list[list[int]] | None],
+    seed: int,
 ) -> dict[str, Terms]:
     """Plans, kept beside the units: a resumed run need not measure what they were made from."""
     file = writer.partial / "plans.json"
+    spectra: dict[str, Tensor] = {}
+    if isinstance(run.method, Adaptive) and (rows := text()) is not None:
+        run.weights = writer.partial / "weights"
+        if not file.exists():
+            spectra = _spectra(run, run.method, run.weights, rows, seed)
     if not file.exists():
 
         def matrix(name: str) -> Matrix:
-            return Matrix(run.records[name].bands_shape, lambda: _delta(run, name))
+            shape = run.records[name].bands_shape
+            return Matrix(shape, lambda: _delta(run, name), spectra.get(name))
 
-        # A method whose plans depend on what the model does with its inputs needs a sweep over
-        # calibration rows here, before it is asked for plans.
         plans = make_plans(manifest, run.method, {n: matrix(n) for n in run.plans}, ratio)
         with disk_errors(file):
             write_atomic(file, json.dumps({name: astuple(terms) for name, terms in plans.items()}))
@@ -523,6 +550,38 @@ def _plans(
         name: Terms(tuple(Band(*band) for band in bands), scales)
         for name, (bands, scales) in json.loads(file.read_text()).items()
     }
+
+
+def _spectra(
+    run: Run, method: Adaptive, folder: Path, rows: list[list[int]], seed: int
+) -> dict[str, Tensor]:
+    """What the directions of each matrix are worth, by a sweep through the tuned model."""
+    options = {"device": run.device, "dtype": run.dtype, "batch_tokens": SWEEP_TOKENS}
+    stream = Stream(run.model, run.layout, run.tuned.read, rows, **options)
+    steps, total = itertools.count(1), 2 * len(run.layout.blocks)
+
+    def spectrum(name: str, weights: Weights) -> Tensor | None:
+        if name not in run.plans:
+            return None
+        rows = run.records[name].bands_shape[0]
+        outputs = weights.outputs[:rows] if weights.outputs.ndim == 1 else weights.outputs
+        return method.spectrum(_delta(run, name), weights.inputs, outputs)
+
+    weights = sweep(
+        stream,
+        seed=seed,
+        diagonal=method.diagonal,
+        tied=_tied(run),
+        on_step=lambda: run.report(Progress("sweep", next(steps), total)),
+    )
+    with disk_errors(folder):
+        return measure(folder, weights, spectrum)
+
+
+def _tied(run: Run) -> bool:
+    """Whether the head is the embedding; some models store a head that they tie all the same."""
+    tied = run.tuned.config.get("tie_word_embeddings")
+    return bool(tied) or run.layout.head not in run.tuned.tensors
 
 
 def _calibration(

@@ -1,5 +1,7 @@
 """What an error in each matrix costs: a sweep through the tuned model and back.
 
+`measure` runs it and keeps what a method needs later beside the run's units.
+
 Forward once, block by block, keeping what each block was given; then backward, block by block from the
 head, each run again to differentiate it. So one block's weights are held at a time here too, and hidden
 states of all calibration tokens at all blocks. What is differentiated is the log-probability of tokens
@@ -15,10 +17,13 @@ Legend: T tokens, I in, O out, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from deltacome.arch.layout import linears_of
 from deltacome.compression.capture import Stream, drop_weights, set_weight
@@ -32,6 +37,42 @@ class Weights(NamedTuple):
     """C, float32 (I, I), summed over tokens."""
     outputs: Tensor
     """G, float32 (O, O) or its diagonal (O,), the mean over tokens."""
+    outside: bool = False
+    """Of the embedding or the head."""
+
+
+def measure(
+    folder: Path,
+    weights: Iterator[dict[str, Weights]],
+    spectrum: Callable[[str, Weights], Tensor | None],
+) -> dict[str, Tensor]:
+    """Runs a sweep: what `spectrum` makes of each matrix is returned, the weights go to files.
+
+    Args:
+        folder: made here; one file a matrix. The gram of a linear's inputs is not kept, since it is
+            taken again when the layers before it are compressed; that of embedding and head is.
+        weights: of a sweep.
+        spectrum: (name, its weights) → float32 (R,), or None for a matrix that is not asked about.
+    """
+    folder.mkdir(exist_ok=True)
+    spectra = {}
+    for found in weights:
+        for name, one in found.items():
+            if (values := spectrum(name, one)) is None:
+                continue
+            spectra[name] = values.cpu()
+            kept = {"outputs": one.outputs} | ({"inputs": one.inputs} if one.outside else {})
+            save_file({key: value.cpu() for key, value in kept.items()}, _file(folder, name))
+    return spectra
+
+
+def measured(folder: Path, name: str) -> dict[str, Tensor]:
+    """What `measure` kept of a matrix: `outputs`, and `inputs` of embedding and head."""
+    return load_file(_file(folder, name))
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
 
 
 def sweep(
@@ -105,7 +146,7 @@ def _head(stream: Stream, seed: int, tied: bool) -> tuple[Weights, list[Tensor]]
     handle.remove()
     assert gram is not None
     assert spread_V is not None
-    return Weights(gram.value, spread_V / gram.tokens), gradients
+    return Weights(gram.value, spread_V / gram.tokens, outside=True), gradients
 
 
 def _backward(
@@ -118,15 +159,7 @@ def _backward(
     before = []
     for batch, entering, gradient in zip(stream.batches, hidden, gradients, strict=True):
         valid = batch.valid.to(stream.device)
-
-        def watch(name: str, valid: Tensor = valid) -> Callable:
-            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-                inputs[name].add(args[0].detach()[valid])
-                output.register_hook(lambda g: outputs[name].add(g[valid]))
-
-            return hook
-
-        handles = [linear.register_forward_hook(watch(name)) for name, linear in linears]
+        handles = [_watch(linear, inputs[n], outputs[n], valid) for n, linear in linears]
         with torch.enable_grad():
             leaf = entering.detach().requires_grad_()
             output = stream.run(block, batch, leaf)
@@ -138,6 +171,16 @@ def _backward(
         f"{n}.weight": Weights(inputs[n].value, outputs[n].value / inputs[n].tokens)
         for n, _ in linears
     }, before
+
+
+def _watch(linear: nn.Module, inputs: Gram, outputs: _Outputs, valid: Tensor) -> RemovableHandle:
+    """Adds what a linear is given, and the gradients of what it returns."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        inputs.add(args[0].detach()[valid])
+        output.register_hook(lambda gradient: outputs.add(gradient[valid]))
+
+    return linear.register_forward_hook(hook)
 
 
 class _Outputs:
@@ -175,7 +218,7 @@ def _outside(
         ids_T = batch.ids.to(stream.device)[valid]
         gram.add(gradient[valid] * _scale(entering[valid].float(), table_VH[ids_T]))
         counts_V += torch.bincount(ids_T, minlength=len(table_VH))
-    embedding = Weights(gram.value, counts_V / gram.tokens)
+    embedding = Weights(gram.value, counts_V / gram.tokens, outside=True)
     if not tied:
         return {layout.embedding: embedding, layout.head: head}
     uses = [(use.inputs, use.outputs, float(use.inputs.trace())) for use in (embedding, head)]
@@ -186,7 +229,8 @@ def _outside(
     assert isinstance(worth_V, Tensor)
     assert isinstance(inputs, Tensor)
     total = float(worth_V.sum())
-    return {layout.embedding: Weights(inputs * (total / inputs.trace()), worth_V / total)}
+    inputs = inputs * (total / inputs.trace())
+    return {layout.embedding: Weights(inputs, worth_V / total, outside=True)}
 
 
 def _scale(entering_TH: Tensor, rows_TH: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Adaptive: bits where the model's answers need them. This project's own method.
 
-What it does otherwise than Delta-CoMe (arXiv 2406.08903), each part by itself in `docs/results/adaptive.md`:
+What it does otherwise than Delta-CoMe (arXiv 2406.08903), `docs/results/adaptive.md` has each part
+by itself:
 
 - The SVD is of the delta as the model feels it, weighted by the inputs' gram C and by the Fisher
   information G of the layer's outputs (`numerics.weigh`).
@@ -20,7 +21,6 @@ Legend: O out, I in, R directions.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,8 +140,8 @@ class Adaptive:
         worth: Tensor | None,
     ) -> Packed:
         """U refitted to a V that is rounded, and rounded itself."""
-        counts = [band.count for band in plan.bands]
-        runs = [slice(stop - n, stop) for n, stop in zip(counts, itertools.accumulate(counts))]
+        stops = itertools.accumulate(band.count for band in plan.bands)
+        runs = [slice(n - band.count, n) for n, band in zip(stops, plan.bands, strict=True)]
         v_factors = [
             factor_of(band.bits, v.codes[run].float(), v, run)
             for band, run in zip(plan.bands, runs, strict=True)

@@ -42,6 +42,8 @@ class Matrix:
     """(out, in) of the rows that base and tuned have in common."""
     delta: Callable[[], Tensor]
     """Reads tuned − base, float32 (out, in): costs the reading of both."""
+    spectrum: Tensor | None = None
+    """What a sweep through the model measured of it, for a method that asks for one."""
 
 
 Planner = Callable[[float], dict[str, Terms]]

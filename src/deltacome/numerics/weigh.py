@@ -54,7 +54,9 @@ def weighted_svd(
             )
     c_II = None if inputs is None else _root("inputs", inputs, damping)
     g_OO = None if outputs is None else _root("outputs", outputs, damping)
-    weighted_OI = delta_OI if c_II is None else delta_OI.to(c_II.dtype) @ c_II
+    weighted_OI = delta_OI.double()
+    if c_II is not None:
+        weighted_OI = weighted_OI @ c_II
     if g_OO is not None:
         weighted_OI = g_OO[:, None] * weighted_OI if g_OO.ndim == 1 else g_OO.T @ weighted_OI
     u_RO, s_R, v_RI = svd(weighted_OI.float(), rank)
