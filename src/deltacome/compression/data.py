@@ -63,6 +63,27 @@ def calibration_rows(
     return rows
 
 
+def answers_from(tuned: Path) -> Callable[[list[int]], int]:
+    """What tells the first position of a row that predicts the last answer of a chat; 0 elsewhere."""
+    tokenizer = _tokenizer(tuned)
+    if not tokenizer.chat_template:
+        return lambda row: 0
+    chat = [{"role": "user", "content": _MARK}]
+    with_opening, without = (
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opens)
+        for opens in (True, False)
+    )
+    opening = tokenizer(with_opening.removeprefix(without), add_special_tokens=False)["input_ids"]
+
+    def first(row: list[int]) -> int:
+        for start in range(len(row) - len(opening) - 1, 0, -1):
+            if opening and row[start : start + len(opening)] == opening:
+                return start + len(opening) - 1
+        return 0
+
+    return first
+
+
 def _tokenizer(tuned: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)

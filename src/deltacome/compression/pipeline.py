@@ -36,7 +36,7 @@ from deltacome.arch.layout import Layout, find_layout
 from deltacome.compression.budget import make_plans
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.card import carried_files, model_card
-from deltacome.compression.data import calibration_rows
+from deltacome.compression.data import answers_from, calibration_rows
 from deltacome.compression.distill import distill_scales
 from deltacome.compression.sensitivity import Weights, measure, measured, sweep
 from deltacome.compression.survey import survey
@@ -182,7 +182,9 @@ def compress(
 
         run.plans.update(_plans(run, writer, manifest, ratio, text, seed))
         rows = text()
-        names = _compress_units(run, writer, rows if method.calibrates else None)
+        # What a sweep has measured already is not measured again block by block.
+        streams = method.calibrates and run.weights is None
+        names = _compress_units(run, writer, rows if streams else None)
         if isinstance(method, BitDelta) and rows is not None:
             _distill(run, writer, names, rows, method.distill, seed)
         progress(Progress("write", 0, 1))
@@ -380,10 +382,9 @@ def _compress_group(
     plans = {name: run.plans[name] for name in names}
     records, entries = [], {}
     if isinstance(run.method, Adaptive) and run.weights is not None:
-        kept = {name: measured(run.weights, name) for name in names}
-        outputs = {n: k["outputs"].to(run.device) for n, k in kept.items()}
-        gram = kept[names[0]]["inputs"].to(run.device) if "inputs" in kept[names[0]] else gram
-        found = run.method.compress(deltas, plans, gram, outputs)
+        (name,) = names
+        gram, outputs = _of_common_rows(run, name, measured(run.weights, name))
+        found = {name: run.method.pack(deltas[name], plans[name], gram, outputs)}
     else:
         found = run.method.compress(deltas, plans, gram)
     for name, packed in found.items():
@@ -563,19 +564,26 @@ def _spectra(
     def spectrum(name: str, weights: Weights) -> Tensor | None:
         if name not in run.plans:
             return None
-        rows = run.records[name].bands_shape[0]
-        outputs = weights.outputs[:rows] if weights.outputs.ndim == 1 else weights.outputs
-        return method.spectrum(_delta(run, name), weights.inputs, outputs)
+        return method.spectrum(_delta(run, name), *_of_common_rows(run, name, weights))
 
     weights = sweep(
         stream,
         seed=seed,
         diagonal=method.diagonal,
         tied=_tied(run),
+        first=answers_from(run.tuned.path),
         on_step=lambda: run.report(Progress("sweep", next(steps), total)),
     )
     with disk_errors(folder):
         return measure(folder, weights, spectrum)
+
+
+def _of_common_rows(run: Run, name: str, weights: Weights) -> Weights:
+    """Weights for the rows that base and tuned have in common: vocabularies grow."""
+    outputs = weights.outputs
+    if outputs.ndim == 1:
+        outputs = outputs[: run.records[name].bands_shape[0]]
+    return Weights(weights.inputs.to(run.device), outputs.to(run.device))
 
 
 def _tied(run: Run) -> bool:

@@ -8,8 +8,13 @@ states of all calibration tokens at all blocks. What is differentiated is the lo
 drawn from the model's own answers: the mean of `g gᵀ` over them is its Fisher information, and takes no
 labels (Kunstner et al. 2019, arXiv 1905.12558, on why not those of the data).
 
+Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
+does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
+each layer. In a chat only the last answer's tokens are drawn, since what a model would have said in the
+user's place is nobody's concern.
+
 A tied embedding counts for both of its uses: as the head at each row by how uncertain the model is of
-its token, as the embedding at each row by how often its token comes.
+its token, as the embedding at each row by the gradients that meet its token.
 
 Legend: T tokens, I in, O out, H hidden size, V vocabulary.
 """
@@ -26,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltacome.arch.layout import linears_of
-from deltacome.compression.capture import Stream, drop_weights, set_weight
+from deltacome.compression.capture import Batch, Stream, drop_weights, set_weight
 from deltacome.numerics.gram import Gram
 
 
@@ -34,11 +39,9 @@ class Weights(NamedTuple):
     """How much the errors of a matrix weigh; half of tr(G E C Eᵀ) is the KL summed over tokens."""
 
     inputs: Tensor
-    """C, float32 (I, I), summed over tokens."""
+    """C, float32 (I, I), summed over tokens, each weighted by its ‖g‖² relative to the mean."""
     outputs: Tensor
     """G, float32 (O, O) or its diagonal (O,), the mean over tokens."""
-    outside: bool = False
-    """Of the embedding or the head."""
 
 
 def measure(
@@ -49,8 +52,7 @@ def measure(
     """Runs a sweep: what `spectrum` makes of each matrix is returned, the weights go to files.
 
     Args:
-        folder: made here; one file a matrix. The gram of a linear's inputs is not kept, since it is
-            taken again when the layers before it are compressed; that of embedding and head is.
+        folder: made here; one file a matrix.
         weights: of a sweep.
         spectrum: (name, its weights) → float32 (R,), or None for a matrix that is not asked about.
     """
@@ -61,14 +63,14 @@ def measure(
             if (values := spectrum(name, one)) is None:
                 continue
             spectra[name] = values.cpu()
-            kept = {"outputs": one.outputs} | ({"inputs": one.inputs} if one.outside else {})
-            save_file({key: value.cpu() for key, value in kept.items()}, _file(folder, name))
+            kept = {key: value.cpu() for key, value in one._asdict().items()}
+            save_file(kept, _file(folder, name))
     return spectra
 
 
-def measured(folder: Path, name: str) -> dict[str, Tensor]:
-    """What `measure` kept of a matrix: `outputs`, and `inputs` of embedding and head."""
-    return load_file(_file(folder, name))
+def measured(folder: Path, name: str) -> Weights:
+    """What `measure` kept of a matrix."""
+    return Weights(**load_file(_file(folder, name)))
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -81,6 +83,7 @@ def sweep(
     seed: int,
     diagonal: bool,
     tied: bool,
+    first: Callable[[list[int]], int] = lambda row: 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Weights]]:
     """Weights of the embedding and the head, then of each block's linears, the last block first.
@@ -90,6 +93,7 @@ def sweep(
         seed: of the tokens that are drawn.
         diagonal: keep the diagonal of G alone: less memory, and less to go by.
         tied: the head uses the embedding's weight.
+        first: the position of a row from which on its predictions count.
         on_step: called after each block, forward and backward.
 
     Yields:
@@ -102,7 +106,7 @@ def sweep(
         stream.advance(block)
         drop_weights(stream.layout.blocks[block])
         on_step()
-    head, gradients = _head(stream, seed, tied)
+    head, gradients = _head(stream, seed, tied, first)
     for block, hidden in reversed(list(zip(stream.layout.blocks, entered, strict=True))):
         _load(stream, block)
         found, gradients = _backward(stream, block, hidden, gradients, diagonal)
@@ -118,35 +122,44 @@ def _load(stream: Stream, block: str) -> None:
         set_weight(stream.model, full, stream.read(full).to(stream.device, stream.dtype))
 
 
-def _head(stream: Stream, seed: int, tied: bool) -> tuple[Weights, list[Tensor]]:
+def _head(
+    stream: Stream, seed: int, tied: bool, first: Callable[[list[int]], int]
+) -> tuple[Weights, list[Tensor]]:
     """Weights of the head, and the gradient at the last block's output of each batch."""
     name = stream.layout.head.removesuffix(".weight")
     module = stream.model.get_submodule(name)
-    gram, spread_V, gradients = None, None, []
+    sums, gradients = None, []
     draw = torch.Generator(device=stream.device).manual_seed(seed)
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     used = stream.layout.embedding if tied else stream.layout.head
     with stream.outside_weights(head=used):
         for batch in stream.batches:
+            counts = _counting(batch, first).to(stream.device)
             hidden = batch.hidden.detach().requires_grad_()
             with torch.enable_grad():
-                logits_TV = stream.answer(batch, hidden).float()[batch.valid.to(stream.device)]
-                log_p_TV = logits_TV.log_softmax(-1)
+                log_p_TV = stream.answer(batch, hidden)[counts].float().log_softmax(-1)
                 p_TV = log_p_TV.detach().exp()
                 drawn_T1 = torch.multinomial(p_TV, 1, generator=draw)
                 (gradient,) = torch.autograd.grad(log_p_TV.gather(1, drawn_T1).sum(), hidden)
             gradients.append(gradient)
-            x_TH = inputs.pop()[batch.valid.to(stream.device)]
-            gram = gram or Gram(name, x_TH.shape[-1], device=stream.device)
-            gram.add(x_TH)
             # The variance of a token's log-odds: what an error of its logit costs.
-            sums_V = (p_TV - p_TV.square()).sum(0)
-            spread_V = sums_V if spread_V is None else spread_V + sums_V
+            spread_TV = p_TV - p_TV.square()
+            x_TH = inputs.pop().detach()[counts]
+            if sums is None:
+                sums = _Sums(name, x_TH.shape[1], p_TV.shape[1], diagonal=True, like=x_TH)
+            sums.add(x_TH, spread_TV.sqrt())
     handle.remove()
-    assert gram is not None
-    assert spread_V is not None
-    return Weights(gram.value, spread_V / gram.tokens, outside=True), gradients
+    assert sums is not None
+    return sums.weights(stream.tokens), gradients
+
+
+def _counting(batch: Batch, first: Callable[[list[int]], int]) -> Tensor:
+    """Positions of a batch whose predictions count, bool (B, L)."""
+    counts = batch.valid.clone()
+    for row, ids, valid in zip(counts, batch.ids, batch.valid, strict=True):
+        row[: first(ids[valid].tolist())] = False
+    return counts
 
 
 def _backward(
@@ -154,12 +167,14 @@ def _backward(
 ) -> tuple[dict[str, Weights], list[Tensor]]:
     """Weights of a block's linears, and the gradients at its input."""
     linears = linears_of(block, stream.layout.blocks[block])
-    inputs = {n: Gram(n, linear.in_features, device=stream.device) for n, linear in linears}
-    outputs = {n: _Outputs(n, linear.out_features, diagonal, stream) for n, linear in linears}
+    sums = {
+        name: _Sums(name, linear.in_features, linear.out_features, diagonal, like=hidden[0])
+        for name, linear in linears
+    }
     before = []
     for batch, entering, gradient in zip(stream.batches, hidden, gradients, strict=True):
         valid = batch.valid.to(stream.device)
-        handles = [_watch(linear, inputs[n], outputs[n], valid) for n, linear in linears]
+        handles = [_watch(linear, sums[name], valid) for name, linear in linears]
         with torch.enable_grad():
             leaf = entering.detach().requires_grad_()
             output = stream.run(block, batch, leaf)
@@ -167,38 +182,44 @@ def _backward(
         before.append(entered)
         for handle in handles:
             handle.remove()
-    return {
-        f"{n}.weight": Weights(inputs[n].value, outputs[n].value / inputs[n].tokens)
-        for n, _ in linears
-    }, before
+    return {f"{name}.weight": sums[name].weights(stream.tokens) for name, _ in linears}, before
 
 
-def _watch(linear: nn.Module, inputs: Gram, outputs: _Outputs, valid: Tensor) -> RemovableHandle:
-    """Adds what a linear is given, and the gradients of what it returns."""
+def _watch(linear: nn.Module, sums: _Sums, valid: Tensor) -> RemovableHandle:
+    """Adds what a linear is given, with the gradients of what it returns."""
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        inputs.add(args[0].detach()[valid])
-        output.register_hook(lambda gradient: outputs.add(gradient[valid]))
+        x_TI = args[0].detach()[valid]
+        output.register_hook(lambda gradient: sums.add(x_TI, gradient[valid]))
 
     return linear.register_forward_hook(hook)
 
 
-class _Outputs:
-    """Σ g gᵀ over gradients, or its diagonal."""
+class _Sums:
+    """Σ ‖g‖² x xᵀ and Σ g gᵀ, or the latter's diagonal."""
 
-    def __init__(self, name: str, size: int, diagonal: bool, stream: Stream) -> None:
-        self._gram = None if diagonal else Gram(name, size, device=stream.device)
-        self._sum_O = torch.zeros(size, device=stream.device)
+    def __init__(self, name: str, inputs: int, outputs: int, diagonal: bool, like: Tensor) -> None:
+        self._inputs = Gram(name, inputs, device=like.device)
+        self._outputs = None if diagonal else Gram(name, outputs, device=like.device)
+        self._sum_O = torch.zeros(outputs, device=like.device)
 
-    def add(self, g_TO: Tensor) -> None:
-        if self._gram is not None:
-            self._gram.add(g_TO)
-        else:
-            self._sum_O += g_TO.float().square().sum(0)
+    def add(self, x_TI: Tensor, g_TO: Tensor) -> None:
+        squares_TO = g_TO.float().square()
+        self._inputs.add(x_TI.float() * squares_TO.sum(1, keepdim=True).sqrt())
+        self._sum_O += squares_TO.sum(0)
+        if self._outputs is not None:
+            self._outputs.add(g_TO)
 
-    @property
-    def value(self) -> Tensor:
-        return self._sum_O if self._gram is None else self._gram.value
+    def weights(self, tokens: int) -> Weights:
+        """Of all that was added, for a number of tokens.
+
+        Where no gradient came (nothing hangs on this layer), everything weighs nothing.
+        """
+        total = self._sum_O.sum()
+        outputs = self._sum_O if self._outputs is None else self._outputs.value
+        return Weights(
+            self._inputs.value * (tokens / total.clamp(min=1e-30)), outputs / max(tokens, 1)
+        )
 
 
 def _outside(
@@ -212,25 +233,23 @@ def _outside(
     layout = stream.layout
     table_VH = stream.read(layout.embedding).to(stream.device, torch.float32)
     gram = Gram(layout.embedding, table_VH.shape[1], device=stream.device)
-    counts_V = torch.zeros(len(table_VH), device=stream.device)
+    worth_V = torch.zeros(len(table_VH), device=stream.device)
     for batch, entering, gradient in zip(stream.batches, hidden, gradients, strict=True):
         valid = batch.valid.to(stream.device)
         ids_T = batch.ids.to(stream.device)[valid]
-        gram.add(gradient[valid] * _scale(entering[valid].float(), table_VH[ids_T]))
-        counts_V += torch.bincount(ids_T, minlength=len(table_VH))
-    embedding = Weights(gram.value, counts_V / gram.tokens, outside=True)
+        g_TH = gradient[valid].float() * _scale(entering[valid].float(), table_VH[ids_T])
+        gram.add(g_TH)
+        worth_V.index_add_(0, ids_T, g_TH.square().sum(1))
+    embedding = Weights(gram.value, worth_V / worth_V.sum().clamp(min=1e-30))
     if not tied:
         return {layout.embedding: embedding, layout.head: head}
-    uses = [(use.inputs, use.outputs, float(use.inputs.trace())) for use in (embedding, head)]
+    uses = [(use.inputs, use.outputs, use.inputs.trace()) for use in (embedding, head)]
     # Σ over uses of G ⊗ C is no such product itself; this is the one of the same trace whose sides are
     # the uses' sides, each weighted by what the use weighs.
-    worth_V = sum(trace * outputs for _, outputs, trace in uses)
-    inputs = sum(outputs.sum() * gram for gram, outputs, _ in uses)
-    assert isinstance(worth_V, Tensor)
-    assert isinstance(inputs, Tensor)
-    total = float(worth_V.sum())
-    inputs = inputs * (total / inputs.trace())
-    return {layout.embedding: Weights(inputs, worth_V / total, outside=True)}
+    outputs_V = uses[0][2] * uses[0][1] + uses[1][2] * uses[1][1]
+    inputs = uses[0][1].sum() * uses[0][0] + uses[1][1].sum() * uses[1][0]
+    total = outputs_V.sum().clamp(min=1e-30)
+    return {layout.embedding: Weights(inputs * (total / inputs.trace()), outputs_V / total)}
 
 
 def _scale(entering_TH: Tensor, rows_TH: Tensor) -> float:

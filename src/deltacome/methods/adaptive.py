@@ -20,7 +20,6 @@ Legend: O out, I in, R directions.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from deltacome.format.codec import BandTensors, Packed
-from deltacome.format.spec import Band, bands_nbytes, rank
+from deltacome.format.spec import Band, bands_nbytes
 from deltacome.methods.bands import factor_of
 from deltacome.methods.method import Matrix, Planner, Shape, Terms
 from deltacome.numerics.allocate import allocate
@@ -48,8 +47,8 @@ class Adaptive:
 
     Attributes:
         damping: share of the mean diagonal that is added to C and G.
-        diagonal: use the diagonal of G alone. G of all layers lies on disk while a run works: 4 · out²
-            bytes a linear, which for a 7B model is 40 GB.
+        diagonal: use the diagonal of G alone. C and G of all layers lie on disk while a run works, 4
+            bytes an entry: for a 7B model 70 GB, and 28 GB with diagonals.
     """
 
     damping: float = 0.01
@@ -71,7 +70,10 @@ class Adaptive:
 
     def spectrum(self, delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
         """σ² of a matrix's directions, twice the KL that each is worth: float32 (R,)."""
-        _, s_R, _ = weighted_svd(delta_OI, min(delta_OI.shape), inputs, outputs, self.damping)
+        size = min(delta_OI.shape)
+        if any(side is not None and not side.any() for side in (inputs, outputs)):
+            return torch.zeros(size)  # no answer hangs on it: an expert that was never asked, say
+        _, s_R, _ = weighted_svd(delta_OI, size, inputs, outputs, self.damping)
         return s_R.square()
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
@@ -96,69 +98,43 @@ class Adaptive:
         return plans
 
     def compress(
-        self,
-        deltas: Mapping[str, Tensor],
-        plans: Mapping[str, Terms],
-        gram_II: Tensor | None,
-        outputs: Mapping[str, Tensor] | None = None,
+        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
     ) -> dict[str, Packed]:
-        """V against C, U refitted to it and against G (see `Method.compress`).
+        """Without what a sweep measures (see `Method.compress`): all outputs are worth the same."""
+        return {name: self.pack(d, plans[name], gram_II, None) for name, d in deltas.items()}
+
+    def pack(
+        self, delta_OI: Tensor, plan: Terms, inputs: Tensor | None, outputs: Tensor | None
+    ) -> Packed:
+        """V against C, then U refitted to it and against G.
+
+        Args:
+            delta_OI: float32 (O, I).
+            plan: its bands; none leaves the matrix as the base's.
+            inputs: C, float32 (I, I), or None for white inputs.
+            outputs: G, float32 (O, O), or its diagonal (O,), or None.
 
         Raises:
             CalibrationError: C or G is not positive definite even after damping.
         """
-        some = [name for name in deltas if plans[name].bands]
-        right = []
-        for name in some:
-            worth, delta = (outputs or {}).get(name), deltas[name]
-            _, _, v_RI = weighted_svd(delta, rank(plans[name].bands), gram_II, worth, self.damping)
-            right.append(v_RI / _rms(v_RI))
-        if not some:
-            return {name: Packed() for name in deltas}
-        bits = {
-            name: torch.tensor([b.bits for b in plans[name].bands for _ in range(b.count)])
-            for name in some
-        }
-        every = self._quantize(torch.cat(right), torch.cat(list(bits.values())), gram_II)
-        packed, start = {name: Packed() for name in deltas}, 0
-        for name in some:
-            rows = slice(start, start + len(bits[name]))
-            start = rows.stop
-            v = Quantized(*(part[rows] for part in every))
-            packed[name] = self._finish(
-                deltas[name], plans[name], bits[name], v, gram_II, (outputs or {}).get(name)
-            )
-        return packed
-
-    def _finish(
-        self,
-        delta_OI: Tensor,
-        plan: Terms,
-        bits_R: Tensor,
-        v: Quantized,
-        gram_II: Tensor | None,
-        worth: Tensor | None,
-    ) -> Packed:
-        """U refitted to a V that is rounded, and rounded itself."""
-        stops = itertools.accumulate(band.count for band in plan.bands)
-        runs = [slice(n - band.count, n) for n, band in zip(stops, plan.bands, strict=True)]
-        v_factors = [
-            factor_of(band.bits, v.codes[run].float(), v, run)
-            for band, run in zip(plan.bands, runs, strict=True)
-        ]
-        v_RI = torch.cat([factor.dequantize() for factor in v_factors]).to(delta_OI.device)
-        u_RO = refit_u(delta_OI, v_RI, gram_II)
+        if not plan.bands:
+            return Packed()
+        widths = [band.bits for band in plan.bands for _ in range(band.count)]
+        bits_R = torch.tensor(widths, device=delta_OI.device)
+        _, _, v_RI = weighted_svd(delta_OI, len(widths), inputs, outputs, self.damping)
+        v = self._quantize(v_RI / _rms(v_RI), bits_R, inputs)
+        u_RO = refit_u(delta_OI, v.dequantize(), inputs)
         s_R1 = _rms(u_RO)
-        full = worth if worth is not None and worth.ndim == 2 else None
+        # Against a diagonal, rounding to nearest is all that there is.
+        full = outputs if outputs is not None and outputs.ndim == 2 else None
         u = self._quantize(u_RO / s_R1, bits_R, full)
-        return Packed(
-            [
-                BandTensors(
-                    v_factor, factor_of(band.bits, u_RO[run], u, run), s_R1[run, 0].float().cpu()
-                )
-                for band, run, v_factor in zip(plan.bands, runs, v_factors, strict=True)
-            ]
-        )
+        bands, start = [], 0
+        for band in plan.bands:
+            rows = slice(start, start + band.count)
+            sides = (factor_of(band.bits, v_RI, side, rows) for side in (v, u))
+            bands.append(BandTensors(*sides, s_R1[rows, 0].cpu()))
+            start = rows.stop
+        return Packed(bands)
 
     def _quantize(self, vectors_RN: Tensor, bits_R: Tensor, gram_NN: Tensor | None) -> Quantized:
         bits_R = bits_R.to(vectors_RN.device)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import CalibrationError, MismatchError
+from deltacome.format.codec import dequantize
 from deltacome.format.spec import GROUP
 from deltacome.numerics.grid import min_max_grid, spread
 
@@ -51,6 +52,10 @@ class Quantized(NamedTuple):
     codes: Tensor  # (R, N) uint8
     scale: Tensor  # (R, G) float16
     zero: Tensor  # (R, G) uint8
+
+    def dequantize(self, group_size: int = GROUP) -> Tensor:
+        """What the codes mean, float32 (R, N)."""
+        return dequantize(self.codes, self.scale, self.zero, group_size)
 
 
 @dataclass(frozen=True)
