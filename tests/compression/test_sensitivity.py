@@ -1,11 +1,13 @@
 """The sweep gives the grams of the whole model, differentiated in one piece."""
 
+from functools import partial
+
 import pytest
 import torch
-from test_stream import some_rows, stream_of
+from test_stream import load, some_rows, stream_of
 from transformers import AutoModelForCausalLM
 
-from deltacome.arch.layout import find_layout
+from deltacome.arch.layout import find_layout, linears_of
 from deltacome.compression.sensitivity import measure, measured, sweep
 
 SEED = 3
@@ -71,11 +73,14 @@ def test_the_sweep_is_the_model_differentiated(pairs, family, first):
     tied = find_layout(stream.model).head not in checkpoint.tensors
     steps, found = [], {}
     options = {"seed": SEED, "diagonal": False, "tied": tied, "first": first}
-    for one in sweep(stream, **options, on_step=lambda: steps.append(1)):
+    put = partial(load, stream, checkpoint)
+    for one in sweep(stream, put, **options, on_step=lambda: steps.append(1)):
         found |= one
     layout, table, xs, gs, ids = whole(tuned, stream, first)
     assert len(steps) == 2 * len(layout.blocks)
-    for name in layout.linears:
+    linears = [n for block in layout.blocks.items() for n, _ in linears_of(*block)]
+    assert len(found) == len(linears) + (1 if tied else 2)
+    for name in (f"{linear}.weight" for linear in linears):
         x, g = (of[name.removesuffix(".weight")] for of in (xs, gs))
         close(found[name].inputs, inputs_of(x, g, len(ids)))
         close(found[name].outputs, g.T @ g / len(ids))
@@ -99,11 +104,16 @@ def test_the_sweep_is_the_model_differentiated(pairs, family, first):
     close(both.outputs, worth / worth.sum())
 
 
+def sweep_of(tuned, **options):
+    stream, checkpoint = stream_of(tuned, some_rows())
+    return sweep(stream, partial(load, stream, checkpoint), tied=False, **options)
+
+
 def test_a_diagonal_is_that_of_the_gram(pairs):
     full, diagonal = (
         {
             name: weights
-            for one in sweep(stream_of(pairs["llama"][1], some_rows())[0], **options, tied=False)
+            for one in sweep_of(pairs["llama"][1], **options)
             for name, weights in one.items()
         }
         for options in ({"seed": 0, "diagonal": False}, {"seed": 0, "diagonal": True})
@@ -114,7 +124,7 @@ def test_a_diagonal_is_that_of_the_gram(pairs):
 
 
 def test_what_is_measured_is_kept(pairs, tmp_path):
-    weights = sweep(stream_of(pairs["llama"][1], some_rows())[0], seed=0, diagonal=True, tied=False)
+    weights = sweep_of(pairs["llama"][1], seed=0, diagonal=True)
     asked = ("lm_head.weight", "model.layers.0.mlp.up_proj.weight")
     spectra = measure(
         tmp_path / "weights",

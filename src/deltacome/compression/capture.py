@@ -121,7 +121,7 @@ class Stream:
 
     def head_gram(self) -> Tensor:
         """Gram of the inputs of the output head, after the last block."""
-        head, name = self._head(), str(self.layout.head)
+        head, name = self.head, str(self.layout.head)
         gram = Gram(name, self.batches[0].hidden.shape[-1], device=self.device)
         with self.outside_weights():
             for batch in self.batches:
@@ -159,7 +159,9 @@ class Stream:
         finally:
             handle.remove()
 
-    def _head(self) -> nn.Module:
+    @property
+    def head(self) -> nn.Module:
+        """The output head."""
         assert self.layout.head is not None
         return self.model.get_submodule(self.layout.head.removesuffix(".weight"))
 
@@ -172,7 +174,7 @@ class Stream:
             calls.append((args, kwargs))
             return hidden
 
-        head = self._head()
+        head = self.head
 
         def stop(module: nn.Module, args: tuple) -> None:
             raise _Stop
@@ -208,7 +210,7 @@ class Stream:
             if not name.startswith(inside) and name != self.layout.head
         }
         if head is not None:
-            names[self.layout.head] = head
+            names[str(self.layout.head)] = head
         for name, source in names.items():
             set_weight(self.model, name, self.read(source).to(self.device, self.dtype))
         try:

@@ -287,11 +287,7 @@ def _compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | No
     """Every tensor ends up in exactly one unit; returns the units in the order of their bytes."""
     stream = None
     if rows is not None:
-        stream = Stream(
-            *(run.model, run.layout, lambda name: run.tuned.read(run.names[name]), rows),
-            device=run.device,
-            dtype=run.dtype,
-        )
+        stream = _stream(run, rows)
     blocks = [*run.layout.blocks, *run.layout.side_blocks]
     total = len(blocks) + 1
     names = []
@@ -556,10 +552,18 @@ def _plans(
 def _spectra(
     run: Run, method: Adaptive, folder: Path, rows: list[list[int]], seed: int
 ) -> dict[str, Tensor]:
-    """What the directions of each matrix are worth, by a sweep through the tuned model."""
-    options = {"device": run.device, "dtype": run.dtype, "batch_tokens": SWEEP_TOKENS}
-    stream = Stream(run.model, run.layout, run.tuned.read, rows, **options)
+    """What the directions of each matrix are worth, by a sweep through the tuned model.
+
+    Raises:
+        UnsupportedError: a matrix that the sweep does not reach (experts, a vision tower).
+    """
     steps, total = itertools.count(1), 2 * len(run.layout.blocks)
+
+    def load(block: str) -> None:
+        for name, target in run.where.items():
+            if target.parameter.startswith(f"{block}.") and name in run.records:
+                value = run.tuned.read(name).to(run.device, run.dtype)
+                set_part(run.model, target, value)
 
     def spectrum(name: str, weights: Weights) -> Tensor | None:
         if name not in run.plans:
@@ -567,15 +571,33 @@ def _spectra(
         return method.spectrum(_delta(run, name), *_of_common_rows(run, name, weights))
 
     weights = sweep(
-        stream,
+        _stream(run, rows, batch_tokens=SWEEP_TOKENS),
+        load,
         seed=seed,
         diagonal=method.diagonal,
-        tied=_tied(run),
+        tied=run.tied,
         first=answers_from(run.tuned.path),
         on_step=lambda: run.report(Progress("sweep", next(steps), total)),
     )
     with disk_errors(folder):
-        return measure(folder, weights, spectrum)
+        spectra = measure(
+            folder, ({run.names[n]: w for n, w in one.items()} for one in weights), spectrum
+        )
+    if missing := sorted(run.plans.keys() - spectra.keys()):
+        raise UnsupportedError(
+            f"adaptive: {len(missing)} matrices are not reached by text that runs through the decoder's "
+            f"blocks, {missing[0]} the first: use another method, or calibration none"
+        )
+    return spectra
+
+
+def _stream(run: Run, rows: list[list[int]], **options: int) -> Stream:
+    return Stream(
+        *(run.model, run.layout, lambda name: run.tuned.read(run.names[name]), rows),
+        device=run.device,
+        dtype=run.dtype,
+        **options,
+    )
 
 
 def _of_common_rows(run: Run, name: str, weights: Weights) -> Weights:
@@ -584,12 +606,6 @@ def _of_common_rows(run: Run, name: str, weights: Weights) -> Weights:
     if outputs.ndim == 1:
         outputs = outputs[: run.records[name].bands_shape[0]]
     return Weights(weights.inputs.to(run.device), outputs.to(run.device))
-
-
-def _tied(run: Run) -> bool:
-    """Whether the head is the embedding; some models store a head that they tie all the same."""
-    tied = run.tuned.config.get("tie_word_embeddings")
-    return bool(tied) or run.layout.head not in run.tuned.tensors
 
 
 def _calibration(

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltacome.arch.layout import linears_of
-from deltacome.compression.capture import Batch, Stream, drop_weights, set_weight
+from deltacome.compression.capture import Batch, Stream, drop_weights
+from deltacome.errors import UnsupportedError
 from deltacome.numerics.gram import Gram
 
 
@@ -79,6 +80,7 @@ def _file(folder: Path, name: str) -> Path:
 
 def sweep(
     stream: Stream,
+    load: Callable[[str], None],
     *,
     seed: int,
     diagonal: bool,
@@ -90,6 +92,7 @@ def sweep(
 
     Args:
         stream: of the tuned model, at its first block; it is at its end afterwards.
+        load: puts the tuned weights of a block into the model.
         seed: of the tokens that are drawn.
         diagonal: keep the diagonal of G alone: less memory, and less to go by.
         tied: the head uses the embedding's weight.
@@ -102,13 +105,13 @@ def sweep(
     entered: list[list[Tensor]] = []
     for block in stream.layout.blocks:
         entered.append([batch.hidden for batch in stream.batches])
-        _load(stream, block)
+        load(block)
         stream.advance(block)
         drop_weights(stream.layout.blocks[block])
         on_step()
     head, gradients = _head(stream, seed, tied, first)
     for block, hidden in reversed(list(zip(stream.layout.blocks, entered, strict=True))):
-        _load(stream, block)
+        load(block)
         found, gradients = _backward(stream, block, hidden, gradients, diagonal)
         drop_weights(stream.layout.blocks[block])
         on_step()
@@ -116,23 +119,15 @@ def sweep(
     yield _outside(stream, head, entered[0], gradients, tied)
 
 
-def _load(stream: Stream, block: str) -> None:
-    for name, _ in list(stream.layout.blocks[block].named_parameters()):
-        full = f"{block}.{name}"
-        set_weight(stream.model, full, stream.read(full).to(stream.device, stream.dtype))
-
-
 def _head(
     stream: Stream, seed: int, tied: bool, first: Callable[[list[int]], int]
 ) -> tuple[Weights, list[Tensor]]:
     """Weights of the head, and the gradient at the last block's output of each batch."""
-    name = stream.layout.head.removesuffix(".weight")
-    module = stream.model.get_submodule(name)
-    sums, gradients = None, []
+    sums, gradients = _Sums(str(stream.layout.head), diagonal=True), []
     draw = torch.Generator(device=stream.device).manual_seed(seed)
     inputs: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    used = stream.layout.embedding if tied else stream.layout.head
+    handle = stream.head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    used = str(stream.layout.embedding if tied else stream.layout.head)
     with stream.outside_weights(head=used):
         for batch in stream.batches:
             counts = _counting(batch, first).to(stream.device)
@@ -146,11 +141,8 @@ def _head(
             # The variance of a token's log-odds: what an error of its logit costs.
             spread_TV = p_TV - p_TV.square()
             x_TH = inputs.pop().detach()[counts]
-            if sums is None:
-                sums = _Sums(name, x_TH.shape[1], p_TV.shape[1], diagonal=True, like=x_TH)
             sums.add(x_TH, spread_TV.sqrt())
     handle.remove()
-    assert sums is not None
     return sums.weights(stream.tokens), gradients
 
 
@@ -167,10 +159,7 @@ def _backward(
 ) -> tuple[dict[str, Weights], list[Tensor]]:
     """Weights of a block's linears, and the gradients at its input."""
     linears = linears_of(block, stream.layout.blocks[block])
-    sums = {
-        name: _Sums(name, linear.in_features, linear.out_features, diagonal, like=hidden[0])
-        for name, linear in linears
-    }
+    sums = {name: _Sums(name, diagonal) for name, _ in linears}
     before = []
     for batch, entering, gradient in zip(stream.batches, hidden, gradients, strict=True):
         valid = batch.valid.to(stream.device)
@@ -188,9 +177,13 @@ def _backward(
 def _watch(linear: nn.Module, sums: _Sums, valid: Tensor) -> RemovableHandle:
     """Adds what a linear is given, with the gradients of what it returns."""
 
+    def at(values: Tensor) -> Tensor:
+        # Some layers flatten rows and positions before they multiply.
+        return values.reshape(*valid.shape, -1)[valid]
+
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        x_TI = args[0].detach()[valid]
-        output.register_hook(lambda gradient: sums.add(x_TI, gradient[valid]))
+        x_TI = at(args[0].detach())
+        output.register_hook(lambda gradient: sums.add(x_TI, at(gradient)))
 
     return linear.register_forward_hook(hook)
 
@@ -198,28 +191,35 @@ def _watch(linear: nn.Module, sums: _Sums, valid: Tensor) -> RemovableHandle:
 class _Sums:
     """Σ ‖g‖² x xᵀ and Σ g gᵀ, or the latter's diagonal."""
 
-    def __init__(self, name: str, inputs: int, outputs: int, diagonal: bool, like: Tensor) -> None:
-        self._inputs = Gram(name, inputs, device=like.device)
-        self._outputs = None if diagonal else Gram(name, outputs, device=like.device)
-        self._sum_O = torch.zeros(outputs, device=like.device)
+    def __init__(self, name: str, diagonal: bool) -> None:
+        self._name, self._diagonal = name, diagonal
+        self._grams: tuple[Gram, Gram | None] | None = None
+        self._sum_O: Tensor | float = 0.0
 
     def add(self, x_TI: Tensor, g_TO: Tensor) -> None:
+        if self._grams is None:
+            inputs = Gram(self._name, x_TI.shape[1], device=x_TI.device)
+            outputs = Gram(self._name, g_TO.shape[1], device=x_TI.device)
+            self._grams = inputs, None if self._diagonal else outputs
+        inputs, outputs = self._grams
         squares_TO = g_TO.float().square()
-        self._inputs.add(x_TI.float() * squares_TO.sum(1, keepdim=True).sqrt())
-        self._sum_O += squares_TO.sum(0)
-        if self._outputs is not None:
-            self._outputs.add(g_TO)
+        inputs.add(x_TI.float() * squares_TO.sum(1, keepdim=True).sqrt())
+        self._sum_O = self._sum_O + squares_TO.sum(0)
+        if outputs is not None:
+            outputs.add(g_TO)
 
     def weights(self, tokens: int) -> Weights:
         """Of all that was added, for a number of tokens.
 
-        Where no gradient came (nothing hangs on this layer), everything weighs nothing.
+        Raises:
+            UnsupportedError: nothing was added, as the layer was not called or no answer hangs on it.
         """
-        total = self._sum_O.sum()
-        outputs = self._sum_O if self._outputs is None else self._outputs.value
-        return Weights(
-            self._inputs.value * (tokens / total.clamp(min=1e-30)), outputs / max(tokens, 1)
-        )
+        if self._grams is None or not isinstance(self._sum_O, Tensor):
+            raise UnsupportedError(f"{self._name}: no gradient reached it: use another method")
+        inputs, outputs = self._grams
+        total = self._sum_O.sum().clamp(min=1e-30)
+        worth = self._sum_O if outputs is None else outputs.value
+        return Weights(inputs.value * (tokens / total), worth / tokens)
 
 
 def _outside(
@@ -230,9 +230,9 @@ def _outside(
     tied: bool,
 ) -> dict[str, Weights]:
     """Weights of the embedding and the head, of one matrix where they are tied."""
-    layout = stream.layout
-    table_VH = stream.read(layout.embedding).to(stream.device, torch.float32)
-    gram = Gram(layout.embedding, table_VH.shape[1], device=stream.device)
+    embedding_name, head_name = str(stream.layout.embedding), str(stream.layout.head)
+    table_VH = stream.read(embedding_name).to(stream.device, torch.float32)
+    gram = Gram(embedding_name, table_VH.shape[1], device=stream.device)
     worth_V = torch.zeros(len(table_VH), device=stream.device)
     for batch, entering, gradient in zip(stream.batches, hidden, gradients, strict=True):
         valid = batch.valid.to(stream.device)
@@ -242,14 +242,14 @@ def _outside(
         worth_V.index_add_(0, ids_T, g_TH.square().sum(1))
     embedding = Weights(gram.value, worth_V / worth_V.sum().clamp(min=1e-30))
     if not tied:
-        return {layout.embedding: embedding, layout.head: head}
+        return {embedding_name: embedding, head_name: head}
     uses = [(use.inputs, use.outputs, use.inputs.trace()) for use in (embedding, head)]
     # Σ over uses of G ⊗ C is no such product itself; this is the one of the same trace whose sides are
     # the uses' sides, each weighted by what the use weighs.
     outputs_V = uses[0][2] * uses[0][1] + uses[1][2] * uses[1][1]
     inputs = uses[0][1].sum() * uses[0][0] + uses[1][1].sum() * uses[1][0]
     total = outputs_V.sum().clamp(min=1e-30)
-    return {layout.embedding: Weights(inputs * (total / inputs.trace()), outputs_V / total)}
+    return {embedding_name: Weights(inputs * (total / inputs.trace()), outputs_V / total)}
 
 
 def _scale(entering_TH: Tensor, rows_TH: Tensor) -> float:
