@@ -131,8 +131,8 @@ class Adaptive:
         bands, start = [], 0
         for band in plan.bands:
             rows = slice(start, start + band.count)
-            sides = (factor_of(band.bits, v_RI, side, rows) for side in (v, u))
-            bands.append(BandTensors(*sides, s_R1[rows, 0].cpu()))
+            v_factor, u_factor = (factor_of(band.bits, v_RI, side, rows) for side in (v, u))
+            bands.append(BandTensors(v_factor, u_factor, s_R1[rows, 0].cpu()))
             start = rows.stop
         return Packed(bands)
 
