@@ -2,7 +2,7 @@
 
 from lab import Size
 
-from deltacome import BitDelta, DeltaCome, LowRank, PrinMix, Residual
+from deltacome import Adaptive, BitDelta, DeltaCome, LowRank, PrinMix, Residual
 from deltacome.methods.method import Method
 
 RATIO = 16.0
@@ -22,6 +22,7 @@ def baselines(size: Size) -> list[Row]:
         ("Delta-CoMe", DeltaCome(), RATIO),
         ("residual (D-QReLO)", Residual(), 12.0),
         ("PrinMix", PrinMix(), RATIO),
+        ("adaptive", Adaptive(), RATIO),
     ]
 
 
@@ -32,4 +33,9 @@ def main_rows(size: Size) -> list[Row]:
 
 def curves() -> list[tuple[str, Method]]:
     """Methods that exist at every ratio."""
-    return [("low rank", LowRank()), ("Delta-CoMe", DeltaCome()), ("PrinMix", PrinMix())]
+    return [
+        ("low rank", LowRank()),
+        ("Delta-CoMe", DeltaCome()),
+        ("PrinMix", PrinMix()),
+        ("adaptive", Adaptive()),
+    ]

@@ -1,7 +1,6 @@
 """Adaptive: bits where the model's answers need them. This project's own method.
 
-What it does otherwise than Delta-CoMe (arXiv 2406.08903), `docs/results/adaptive.md` has each part
-by itself:
+What it does otherwise than Delta-CoMe (arXiv 2406.08903):
 
 - The SVD is of the delta as the model feels it, weighted by the inputs' gram C and by the Fisher
   information G of the layer's outputs (`numerics.weigh`).
