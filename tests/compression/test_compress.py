@@ -115,6 +115,7 @@ def test_side_files(pairs, tmp_path):
     names = {file.name for file in (tmp_path / "a").iterdir()}
     assert names == {
         "README.md",
+        "canary.json",
         "chat_template.jinja",
         "delta-00001-of-00001.safetensors",
         "delta.safetensors.index.json",
@@ -135,7 +136,7 @@ def test_reports_of_progress(pairs, sources, tmp_path):
         pairs["llama"], tmp_path / "a", ratio=8, calibration=sources["txt"], progress=steps.append
     )
     phases = list(dict.fromkeys(step.phase for step in steps))
-    assert phases == ["survey", "blocks", "write"]
+    assert phases == ["survey", "blocks", "canary", "write"]
     for phase in phases:
         found = [step for step in steps if step.phase == phase]
         assert [s.done for s in found] == sorted(s.done for s in found)

@@ -42,6 +42,7 @@ from deltacome.compression.sensitivity import Weights, measure, measured, sweep
 from deltacome.compression.survey import survey
 from deltacome.errors import CalibrationError, DeltaError, PlanError, UnsupportedError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos
+from deltacome.format.canary import CANARY_FILE, Canary, canary_ids
 from deltacome.format.codec import Packed, SignTensors, read_bands, read_signs, write_signs
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest, Record
@@ -71,7 +72,7 @@ class Progress(NamedTuple):
     """Where a run is: `done` of `total` steps of a phase, and what was just finished."""
 
     phase: str
-    """`survey`, `calibration`, `blocks`, `distill` or `write`."""
+    """`survey`, `calibration`, `blocks`, `distill`, `canary` or `write`."""
     done: int
     total: int
     detail: str = ""
@@ -171,6 +172,7 @@ def compress(
         if calibration != "none":
             _check_streamed(run)
         carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
+        carried[CANARY_FILE] = Canary.unknown().to_json()  # as long as the one to come
         manifest = replace(
             _manifest(run, calibration, samples, seq_len, seed), files=file_infos(carried)
         )
@@ -187,6 +189,9 @@ def compress(
         names = _compress_units(run, writer, rows if streams else None)
         if isinstance(method, BitDelta) and rows is not None:
             _distill(run, writer, names, rows, method.distill, seed)
+        carried.pop(CANARY_FILE)
+        if canary := _canary(run, writer, names):
+            carried[CANARY_FILE] = canary.to_json()
         progress(Progress("write", 0, 1))
         path = writer.finish(names, manifest, carried, model_card)
         progress(Progress("write", 1, 1))
@@ -435,6 +440,50 @@ def _distill(
                 record = replace(record, error=error)
             changed_records.append(record)
         writer.save(unit_name, Unit(tuple(changed_records), changed))
+
+
+def _canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | None:
+    """What the finished artifact's model says to a few tokens: every block is read once more.
+
+    The pass that compresses cannot tell, as it begins with the tuned embedding. None for a family that
+    cannot be run block by block.
+    """
+    layout, outside = run.layout, _unit(writer, names[-1])
+    records = {record.name: record for record in outside.records}
+    if layout.head is None or layout.embedding not in records:
+        return None
+
+    def read(name: str) -> Tensor:
+        if name not in records:
+            raise UnsupportedError(f"{name}: expected in the checkpoint, outside of blocks")
+        record = records[name]
+        value = _restored(run, record, outside.entries)
+        if record.exact_rows is None or record.replaced:
+            return value
+        return torch.cat([value, run.tuned.read(name)[record.exact_rows[0] :].to(value.dtype)])
+
+    embedding = records[layout.embedding]
+    ids = canary_ids(min(embedding.shape[0], (embedding.base_shape or embedding.shape)[0]))
+    try:
+        stream = Stream(*(run.model, layout, read, [ids]), device=run.device, dtype=run.dtype)
+        for number, (block, name) in enumerate(zip(layout.blocks, names, strict=False)):
+            _load_block(run, block, _unit(writer, name))
+            stream.advance(block)
+            drop_weights(layout.blocks[block])
+            run.report(Progress("canary", number + 1, len(layout.blocks), block))
+        head = layout.head if layout.head in records else layout.embedding
+        with stream.outside_weights(head), torch.no_grad():
+            logits_LV = stream.answer(stream.batches[0])[0]
+    except DeltaError:
+        return None
+    said_LV = logits_LV.float().log_softmax(-1)
+    return Canary(tuple(ids), tuple(float(said_LV[i, id]) for i, id in enumerate(ids[1:])))
+
+
+def _unit(writer: ArtifactWriter, name: str) -> Unit:
+    unit = writer.load(name)
+    assert unit is not None, name
+    return unit
 
 
 def _kept(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

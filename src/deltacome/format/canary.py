@@ -16,6 +16,7 @@ from deltacome.errors import ArtifactError
 
 CANARY_FILE = "canary.json"
 TOKENS = 16
+NBYTES = 512
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,16 @@ class Canary:
             raise ArtifactError(f"{CANARY_FILE}: expected finite logprobs")
         return cls(ids, logprobs)
 
+    @classmethod
+    def unknown(cls) -> Canary:
+        """One that was not recorded yet, to count its bytes."""
+        return cls((0,) * TOKENS, (0.0,) * (TOKENS - 1))
+
     def to_json(self) -> bytes:
-        """The file's content."""
+        """The file's content, padded to one size: what goes along is counted before it is known."""
         logprobs = [round(logprob, 4) for logprob in self.logprobs]
-        return json.dumps({"ids": self.ids, "logprobs": logprobs}).encode() + b"\n"
+        text = json.dumps({"ids": self.ids, "logprobs": logprobs}, separators=(",", ":"))
+        return text.encode().ljust(NBYTES - 1) + b"\n"
 
     def distance(self, logprobs: list[float]) -> float:
         """Root of the mean square of the differences, in nats."""

@@ -24,6 +24,7 @@ from deltacome.arch.checkpoint import (
 )
 from deltacome.errors import ArtifactError, MismatchError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped
+from deltacome.format.canary import CANARY_FILE
 from deltacome.format.folder import new_folder, write_atomic
 from deltacome.format.manifest import DTYPES, Record, entry_nbytes
 
@@ -136,7 +137,7 @@ def _write_rest(folder: Path, base: Checkpoint, artifact: Artifact) -> None:
         for file in base.path.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    for name in artifact.manifest.files:
+    for name in artifact.manifest.files.keys() - {CANARY_FILE}:
         content = artifact.file(name)
         assert content is not None
         (folder / ("config.json" if name == TUNED_CONFIG_FILE else name)).write_bytes(content)
