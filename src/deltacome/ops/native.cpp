@@ -313,6 +313,7 @@ inline void prefetch(const Factor &f, int64_t r, int64_t b) {
 // Bytes that this thread reads next, fetched a few lines at a time beside its sums. A tenant's part
 // of a layer is some kilobytes, of which the CPU's own prefetching sees little before they end.
 struct Ahead {
+  bool with_u;  // V alone for rows of an embedding: of U they read a code here and there
   const struct Band *band = nullptr, *last = nullptr;
   const uint8_t *at = nullptr, *end = nullptr;
 
@@ -472,7 +473,7 @@ void Ahead::start(const Band *first, const Band *last_) {
 void Ahead::next() {
   if (at < end || band == last) return;
   at = band->v.low;
-  end = band->s + 4 * band->count;
+  end = with_u ? band->s + 4 * band->count : band->u.low;
   ++band;
 }
 void Ahead::all(const Band *first, const Band *last_) {
@@ -706,14 +707,14 @@ struct Work {
   // Widens rows, makes t, uses it, for each group. Of many groups a thread takes whole ones, so that
   // it waits for no other and knows what it reads next; the tasks of a few are shared out.
   template <class Widen, class Shrink, class Expand>
-  void run(int64_t threads, Widen widen, Shrink shrink, Expand expand) {
+  void run(int64_t threads, bool with_u, Widen widen, Shrink shrink, Expand expand) {
     const int team = int(std::max<int64_t>(1, std::min(threads, codes / THREAD_WORK)));
     const size_t count = groups.size();
     if (team == 1 || count >= 2 * size_t(team)) {
       std::atomic<size_t> claimed{0};
 #pragma omp parallel num_threads(team) if (team > 1)
       {
-        Ahead ahead;
+        Ahead ahead{with_u};
         size_t i = claimed++;
         if (i < count) ahead.all(groups[i].bands, groups[i].end);
         for (size_t next; i < count; i = next) {
@@ -731,7 +732,7 @@ struct Work {
     }
 #pragma omp parallel num_threads(team)
     {
-      Ahead ahead;
+      Ahead ahead{with_u};
       for (const Group &g : groups) {
 #pragma omp for nowait
         for (int64_t j = g.first; j < g.first + g.tokens; ++j) widen(j);
@@ -785,7 +786,7 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
     g.expands = work.expands.size();
   }
   work.run(
-      threads, [&](int64_t j) { x.get(rows[j], in, x_TI + j * ldx, ldx); },
+      threads, true, [&](int64_t j) { x.get(rows[j], in, x_TI + j * ldx, ldx); },
       [&](const Task &task, Ahead &next) {
         const Group &g = *task.group;
         shrink_range(*task.bands, task.first, task.last, g.tokens, g.rank, x_TI + g.first * ldx,
@@ -826,7 +827,7 @@ int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, cons
     g.expands = work.expands.size();
   }
   work.run(
-      threads, [](int64_t) {},
+      threads, false, [](int64_t) {},
       [&](const Task &task, Ahead &) {
         const Group &g = *task.group;
         const Band &band = *task.bands;
@@ -874,7 +875,7 @@ int64_t deltacome_signs(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
     g.expands = work.expands.size();
   }
   work.run(
-      threads, [&](int64_t j) { x.get(rows[j], in, x_TI + j * ldx, ldx); },
+      threads, true, [&](int64_t j) { x.get(rows[j], in, x_TI + j * ldx, ldx); },
       [](const Task &, Ahead &) {},
       [&](const Task &task, Ahead &) {
         const Group &g = *task.group;
