@@ -177,6 +177,26 @@ def test_verify_and_merge(cli, artifact, pair, tmp_path):
     assert weights_of(tmp_path / "dense").keys() == weights_of(Path(pair[1])).keys()
 
 
+def test_plan_and_capacity(cli, artifact, pair):
+    code, out, err = cli("plan", *pair, "--calibration", "none", "--ratio", "4", "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert said["sizes"] == [{"ratio": 4, "nbytes": said["tuned_nbytes"] // 4}]
+    assert set(said["seconds"]) == {"survey", "blocks"}
+    code, out, _ = cli("plan", *pair, "--no-probe")
+    assert code == 0
+    assert "ratio 64: cannot be met" in out
+    assert "a vector: norm, bias" in out
+    size = ["--delta", artifact, "--gpu-gib", "0.05", "--kv-tokens", "100"]
+    code, out, err = cli("capacity", pair[0], *size, "--check", "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert said["tenants"] > 10
+    assert said["allocated"] == pytest.approx(said["usable"], rel=0.2)
+    code, out, _ = cli("capacity", pair[0], *size)
+    assert f"tenants: {said['tenants']:,}" in out
+
+
 def test_export(cli, artifact, pair, tmp_path):
     code, out, err = cli("export", artifact, "-o", tmp_path / "lora", "--to", "peft-lora", "--json")
     assert (code, err) == (0, "")

@@ -27,7 +27,7 @@ TOGETHER = {
     ("errors", "cli"): ("torch", "transformers", "deltacome.format"),
     ("format", "arch", "ops"): ("transformers", "deltacome.runtime", *WRITING),
     ("runtime",): WRITING,
-    ("skeleton",): ("deltacome.format", "deltacome.arch", "deltacome.runtime", *WRITING),
+    ("skeleton", "outline"): ("deltacome.runtime", "deltacome.ops", *WRITING),
     ("numerics", "methods"): ("transformers", "deltacome.arch", "deltacome.compression"),
     ("evals",): WRITING,
     ("compression",): ("deltacome.runtime", "deltacome.evals"),

@@ -158,6 +158,99 @@ def compress_command(
 
 
 @app.command()
+def plan(
+    base: Annotated[str, typer.Argument(help="Base checkpoint; its configuration will do.")],
+    tuned: Annotated[str, typer.Argument(help="Full fine-tune; its configuration will do.")],
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="May be repeated. Default: 8, 16, 32, 64.")
+    ] = None,
+    calibration: Annotated[str, typer.Option(help="As compress takes it.")] = "self",
+    samples: Annotated[int, typer.Option(min=1, help="Rows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
+    probe: Annotated[bool, typer.Option(help="Off: do not measure this machine.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Say what compressing TUNED would need and give, from headers and a short measurement."""
+    _quiet_libraries()
+    from deltacome.compression.forecast import RATIOS, forecast
+
+    said = forecast(
+        base,
+        tuned,
+        ratios=tuple(ratio) if ratio else RATIOS,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        probe=probe,
+    )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(said)))
+        return
+    print(
+        f"tensors: {said.tensors}, {said.matrices} of them matrices to compress; tuned bytes at 16 bit: "
+        f"{said.tuned_nbytes:,}"
+    )
+    for size in said.sizes:
+        nbytes = "cannot be met" if size.nbytes is None else f"{size.nbytes:,} bytes"
+        print(f"  ratio {size.ratio:g}: {nbytes}")
+    print(f"  the largest ratio that can be met is about {said.largest_ratio:.1f}")
+    for exact in said.exact:
+        print(
+            f"stored exactly: {exact.count} tensors, {exact.nbytes:,} bytes, {exact.first} the first: "
+            f"{exact.why}"
+        )
+    print(f"calibration: {said.calibration or 'none'}")
+    for phase, nbytes in said.memory.items():
+        print(f"memory, {phase}: {nbytes / 2**30:.1f} GiB")
+    print(f"disk: {said.disk:,} bytes while it runs")
+    for phase, seconds in said.seconds.items():
+        print(f"time, {phase}: {seconds / 60:.1f} minutes")
+
+
+@app.command()
+def capacity(
+    base: Annotated[str, typer.Argument(help="Base checkpoint; its configuration will do.")],
+    delta: Annotated[
+        list[str], typer.Option(help="Artifact; may be repeated: the largest counts.")
+    ],
+    gpu_gib: Annotated[float, typer.Option(help="Memory of the device, GiB.")],
+    kv_gib: Annotated[float, typer.Option(help="KV cache, GiB.")] = 0,
+    kv_tokens: Annotated[int, typer.Option(help="KV cache, tokens at 16 bits.")] = 0,
+    utilization: Annotated[float, typer.Option(help="Share of the memory to be used.")] = 0.9,
+    check: Annotated[
+        bool, typer.Option("--check", help="Allocate all of it for real, and measure.")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say how many tenants fit beside BASE and a KV cache."""
+    import torch
+
+    _quiet_libraries()
+    from deltacome.runtime.capacity import allocate
+    from deltacome.runtime.capacity import capacity as count
+
+    found = count(
+        base,
+        delta,
+        device_bytes=int(gpu_gib * 2**30),
+        utilization=utilization,
+        kv_bytes=int(kv_gib * 2**30),
+        kv_tokens=kv_tokens,
+    )
+    result = dataclasses.asdict(found)
+    if check:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        with allocate(found, device) as nbytes:
+            result["allocated"] = nbytes
+    if as_json:
+        print(json.dumps(result))
+        return
+    print("\n".join(f"{key.replace('_', ' ')}: {value:,}" for key, value in result.items()))
+
+
+@app.command()
 def inspect(
     artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
     as_json: Json = False,

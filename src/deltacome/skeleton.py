@@ -202,6 +202,19 @@ def is_causal(model: nn.Module) -> bool:
     return type(model).__name__ in kinds and not getattr(config, "is_encoder_decoder", False)
 
 
+def parameter_names(model: nn.Module, where: Mapping[str, Target]) -> dict[str, str]:
+    """Any name of a parameter → the stored tensor that is all of it."""
+    whole = {target.parameter: name for name, target in where.items() if target.expert is None}
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    names = {}
+    for group in aliases.values():
+        stored = [whole[name] for name in group if name in whole]
+        names |= {name: whole.get(name, stored[0]) for name in group if stored}
+    return names
+
+
 def ignored(model: nn.Module, name: str) -> bool:
     """Whether a stored tensor is a table that the model computes itself, as old checkpoints have."""
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltacome.errors import CheckpointError, MismatchError
+from deltacome.format.manifest import DTYPES, SAFETENSORS_DTYPES
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -42,6 +44,13 @@ class TensorInfo:
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
+    """torch's name of it; `unknown` if torch has none."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class Checkpoint:
@@ -121,7 +130,22 @@ class Checkpoint:
         return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
 
 
-def _local_folder(name_or_path: str | Path, revision: str | None) -> Path:
+def json_folder(name_or_path: str | Path) -> Path:
+    """The folder of a checkpoint; of a repository on the Hub only the JSON files are fetched.
+
+    Raises:
+        CheckpointError: there is no such folder or repository.
+    """
+    return _local_folder(name_or_path, None, ("*.json",))
+
+
+FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+"""What is fetched of a repository on the Hub: nothing that is pickled or that is code."""
+
+
+def _local_folder(
+    name_or_path: str | Path, revision: str | None, patterns: tuple[str, ...] = FILES
+) -> Path:
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
@@ -130,10 +154,9 @@ def _local_folder(name_or_path: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
     try:
         return Path(
-            snapshot_download(folder.as_posix(), revision=revision, allow_patterns=patterns)
+            snapshot_download(folder.as_posix(), revision=revision, allow_patterns=list(patterns))
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
@@ -148,7 +171,9 @@ def _list_tensors(folder: Path) -> dict[str, TensorInfo]:
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118
-                    tensors[name] = TensorInfo(file, tuple(shard.get_slice(name).get_shape()))
+                    view = shard.get_slice(name)
+                    dtype = SAFETENSORS_DTYPES.get(view.get_dtype() or "", "unknown")
+                    tensors[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file}: truncated or not a safetensors file: {error}"
@@ -242,9 +267,19 @@ class Pair:
     base_shape: tuple[int, ...] | None
 
 
+class HasTensors(Protocol):
+    """A checkpoint, or what is known of one without its weights."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+
 def pair_tensors(
-    base: Checkpoint,
-    tuned: Checkpoint,
+    base: HasTensors,
+    tuned: HasTensors,
     head: str | None,
     embedding: str | None,
     ignored: Callable[[str], bool] = lambda name: False,

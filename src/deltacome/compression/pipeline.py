@@ -58,6 +58,7 @@ from deltacome.skeleton import (
     ignored,
     is_causal,
     make_skeleton,
+    parameter_names,
     read_config,
     set_part,
     targets,
@@ -223,7 +224,7 @@ def _prepare(
     layout = find_layout(model)
     where = targets(model, tuned.tensors)
     check_names(model, {name: info.shape for name, info in tuned.tensors.items()}, where)
-    names = _names(model, where)
+    names = parameter_names(model, where)
     head, embedding = (names.get(name or "") for name in (layout.head, layout.embedding))
     tied = head is not None and model.get_parameter(str(layout.head)) is model.get_parameter(
         str(layout.embedding)
@@ -256,18 +257,6 @@ def _prepare(
         report,
         [],
     )
-
-
-def _names(model: torch.nn.Module, where: dict[str, Target]) -> dict[str, str]:
-    whole = {target.parameter: name for name, target in where.items() if target.expert is None}
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    names = {}
-    for group in aliases.values():
-        stored = [whole[name] for name in group if name in whole]
-        names |= {name: whole.get(name, stored[0]) for name in group if stored}
-    return names
 
 
 def _check_streamed(run: Run) -> None:

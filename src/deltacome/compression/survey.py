@@ -7,7 +7,9 @@ size is known before the first byte is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -21,8 +23,11 @@ from deltacome.arch.checkpoint import (
 from deltacome.arch.layout import Layout
 from deltacome.errors import MismatchError
 from deltacome.format.artifact import dtype_name
-from deltacome.format.manifest import Record
+from deltacome.format.manifest import DTYPES, Record
 from deltacome.skeleton import Target
+
+CHUNK = 1024
+"""Rows that are compared at a time."""
 
 
 def survey(
@@ -54,42 +59,23 @@ def survey(
     for pair in pairs:
         tuned_tensor = tuned.read(pair.name)
         check_finite(pair.name, tuned_tensor, "tuned model")
-        dtype, rows = dtype_name(tuned_tensor.dtype), (pair.shape[0] if pair.shape else 1)
-        if pair.base_name is None:
-            exact = (0, rows) if rows else None
-            records[pair.name] = Record(
-                pair.name, pair.shape, dtype, None, None, None, None, exact_rows=exact
+        base_tensor, same, distance = None, False, 0.0
+        if pair.base_name is not None:
+            base_tensor = base.read(pair.base_name)
+            check_finite(pair.base_name, base_tensor, "base")
+            same, distance = _compare(base_tensor, tuned_tensor)
+        record = account(pair, dtype_name(tuned_tensor.dtype), layout, where[pair.name], same)
+        if base_tensor is not None:
+            record = replace(
+                record,
+                base_sample=sample_digest(base_tensor),
+                base_digest=full_digest(base_tensor),
             )
-            on_tensor(pair.name)
-            continue
-        base_tensor = base.read(pair.base_name)
-        check_finite(pair.base_name, base_tensor, "base")
-        assert pair.base_shape is not None
-        common = min(rows, pair.base_shape[0]) if pair.shape else 1
-        before, after = _common(base_tensor, common), _common(tuned_tensor, common)
-        same = _same_values(before, after)
-        target = where[pair.name]
-        known = target.parameter in layout.matrices or target.expert is not None
-        compressible = known and tuned_tensor.ndim == 2 and tuned_tensor.is_floating_point()
-        transposed = target.parameter in layout.transposed
-        # Rows of a transposed matrix are inputs: more of them are no words that were added.
-        compressible &= not (transposed and pair.shape != pair.base_shape)
-        if compressible and not same:
-            matrices.add(pair.name)
-            if (after.float() - before.float()).norm() > before.float().norm():
-                far.append(pair.name)
-        start = common if same or compressible else 0
-        records[pair.name] = Record(
-            pair.name,
-            pair.shape,
-            dtype,
-            pair.base_name,
-            pair.base_shape,
-            sample_digest(base_tensor),
-            full_digest(base_tensor),
-            exact_rows=(start, rows) if start < rows else None,
-            transposed=transposed and compressible and not same,
-        )
+            if packable(record, layout, where[pair.name]) and not same:
+                matrices.add(pair.name)
+                if distance > 1:
+                    far.append(pair.name)
+        records[pair.name] = record
         on_tensor(pair.name)
     if far and len(far) > len(matrices) / 2:
         raise MismatchError(
@@ -100,15 +86,69 @@ def survey(
     return records, matrices
 
 
-def _same_values(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether two tensors, perhaps of different dtypes, hold the same numbers.
+def account(pair: Pair, dtype: str, layout: Layout, target: Target, same: bool) -> Record:
+    """The record of a tensor before there are plans: what of it will be stored exactly.
 
-    A base of a wider dtype that merely rounds to the tuned value is not the same.
+    Args:
+        pair: with the base's tensor.
+        dtype: of the tuned tensor.
+        layout: of the tuned model.
+        target: where the tensor goes in it.
+        same: whether it holds the base's values, in the rows that both have.
+
+    Returns:
+        Without fingerprints.
     """
-    if before.dtype == after.dtype and before.dtype.itemsize > 1:
-        return torch.equal(before, after)
-    return torch.equal(before.double(), after.double())
+    rows = pair.shape[0] if pair.shape else 1
+    record = Record(pair.name, pair.shape, dtype, pair.base_name, pair.base_shape, None, None)
+    if pair.base_shape is None:
+        return replace(record, exact_rows=(0, rows) if rows else None)
+    compressible = packable(record, layout, target)
+    common = min(rows, pair.base_shape[0]) if pair.shape else 1
+    start = common if same or compressible else 0
+    return replace(
+        record,
+        exact_rows=(start, rows) if start < rows else None,
+        transposed=compressible and not same and target.parameter in layout.transposed,
+    )
 
 
-def _common(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    return tensor[:rows] if tensor.ndim else tensor
+def packable(record: Record, layout: Layout, target: Target) -> bool:
+    """Whether a tensor can have packed terms: a matrix of the base's that a layer multiplies by."""
+    known = target.parameter in layout.matrices or target.expert is not None
+    # Rows of a transposed matrix are inputs: more of them are no words that were added.
+    resized = record.shape != record.base_shape
+    fixed = target.parameter in layout.transposed and resized
+    floating = DTYPES[record.dtype].is_floating_point
+    return (
+        record.base_shape is not None
+        and known
+        and len(record.shape) == 2
+        and floating
+        and not fixed
+    )
+
+
+def _compare(base: torch.Tensor, tuned: torch.Tensor) -> tuple[bool, float]:
+    """Whether the common rows hold the same numbers, and ‖tuned − base‖ / ‖base‖ over them.
+
+    A base of a wider dtype that merely rounds to the tuned value is not the same. Rows are taken by the
+    thousand: an embedding in float32 three times over would be what the whole run needs most memory for.
+    """
+    if not base.ndim:
+        return bool(base.double() == tuned.double()), 0.0
+    same, moved, size = True, 0.0, 0.0
+    rows = min(len(base), len(tuned))
+    for start in range(0, rows, CHUNK):
+        before, after = (
+            base[start : min(start + CHUNK, rows)],
+            tuned[start : min(start + CHUNK, rows)],
+        )
+        if same and before.dtype == after.dtype and before.dtype.itemsize > 1:
+            same = torch.equal(before, after)
+        elif same:
+            same = torch.equal(before.double(), after.double())
+        if before.is_floating_point():
+            size += float(before.float().square().sum(dtype=torch.float64))
+            moved += float((after.float() - before.float()).square().sum(dtype=torch.float64))
+    return same, math.sqrt(moved / size) if size else (math.inf if moved else 0.0)

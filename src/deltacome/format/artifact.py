@@ -41,6 +41,7 @@ from deltacome.format.folder import (
 )
 from deltacome.format.manifest import (
     MANIFEST_FILE,
+    SAFETENSORS_DTYPES,
     FileInfo,
     Manifest,
     Record,
@@ -56,7 +57,8 @@ T = TypeVar("T")
 INDEX_FILE = "delta.safetensors.index.json"
 TUNED_CONFIG_FILE = "tuned_config.json"
 STAYS = "; what was finished stays for --resume"
-MAX_SHARD_BYTES = 4 << 30
+MAX_SHARD_BYTES = 1 << 30
+"""Of a shard as it is written; assembling one holds it in memory."""
 MAX_JSON_BYTES = 64 << 20
 """Of manifest and index; a mixture with 70,000 expert matrices needs a third of it."""
 
@@ -315,14 +317,12 @@ def _check_entries(folder: Path, manifest: Manifest, digest: str) -> dict[str, s
 
 def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     """Entries of a safetensors file: key, (torch dtype name, shape)."""
-    names = {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
-    names |= {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-    names |= {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
     try:
         with safe_open(file, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118
                 view = shard.get_slice(key)
-                yield key, (names.get(view.get_dtype() or "", "unknown"), tuple(view.get_shape()))
+                dtype = SAFETENSORS_DTYPES.get(view.get_dtype() or "", "unknown")
+                yield key, (dtype, tuple(view.get_shape()))
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{file}: not a whole safetensors file: {error}") from error
 

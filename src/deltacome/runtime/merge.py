@@ -28,7 +28,7 @@ from deltacome.format.canary import CANARY_FILE
 from deltacome.format.folder import new_folder, write_atomic
 from deltacome.format.manifest import DTYPES, Record, entry_nbytes
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 2 * 10**9
 
 
 def merge(

@@ -18,8 +18,9 @@ from pathlib import Path
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import MANIFEST_FILE, entry_nbytes
-from deltacome.format.spec import ALIGN, rank
+from deltacome.format.manifest import MANIFEST_FILE
+from deltacome.format.spec import rank
+from deltacome.runtime.capacity import slot_nbytes
 
 MAX_BANDS = 6
 """Bands of a plan that tenants can have which are loaded later; `Settings.max_bands` by default."""
@@ -86,7 +87,7 @@ def plan_launch(
     settings: dict[str, object] = {"lora": lora}
     if found:
         records = [r for one in found.values() for r in one.manifest.records.values()]
-        settings["slot_bytes"] = max(map(packed_nbytes, found.values()))
+        settings["slot_bytes"] = max(map(slot_nbytes, found.values()))
         settings["max_rank"] = max(1, *map(max_rank, found.values()))
         settings["max_bands"] = max(MAX_BANDS, *(len(record.plan) for record in records))
         settings["signs"] = any(record.sign_scales for record in records)
@@ -104,16 +105,6 @@ def plan_launch(
         modules = [f"{name}={artifact.path.resolve()}" for name, artifact in known.items()]
         command += ["--lora-modules", *modules]
     return Launch([*command, *more], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"})
-
-
-def packed_nbytes(artifact: Artifact) -> int:
-    """Bytes of an artifact's packed terms, as a slot holds them."""
-    return sum(
-        -(-entry_nbytes(*entry) // ALIGN) * ALIGN
-        for record in artifact.manifest.records.values()
-        for key, entry in record.entries(artifact.manifest.group_size).items()
-        if not key.endswith(".exact")
-    )
 
 
 def max_rank(artifact: Artifact) -> int:

@@ -1,0 +1,337 @@
+"""What a compression will need and give, before anything runs.
+
+Sizes follow from shapes to the byte, as they do in the run itself. Shapes come from the headers of
+weight files, or from a configuration alone: a repository on the Hub costs its JSON files. Whether a
+tensor equals the base's is not known without reading both; here every tensor counts as changed.
+
+Memory is a sum of what is alive at once, checked by `benchmarks/scale.py`. Time is that of a probe, one
+matrix of a few thousand rows compressed now, on this machine and under its load, scaled by the arithmetic
+of each shape. Expect it within a factor of 1.5.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from deltacome.arch.checkpoint import check_finite, full_digest, pair_tensors
+from deltacome.arch.layout import Layout, find_layout
+from deltacome.compression.budget import make_plans
+from deltacome.compression.survey import account, packable
+from deltacome.errors import PlanError
+from deltacome.format.manifest import DTYPES, Manifest, Record
+from deltacome.methods.delta_come import DeltaCome
+from deltacome.methods.method import Matrix, Terms
+from deltacome.numerics.gram import relative_error
+from deltacome.outline import Outline, outline
+from deltacome.skeleton import (
+    Target,
+    check_names,
+    ignored,
+    is_causal,
+    make_skeleton,
+    parameter_names,
+    read_config,
+    targets,
+)
+
+RATIOS = (8.0, 16.0, 32.0, 64.0)
+PROBE = 2048
+"""Rows and columns of the matrix that is compressed to measure this machine."""
+PASSES = 3.2
+"""Forward passes of a block that its grams and its output take together."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a ratio means in bytes."""
+
+    ratio: float
+    nbytes: int | None
+    """Of the artifact's weight files, index and manifest; None if the ratio cannot be met."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Tensors that will be stored as they are, for one reason."""
+
+    why: str
+    count: int
+    nbytes: int
+    first: str
+
+
+@dataclass
+class Forecast:
+    """All of it; bytes and seconds."""
+
+    tensors: int
+    matrices: int
+    tuned_nbytes: int
+    """At 16 bits."""
+    largest_ratio: float
+    sizes: list[Size]
+    exact: list[Exact]
+    calibration: str | None
+    """None: calibrating is not possible, or was not asked for."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Peak of the process in each phase."""
+    disk: int = 0
+    """Bytes that OUT and what it is made from take together at the end of the run, at the first ratio."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By phase; empty without a probe."""
+
+
+def forecast(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    ratios: tuple[float, ...] = RATIOS,
+    calibration: str = "none",
+    samples: int = 128,
+    seq_len: int = 256,
+    probe: bool = True,
+) -> Forecast:
+    """Forecasts `compress(base, tuned, …)` with Delta-CoMe.
+
+    Args:
+        base, tuned: checkpoint folders, folders with a configuration alone, or repositories on the Hub.
+        ratios: to be costed; memory, disk and time are those of the first.
+        calibration: as `compress` takes it.
+        samples, seq_len: of calibration text.
+        probe: whether to measure this machine, for the time.
+
+    Raises:
+        CheckpointError: a configuration or header cannot be read.
+        MismatchError: the two do not belong together.
+        PlanError: no ratios.
+    """
+    if not ratios:
+        raise PlanError("forecast: expected at least one ratio, got none")
+    there = outline(tuned)
+    model = make_skeleton(read_config(there.path), torch.float32, there.path)
+    layout, where = find_layout(model), targets(model, there.tensors)
+    check_names(model, {name: info.shape for name, info in there.tensors.items()}, where)
+    names = parameter_names(model, where)
+    head, embedding = (names.get(name or "") for name in (layout.head, layout.embedding))
+    pairs = pair_tensors(
+        *(outline(base), there, head or layout.head, embedding),
+        ignored=lambda name: ignored(model, name),
+    )
+    records, matrices = {}, {}
+    for pair in pairs:
+        target = where[pair.name]
+        record = account(pair, there.tensors[pair.name].dtype, layout, target, same=False)
+        if record.base_name is not None:
+            record = _fingerprinted(record)
+        records[pair.name] = record
+        if packable(record, layout, target):
+            matrices[pair.name] = Matrix(record.bands_shape, _no_delta)
+    if calibration != "none" and not is_causal(model):
+        calibration = "none"
+    said = _sizes(records, matrices, ratios)
+    said.calibration = calibration if calibration != "none" else None
+    said.exact = _exact(records, layout, where)
+    tokens = 0 if calibration == "none" else samples * seq_len
+    inside = _blocks(layout, where)
+    said.memory = _memory(records, matrices, inside, tokens, calibration, there)
+    # Units and the artifact made of them are there together; with calibration there are its rows.
+    said.disk = 2 * (said.sizes[0].nbytes or math.ceil(said.tuned_nbytes / said.largest_ratio))
+    if probe:
+        said.seconds = _seconds(records, matrices, inside, tokens, ratios[0])
+    return said
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+def _no_delta() -> Tensor:
+    raise AssertionError("a forecast reads no weights")
+
+
+def _fingerprinted(record: Record) -> Record:
+    """With fingerprints of the right length: a manifest counts as bytes too."""
+    return Record(**{**vars(record), "base_sample": "0" * 16, "base_digest": "0" * 32})
+
+
+def _sizes(
+    records: dict[str, Record], matrices: dict[str, Matrix], ratios: tuple[float, ...]
+) -> Forecast:
+    manifest = Manifest("base", None, DeltaCome().options(), {}, records)
+    sizes, largest = [], 1.0
+    for ratio in ratios:
+        try:
+            make_plans(manifest, DeltaCome(), matrices, ratio)
+        except PlanError:
+            sizes.append(Size(ratio, None))
+        else:
+            sizes.append(Size(ratio, int(manifest.tuned_nbytes() / ratio)))
+    low, high = 0.0, 12.0  # of the base-2 logarithm
+    for _ in range(12):
+        middle = (low + high) / 2
+        try:
+            make_plans(manifest, DeltaCome(), matrices, 2**middle)
+        except PlanError:
+            high = middle
+        else:
+            low, largest = middle, 2**middle
+    return Forecast(len(records), len(matrices), manifest.tuned_nbytes(), largest, sizes, [], None)
+
+
+def _exact(records: dict[str, Record], layout: Layout, where: Mapping[str, Target]) -> list[Exact]:
+    counts: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for name, record in records.items():
+        if not record.exact_rows:
+            continue
+        if record.base_shape is None:
+            why = "the base lacks it"
+        elif not DTYPES[record.dtype].is_floating_point:
+            why = "not floating point"
+        elif packable(record, layout, where[name]):
+            why = "rows added to the vocabulary"
+        elif len(record.shape) < 2:
+            why = "a vector: norm, bias"
+        elif len(record.shape) > 2:
+            why = "more than two dimensions"
+        else:
+            why = "a matrix that is no linear's nor embedding's weight"
+        counts[why] += 1
+        nbytes[why] += record.nbytes()
+        first.setdefault(why, name)
+    return [Exact(why, counts[why], nbytes[why], first[why]) for why, _ in nbytes.most_common()]
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def _blocks(layout: Layout, where: Mapping[str, Target]) -> dict[str, list[str]]:
+    """Names of the stored tensors of each block that calibration passes."""
+    found: dict[str, list[str]] = {block: [] for block in layout.blocks}
+    for name, target in where.items():
+        parts = target.parameter.split(".")
+        for end in range(len(parts)):
+            if ".".join(parts[:end]) in found:
+                found[".".join(parts[:end])].append(name)
+    return found
+
+
+def _memory(
+    records: dict[str, Record],
+    matrices: dict[str, Matrix],
+    blocks: dict[str, list[str]],
+    tokens: int,
+    calibration: str,
+    tuned: Outline,
+) -> dict[str, int]:
+    """Peaks, with what the process holds now (libraries above all)."""
+    now = psutil.Process().memory_info().rss
+    entries = {name: math.prod(record.shape) for name, record in records.items()}
+    size = {name: DTYPES[record.dtype].itemsize for name, record in records.items()}
+    largest = max(entries, key=lambda name: entries[name])
+    said = {"survey": now + 3 * entries[largest] * size[largest]}
+    rest = 0
+    if tokens:
+        block = max(blocks.values(), key=lambda names: sum(entries[name] for name in names))
+        hidden = records[largest].shape[-1]
+        inputs = max((matrices[name].shape[1] for name in block if name in matrices), default=0)
+        # Hidden states twice while a block advances, its weights in float32, one gram and its factor.
+        rest = 4 * (2 * tokens * hidden + sum(entries[name] for name in block)) + 28 * inputs**2
+    said["blocks"] = now + rest + max((_working(m.shape) for m in matrices.values()), default=0)
+    if calibration == "self":
+        nbytes = sum(math.prod(i.shape) * 4 for i in tuned.tensors.values())
+        said["calibration text (the tuned model writes it)"] = now + nbytes
+    return said
+
+
+def _working(shape: tuple[int, int]) -> int:
+    """Bytes alive while one matrix is compressed: the delta, its scaled copy and product in float32, the
+    smaller gram with its eigenvectors and LAPACK's workspace, factors and their codes."""
+    out_size, in_size = shape
+    smaller = min(shape)
+    return 4 * (4 * out_size * in_size + 6 * smaller**2) + 6 * (smaller // 4) * sum(shape)
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def _seconds(
+    records: dict[str, Record],
+    matrices: dict[str, Matrix],
+    blocks: dict[str, list[str]],
+    tokens: int,
+    ratio: float,
+) -> dict[str, float]:
+    side = min(PROBE, max((min(m.shape) for m in matrices.values()), default=256))
+    rates = measure(side, ratio)
+    nbytes = sum(2 * math.prod(r.shape) * DTYPES[r.dtype].itemsize for r in records.values())
+    said = {"survey": nbytes / rates.survey}
+    work = sum(arithmetic(m.shape, ratio) for m in matrices.values())
+    said["blocks"] = work / rates.compress
+    if tokens:
+        shapes = {
+            name: matrices[name].shape
+            for names in blocks.values()
+            for name in names
+            if name in matrices
+        }
+        passes = PASSES * 2 * tokens * sum(o * i for o, i in shapes.values())
+        grams = sum(2 * tokens * i**2 + i**3 for _, i in shapes.values()) / 2
+        said["passes and grams"] = (passes + grams) / rates.multiply
+    return said
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does in a second."""
+
+    survey: float
+    """Bytes checked and fingerprinted."""
+    compress: float
+    """Of `arithmetic`."""
+    multiply: float
+    """Floating-point operations of a product in float32."""
+
+
+def measure(side: int, ratio: float = 16.0) -> Rates:
+    """Compresses one matrix (side, side) and does what a survey does, with the clock on."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(side, 64, generator=generator) * torch.arange(1, 65).pow(-0.7)
+    delta = left @ torch.randn(64, side, generator=generator)
+    delta += 0.5 * torch.randn(side, side, generator=generator)
+    plan = DeltaCome().planner({"m": Matrix((side, side), _no_delta)})(2 * side * side / ratio)
+    start = time.perf_counter()
+    _compress(delta, plan)
+    compress = arithmetic((side, side), ratio) / (time.perf_counter() - start)
+    weight = delta.to(torch.bfloat16).repeat(4, 1)
+    start = time.perf_counter()
+    check_finite("m", weight, "probe")
+    full_digest(weight)
+    (weight.float() - 1).square().sum(dtype=torch.float64)
+    survey = weight.nbytes / (time.perf_counter() - start)
+    start = time.perf_counter()
+    delta @ delta
+    return Rates(survey, compress, 2 * side**3 / (time.perf_counter() - start))
+
+
+def _compress(delta: Tensor, plan: Mapping[str, Terms]) -> None:
+    packed = DeltaCome().compress({"m": delta}, plan, None)
+    relative_error(delta, packed["m"].dense(), None)
+
+
+def arithmetic(shape: tuple[int, int], ratio: float) -> float:
+    """Operations of compressing a matrix without calibration, up to a factor: the gram of its smaller
+    side, its eigenvectors, the long vectors and their orthogonalisation, the product that is measured."""
+    smaller, longer = min(shape), max(shape)
+    rank = min(smaller, 16 / ratio * smaller / 3)
+    own = 2 * longer * smaller**2 + 9 * smaller**3
+    return own + 4 * longer * smaller * rank + 8 * longer * rank**2

@@ -1,0 +1,37 @@
+"""What a checkpoint holds, without its weights: names, shapes and types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deltacome.arch.checkpoint import Checkpoint, TensorInfo, json_folder
+from deltacome.skeleton import make_skeleton, read_config
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint as far as it is known without its weights."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+
+def outline(name_or_path: str | Path) -> Outline:
+    """The tensors of a checkpoint, from its weight files' headers or else from its configuration.
+
+    Of a repository on the Hub only the JSON files are fetched.
+
+    Raises:
+        CheckpointError: there is neither, or a header cannot be read.
+    """
+    folder = json_folder(name_or_path)
+    if list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
+        return Outline(folder, Checkpoint(folder).tensors)
+    config = read_config(folder)
+    model = make_skeleton(config, torch.float32, folder)
+    dtype = str(getattr(config, "dtype", None) or torch.bfloat16).removeprefix("torch.")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return Outline(folder, {name: TensorInfo(folder, s, dtype) for name, s in shapes.items()})

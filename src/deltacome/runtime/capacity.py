@@ -1,0 +1,169 @@
+"""How many tenants fit on a device beside their base and a KV cache.
+
+What a tenant takes is what its slot takes: packed terms, each at a multiple of 16 bytes, the tables that
+say where they lie, and what is stored exactly, in float32. `allocate` takes the memory for real and
+measures it, since arithmetic about memory is worth little until something has been allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from deltacome.errors import MismatchError, PlanError
+from deltacome.format.artifact import Artifact
+from deltacome.format.manifest import Record
+from deltacome.format.spec import ALIGN
+from deltacome.ops.slots import FIELDS, SIGN_FIELDS, Pool
+from deltacome.outline import outline
+from deltacome.skeleton import read_config
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What fits; all in bytes but the counts."""
+
+    device: int
+    usable: int
+    """Of the device, after what is kept free."""
+    base: int
+    kv_cache: int
+    slot: int
+    """Packed terms of the largest tenant."""
+    beside: int
+    """Tables and exact values of the largest tenant."""
+    tenants: int
+    whole_models: int
+    """Full fine-tunes that would fit instead, each with weights of its own."""
+
+
+def capacity(
+    base: str | Path,
+    deltas: Sequence[Artifact | str | Path],
+    *,
+    device_bytes: int,
+    utilization: float = 0.9,
+    kv_bytes: int = 0,
+    kv_tokens: int = 0,
+) -> Capacity:
+    """Counts tenants of the size of the largest of some artifacts.
+
+    Args:
+        base: its folder, or a repository on the Hub, of which the configuration is enough.
+        deltas: artifacts.
+        device_bytes: memory of the device.
+        utilization: share of it that may be used; the rest is for activations and fragments.
+        kv_bytes, kv_tokens: size of the KV cache, as bytes or as tokens at 16 bits (both are added).
+
+    Raises:
+        MismatchError: no artifact, or one of another base's shapes.
+        PlanError: base and cache alone do not fit.
+    """
+    if not deltas:
+        raise MismatchError("capacity: expected at least one artifact, got none")
+    shapes = outline(base)
+    weights = sum(info.nbytes for info in shapes.tensors.values())
+    opened = [d if isinstance(d, Artifact) else Artifact.open(d) for d in deltas]
+    for artifact in opened:
+        for record in artifact.manifest.records.values():
+            there = shapes.tensors.get(record.base_name or "")
+            if there is not None and there.shape != record.base_shape:
+                raise MismatchError(
+                    f"{artifact.path}: {record.name}: expected a base of shape {record.base_shape}, "
+                    f"got {there.shape}"
+                )
+    slot = max(map(slot_nbytes, opened))
+    beside = max(map(beside_nbytes, opened))
+    cache = kv_bytes + kv_tokens * kv_token_nbytes(read_config(shapes.path))
+    usable = int(device_bytes * utilization)
+    left = usable - weights - cache
+    if left < 0:
+        raise PlanError(
+            f"{base}: {weights:,} bytes and a KV cache of {cache:,} do not fit into {usable:,} usable"
+        )
+    return Capacity(
+        device_bytes,
+        usable,
+        weights,
+        cache,
+        slot,
+        beside,
+        left // (slot + beside),
+        (usable - cache) // weights,
+    )
+
+
+def slot_nbytes(artifact: Artifact) -> int:
+    """Bytes of an artifact's packed terms, as a slot holds them."""
+    group = artifact.manifest.group_size
+    return sum(
+        math.ceil(nbytes / ALIGN) * ALIGN
+        for record in artifact.manifest.records.values()
+        for nbytes in record.packed_nbytes(group).values()
+    )
+
+
+def beside_nbytes(artifact: Artifact) -> int:
+    """Bytes that an artifact takes beside its slot: fields of tables, exact values in float32."""
+    return sum(map(_beside, artifact.manifest.records.values()))
+
+
+def _beside(record: Record) -> int:
+    exact = 4 * math.prod(record.exact_shape) if record.exact_rows else 0
+    fields = len(record.plan) * FIELDS + (SIGN_FIELDS if record.sign_scales else 0)
+    return exact + 8 * fields
+
+
+def kv_token_nbytes(config: Any) -> int:
+    """Bytes of the keys and values of one token in all layers, at 16 bits.
+
+    Raises:
+        PlanError: the configuration does not say.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    layers, hidden = (getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    if not heads or not layers or not hidden:
+        raise PlanError(
+            f"{config.model_type}: expected layers, heads and hidden size for a KV cache"
+        )
+    size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    return 2 * layers * heads * size * 2
+
+
+@contextmanager
+def allocate(found: Capacity, device: str = "cpu") -> Iterator[int]:
+    """Takes the memory of base, cache and all tenants, and gives the bytes that the device has less of.
+
+    Raises:
+        PlanError: there is not that much.
+    """
+    before = _used(device)
+    try:
+        held: list[Any] = [
+            torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1)  # so that pages exist
+            for nbytes in (found.base, found.kv_cache, found.beside * found.tenants)
+        ]
+        if found.tenants:
+            held.append(Pool(found.tenants, found.slot, device=device))
+            held[-1].blobs_SN.fill_(1)
+    except (MemoryError, RuntimeError) as error:
+        raise PlanError(f"{device}: the memory of {found.tenants} tenants: {error}") from error
+    try:
+        yield _used(device) - before
+    finally:
+        held.clear()
+
+
+def _used(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,121 @@
+"""What is said before a run is what the run then gives."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from families import FAMILIES, make_pair
+from tiny_pairs import copy_of
+
+from deltacome import compress
+from deltacome.compression.forecast import arithmetic, forecast, measure
+from deltacome.errors import CheckpointError, MismatchError, PlanError
+
+
+def quick(pair, **options):
+    return forecast(*pair, **{"probe": False} | options)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2"])
+def test_bytes_are_those_of_the_artifact(pairs, family, tmp_path):
+    said = quick(pairs[family], ratios=(6, 8, 1000))
+    assert [size.ratio for size in said.sizes] == [6, 8, 1000]
+    for size in said.sizes[:2]:
+        out = tmp_path / str(size.ratio)
+        artifact = compress(*pairs[family], out, ratio=size.ratio, calibration="none")
+        assert artifact.bytes_on_disk() == pytest.approx(size.nbytes, rel=0.02)
+        assert said.tuned_nbytes == artifact.manifest.tuned_nbytes()
+        assert said.tensors == len(artifact.manifest.records)
+        assert said.matrices == sum(bool(r.plan) for r in artifact.manifest.records.values())
+        exact = [r for r in artifact.manifest.records.values() if r.exact_rows]
+        assert sum(e.count for e in said.exact) == len(exact)
+        assert sum(e.nbytes for e in said.exact) == sum(r.nbytes() for r in exact)
+    assert said.sizes[2].nbytes is None
+    assert {e.why for e in said.exact} == {"a vector: norm, bias"}
+
+
+def test_the_largest_ratio_is_one(pairs, tmp_path):
+    said = quick(pairs["small"])
+    below, above = 0.97 * said.largest_ratio, 1.05 * said.largest_ratio
+    compress(*pairs["small"], tmp_path / "a", ratio=below, calibration="none")
+    with pytest.raises(PlanError, match="cannot be met"):
+        compress(*pairs["small"], tmp_path / "b", ratio=above, calibration="none")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_configurations_are_enough(name, tmp_path):
+    base, tuned = make_pair(name, tmp_path)
+    whole = quick((base, tuned), ratios=(3,))
+    for folder in (base, tuned):
+        (folder / "model.safetensors").unlink()
+    bare = quick((base, tuned), ratios=(3,))
+    if not any("experts" in e.first for e in (*whole.exact, *bare.exact)):
+        assert bare.tuned_nbytes == whole.tuned_nbytes
+    if "Moe" not in name and "Mixtral" not in name:  # whose matrices only a checkpoint separates
+        assert (bare.tensors, bare.matrices) == (whole.tensors, whole.matrices)
+
+
+def test_why_tensors_are_exact(tmp_path):
+    base, tuned = make_pair("LlavaForConditionalGeneration", tmp_path)
+    said = {e.why: e for e in quick((base, tuned)).exact}
+    assert said["more than two dimensions"].first.endswith("patch_embedding.weight")
+    assert set(said) == {"more than two dimensions", "a vector: norm, bias"}
+
+
+def test_calibration_costs_memory_and_is_not_said_where_there_is_none(pairs, tmp_path):
+    none = quick(pairs["llama"])
+    text = quick(pairs["llama"], calibration="c.txt")
+    self = quick(pairs["llama"], calibration="self")
+    assert none.calibration is None
+    assert none.memory["blocks"] < text.memory["blocks"]
+    assert set(self.memory) - set(text.memory) == {"calibration text (the tuned model writes it)"}
+    encoder = make_pair("BertForMaskedLM", tmp_path)
+    assert quick(encoder, calibration="self").calibration is None
+
+
+def test_a_probe_takes_the_machine_s_measure(pairs):
+    rates = measure(256)
+    assert 1e6 < rates.survey < 1e12
+    assert 1e6 < rates.compress < 1e14
+    assert 1e7 < rates.multiply < 1e15
+    said = forecast(*pairs["llama"], calibration="c.txt")
+    assert set(said.seconds) == {"survey", "blocks", "passes and grams"}
+    assert all(0 < seconds < 600 for seconds in said.seconds.values())
+    assert arithmetic((8192, 8192), 16) == pytest.approx(8 * arithmetic((4096, 4096), 16))
+
+
+def test_seventy_billion_from_a_configuration(tmp_path):
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = quick((tmp_path, tmp_path), ratios=(16,))
+    assert said.tuned_nbytes == 137_953_296_384
+    assert said.sizes[0].nbytes == 137_953_296_384 // 16
+    assert max(said.memory.values()) < 16 << 30
+
+
+def test_what_is_refused(pairs, tmp_path):
+    base, tuned = pairs["small"]
+    with pytest.raises(PlanError, match="at least one ratio"):
+        quick((base, tuned), ratios=())
+    with pytest.raises(MismatchError, match="is this a fine-tune of this base"):
+        quick((pairs["llama"][0], tuned))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError):
+        quick((tmp_path / "empty", tuned))
+    broken = copy_of(tuned, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="truncated"):
+        quick((base, broken))
+    shutil.rmtree(broken)
+    assert torch.get_num_threads() == 1

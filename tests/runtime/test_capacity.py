@@ -1,0 +1,84 @@
+"""How many tenants fit: counted, and then allocated."""
+
+import pytest
+import torch
+from artifact_helpers import random_artifact
+from runtime_helpers import load
+
+from deltacome.errors import MismatchError, PlanError
+from deltacome.ops.slots import Pool
+from deltacome.runtime import attach
+from deltacome.runtime.capacity import (
+    allocate,
+    beside_nbytes,
+    capacity,
+    kv_token_nbytes,
+    slot_nbytes,
+)
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def artifact(bases, tmp_path):
+    return random_artifact(bases["llama"], tmp_path / "delta", terms="mixed")
+
+
+def test_a_slot_is_what_attaching_allocates(bases, artifact, monkeypatch):
+    made = []
+    init = Pool.__init__
+
+    def note(self, slots, slot_bytes, **options):
+        init(self, slots, slot_bytes, **options)
+        made.append(tuple(self.blobs_SN.shape))
+
+    monkeypatch.setattr(Pool, "__init__", note)
+    with attach(load(bases["llama"]), {"a": artifact, "b": artifact, "c": artifact}):
+        pass
+    assert made == [(3, slot_nbytes(artifact))]
+
+
+def test_what_fits(bases, artifact):
+    slot, beside = slot_nbytes(artifact), beside_nbytes(artifact)
+    weights = sum(p.numel() * 4 for p in load(bases["llama"]).parameters())
+    room = int((weights + 1000 + 5 * (slot + beside)) / 0.9) + 2
+    found = capacity(bases["llama"], [artifact], device_bytes=room, kv_bytes=1000)
+    assert (found.base, found.kv_cache, found.tenants) == (weights, 1000, 5)
+    assert found.whole_models == (found.usable - 1000) // weights
+    one_less = capacity(bases["llama"], [artifact], device_bytes=room - 10, kv_bytes=1000)
+    assert one_less.tenants == 4
+    with pytest.raises(PlanError, match="do not fit into"):
+        capacity(bases["llama"], [artifact], device_bytes=weights)
+
+
+def test_the_largest_artifact_counts(bases, artifact, tmp_path):
+    small = random_artifact(bases["llama"], tmp_path / "small", same=("lm_head.weight",))
+    both = capacity(bases["llama"], [small, artifact.path], device_bytes=MIB)
+    assert both.slot == max(slot_nbytes(small), slot_nbytes(artifact))
+
+
+def test_a_cache_in_tokens(bases):
+    config = load(bases["llama"]).config
+    assert (
+        kv_token_nbytes(config) == 2 * 2 * 2 * 12 * 2
+    )  # keys and values, layers, heads, size, bytes
+
+
+def test_what_is_refused(bases, artifact):
+    with pytest.raises(MismatchError, match="at least one artifact"):
+        capacity(bases["llama"], [], device_bytes=MIB)
+    wide = random_artifact(bases["llama"], artifact.path.with_name("b"))
+    wide.manifest.records["model.norm.weight"].__dict__["base_shape"] = (49,)
+    with pytest.raises(MismatchError, match="expected a base of shape"):
+        capacity(bases["llama"], [wide], device_bytes=MIB)
+
+
+def test_allocated_for_real(bases, artifact):
+    found = capacity(bases["llama"], [artifact], device_bytes=300 * MIB, kv_bytes=40 * MIB)
+    assert found.tenants > 100
+    with allocate(found, "cpu") as nbytes:
+        assert nbytes == pytest.approx(found.usable, rel=0.05)
+        assert torch.empty(3).numel() == 3
+    huge = capacity(bases["llama"], [artifact], device_bytes=1 << 60)
+    with pytest.raises(PlanError, match="the memory of"), allocate(huge, "cpu"):
+        pass
