@@ -198,10 +198,11 @@ def test_rows_out_of_range(impl, ids):
 def test_threads_do_not_change_a_bit(impl):
     if impl == "triton":  # has no threads of ours
         return
-    table, _ = filled(640, [512, 100], [(Band(8, 3), Band(3, 20), Band(2, 100))] * 3)
+    table, _ = filled(640, [512, 100], [(Band(8, 3), Band(3, 20), Band(2, 100))] * 7)
     before = torch.get_num_threads()
     try:
-        for slots in ([0] * 16, [0, 1, 2] * 22):  # enough work to wake a second thread
+        # Enough work to wake others; few tenants share their tasks, many are taken whole.
+        for slots in ([0] * 16, [0, 1, 2] * 22, list(range(7)) * 9):
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

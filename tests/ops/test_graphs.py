@@ -108,3 +108,41 @@ def test_a_plan_changes_no_launch(monkeypatch):
         grids.append(launch.grids)
     assert grids[0] == grids[1]
     assert grids[0][:2] == grids[0][2:]
+
+
+def test_a_configuration_is_chosen_once_and_never_in_a_capture(monkeypatch):
+    launch = pytest.importorskip("deltacome.ops.triton_launch")
+    times, runs, capturing = {"slow": 2.0, "fast": 1.0}, [], [True]
+    y = torch.zeros(3)
+
+    def run(config):
+        runs.append(config)
+        y.add_(1)
+
+    def time(config, run):
+        run(config)
+        return times[config]
+
+    monkeypatch.setattr(launch, "_fastest", {})
+    monkeypatch.setattr(launch, "_time", time)
+    monkeypatch.setattr(launch.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    configs = ("slow", "fast")
+    launch.tuned("key", configs, run, restore=y)
+    assert runs == ["slow"]  # nothing may be timed now
+    capturing[0] = False
+    launch.tuned("key", configs, run, restore=y)
+    assert runs == ["slow", "slow", "fast", "fast"]
+    assert y.tolist() == [2, 2, 2]  # timing left no trace
+    launch.tuned("key", configs, run, restore=y)
+    assert runs[4:] == ["fast"]
+    launch.tuned("another", configs, run, restore=y)
+    assert runs[5:] == ["slow", "fast", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("programs", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)]
+)
+def test_batches_of_about_a_size_share_a_choice(programs, power):
+    launch = pytest.importorskip("deltacome.ops.triton_launch")
+    assert launch.bucket(programs) == power
