@@ -89,6 +89,9 @@ def compress_command(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the calibration passes.")] = "auto",
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; more than one only with --calibration none.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Compress TUNED against BASE."""
@@ -139,6 +142,7 @@ def compress_command(
             device=device,
             dtype=dtype,
             resume=resume,
+            workers=workers,
             progress=report,
         )
     seconds = time.monotonic() - start

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import resume
 
 from deltacome import DeltaCome, DeltaError, compress, merge
-from deltacome.errors import OutputError
+from deltacome.errors import OutputError, PlanError
 from deltacome.format.folder import new_folder
 from deltacome.methods.template import parse_template
 
@@ -214,6 +214,37 @@ def test_kills_at_random_moments(pairs, text, tmp_path):
     said = resume.trials(merge_it, tmp_path / "dense", kills=3, seed=0)
     assert (said["kills"], said["wrong"]) == (3, [])
     assert {file.name for file in tmp_path.iterdir()} == {"delta", "dense"}
+
+
+def test_blocks_side_by_side(pairs, whole, text, tmp_path):
+    out, steps = tmp_path / "a", []
+    options = {"calibration": "none", "workers": 2, **QUICK}
+    compress(*pairs["small"], out, progress=steps.append, **options)
+    assert tree(out) == whole["none"]
+    assert {step.detail for step in steps if step.phase == "blocks"} >= {
+        *("unit-00000", "unit-00001", "unit-00002")
+    }
+    with pytest.raises(PlanError, match="independent only without calibration, got 2 workers"):
+        compress(*pairs["small"], tmp_path / "b", **options | {"calibration": text})
+
+
+def test_an_error_in_one_of_several_processes(pairs, tmp_path, monkeypatch):
+    base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["small"])
+
+    def spoil(step):
+        if (step.phase, step.done) == ("survey", 21):  # the survey is over, the work begins
+            file = tuned / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:5000])
+
+    with pytest.raises(DeltaError, match="cannot be read"):
+        compress(
+            *(base, tuned, tmp_path / "a"),
+            calibration="none",
+            workers=2,
+            progress=spoil,
+            **QUICK,
+        )
+    assert not (tmp_path / "a").exists()
 
 
 def test_two_merges_into_one_folder(pairs, tmp_path):

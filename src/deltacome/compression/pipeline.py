@@ -24,6 +24,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from deltacome.compression.data import answers_from, calibration_rows
 from deltacome.compression.distill import distill_scales
 from deltacome.compression.sensitivity import Weights, measure, measured, sweep
 from deltacome.compression.survey import survey
+from deltacome.compression.workers import side_by_side
 from deltacome.errors import CalibrationError, DeltaError, PlanError, UnsupportedError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos
 from deltacome.format.canary import CANARY_FILE, Canary, canary_ids
@@ -120,6 +122,7 @@ def compress(
     device: str = "auto",
     dtype: str = "auto",
     resume: bool = False,
+    workers: int = 1,
     base_revision: str | None = None,
     tuned_revision: str | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
@@ -138,6 +141,9 @@ def compress(
         device: `auto`, `cpu`, `cuda`…
         dtype: of the calibration passes; `auto` is float32 on CPU and bfloat16 elsewhere.
         resume: continue an interrupted run; the result has the same bytes.
+        workers: processes that compress blocks side by side; more than one only without calibration,
+            where blocks are independent. On several GPUs (`cuda`) each has one in turn. They are spawned:
+            a script needs its `if __name__ == "__main__"`.
         progress: called as the work goes on.
 
     Returns:
@@ -154,6 +160,11 @@ def compress(
         Checkpoint(base, base_revision),
         Checkpoint(tuned, tuned_revision),
     )
+    if workers < 1 or (workers > 1 and calibration != "none"):
+        raise PlanError(
+            f"workers: blocks are independent only without calibration, got {workers} workers and "
+            f"calibration {calibration}"
+        )
     identity = {
         "base": _identity(base_checkpoint),
         "tuned": _identity(tuned_checkpoint),
@@ -187,6 +198,8 @@ def compress(
         rows = text()
         # What a sweep has measured already is not measured again block by block.
         streams = method.calibrates and run.weights is None
+        if workers > 1:
+            _compress_side_by_side(run, writer, workers)
         names = _compress_units(run, writer, rows if streams else None)
         if isinstance(method, BitDelta) and rows is not None:
             _distill(run, writer, names, rows, method.distill, seed)
@@ -277,16 +290,52 @@ def _check_streamed(run: Run) -> None:
         )
 
 
+def _units(run: Run) -> dict[str, list[str]]:
+    """Names of tensors by block, in the order of their bytes; what is outside of blocks comes last."""
+    blocks = [*run.layout.blocks, *run.layout.side_blocks]
+    names: dict[str, list[str]] = {block: [] for block in blocks} | {"": []}
+    for name, target in run.where.items():
+        inside = (block for block in blocks if target.parameter.startswith(f"{block}."))
+        names[next(inside, "")].append(name)
+    return names
+
+
+def _compress_side_by_side(run: Run, writer: ArtifactWriter, workers: int) -> None:
+    """Leaves all units on disk, for `_compress_units` to find there."""
+    units = {f"unit-{number:05}": names for number, names in enumerate(_units(run).values())}
+    todo = {name: names for name, names in units.items() if not writer.has(name)}
+    # Processes get no model: its modules say nothing that matters without inputs.
+    nothing = Layout({}, {}, None, None, frozenset(), frozenset())
+    bare = replace(run, model=torch.nn.Module(), layout=nothing, report=_say_nothing)
+    done = len(units) - len(todo)
+
+    def on_unit(name: str) -> None:
+        nonlocal done
+        done += 1
+        run.report(Progress("blocks", done, len(units), name))
+
+    side_by_side(partial(_make_unit, bare), todo, writer.partial, workers, run.device, on_unit)
+
+
+def _make_unit(run: Run, names: list[str], device: str) -> Unit:
+    return _compress_block(replace(run, device=device), "", names, None)
+
+
+def _say_nothing(progress: Progress) -> None:
+    pass
+
+
 def _compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | None) -> list[str]:
     """Every tensor ends up in exactly one unit; returns the units in the order of their bytes."""
     stream = None
     if rows is not None:
         stream = _stream(run, rows)
-    blocks = [*run.layout.blocks, *run.layout.side_blocks]
+    tensors = _units(run)
+    outside = tensors.pop("")
+    blocks = list(tensors)
     total = len(blocks) + 1
     names = []
-    for number, block in enumerate(blocks):
-        inside = [n for n, target in run.where.items() if target.parameter.startswith(f"{block}.")]
+    for number, (block, inside) in enumerate(tensors.items()):
         name = f"unit-{number:05}"
         unit = writer.load(name)
         streamed = stream if block in run.layout.blocks else None
@@ -303,8 +352,6 @@ def _compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | No
     name = f"unit-{len(blocks):05}"
     unit = writer.load(name)
     if unit is None:
-        prefixes = tuple(f"{block}." for block in blocks)
-        outside = [n for n, t in run.where.items() if not t.parameter.startswith(prefixes)]
         unit = _compress_outside(run, outside, stream)
         writer.save(name, unit)
     _note(run, unit, Progress("blocks", total, total, "embedding and head"))

@@ -390,14 +390,12 @@ class ArtifactWriter:
         return Unit(records, entries)
 
     def save(self, name: str, unit: Unit) -> None:
-        """Stores a finished unit; tensors first, the list of records that makes it count last."""
-        with disk_errors(self.partial, STAYS):
-            temporary = self.partial / f"{name}.safetensors.tmp"
-            save_file({key: t.contiguous() for key, t in unit.entries.items()}, temporary)
-            sync(temporary)
-            os.replace(temporary, self.partial / f"{name}.safetensors")
-            text = json.dumps({record.name: record_to_json(record) for record in unit.records})
-            write_atomic(self.partial / f"{name}.json", text)
+        """Stores a finished unit."""
+        save_unit(self.partial, name, unit)
+
+    def has(self, name: str) -> bool:
+        """Whether a unit is there."""
+        return (self.partial / f"{name}.json").exists()
 
     def finish(
         self,
@@ -460,6 +458,26 @@ class ArtifactWriter:
             file = final / shard
             shards[shard] = FileInfo(file.stat().st_size, file_sha256(file))
         return shards, weight_map
+
+
+def save_unit(partial: Path, name: str, unit: Unit) -> None:
+    """Stores a finished unit; tensors first, the list of records that makes it count last.
+
+    Args:
+        partial: the folder of the run, which this process or its parent has locked.
+        name: of the unit.
+        unit: what was finished.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with disk_errors(partial, STAYS):
+        temporary = partial / f"{name}.safetensors.tmp"
+        save_file({key: t.contiguous() for key, t in unit.entries.items()}, temporary)
+        sync(temporary)
+        os.replace(temporary, partial / f"{name}.safetensors")
+        text = json.dumps({record.name: record_to_json(record) for record in unit.records})
+        write_atomic(partial / f"{name}.json", text)
 
 
 def _write_index(folder: Path, weight_map: dict[str, str], digest: str) -> None:
