@@ -55,7 +55,8 @@ def make(lab: Lab) -> str:
         if method.options().get("distill"):
             continue  # the distillation knows text models alone
         artifact = _artifact(lab, task, tuned, name, method, ratio)
-        model: Any = base_for(lab.base, artifact, dtype=torch.float32).to(device()).eval()
+        base: Any = base_for(lab.base, artifact, dtype=torch.float32)
+        model = base.to(device()).eval()
         with attach(model, artifact):
             got = _log_probs(model, rows, images)
         kl = [float((w.exp() * (w - g)).sum(-1).sum()) for w, g in zip(wanted, got, strict=True)]
@@ -91,16 +92,17 @@ def _model(lab: Lab, task: str) -> Path:
     image_token = text.vocab_size
     language: Any = AutoModelForCausalLM.from_pretrained(tenant, dtype=torch.bfloat16)
     language.resize_token_embeddings(image_token + 1, mean_resizing=False)
-    vision = CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, **TOWER)
-    config = LlavaConfig(
-        text_config=language.config,
-        vision_config=vision,
-        image_token_id=image_token,
-        image_seq_length=(SIDE // PATCH) ** 2,
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
+    tower: dict[str, Any] = {**TOWER, "image_size": SIDE, "patch_size": PATCH}
+    whole: dict[str, Any] = {
+        "text_config": language.config,
+        "vision_config": CLIPVisionConfig(**tower),
+        "image_token_id": image_token,
+        "image_seq_length": (SIDE // PATCH) ** 2,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
     torch.manual_seed(0)
-    model: Any = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model: Any = LlavaForConditionalGeneration(LlavaConfig(**whole))
+    model = model.to(torch.bfloat16)
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
     model.save_pretrained(folder)
@@ -117,7 +119,7 @@ def _artifact(
     folder = lab.work / "vlm" / f"delta-{key}"
     if not folder.exists():
         say(f"compressing the vision-language model, {name}")
-        size = {"samples": lab.size.rows, "seq_len": lab.size.row_tokens}
+        size: dict[str, Any] = {"samples": lab.size.rows, "seq_len": lab.size.row_tokens}
         source = None if text is None else str(text)
         deltacome.compress(
             lab.base, tuned, folder, method=method, ratio=ratio, calibration=source, **size,

@@ -319,7 +319,7 @@ def measure(side: int, ratio: float = 16.0) -> Rates:
     (weight.float() - 1).square().sum(dtype=torch.float64)
     survey = weight.nbytes / (time.perf_counter() - start)
     start = time.perf_counter()
-    delta @ delta
+    torch.mm(delta, delta)
     return Rates(survey, compress, 2 * side**3 / (time.perf_counter() - start))
 
 
