@@ -46,7 +46,6 @@ constexpr int64_t CHUNK = 32;             // blocks of inputs whose 4 tokens sta
 constexpr int64_t MAX_TOKENS = 4;         // tokens that share one decoding
 constexpr int64_t THREAD_WORK = 1 << 19;  // codes × tokens worth waking a thread for
 constexpr int64_t AHEAD = 16;             // directions between a prefetch and its use
-constexpr int LINES = 2;                  // of what comes next, fetched with a direction
 constexpr int64_t SPAN = 4;               // blocks of outputs: 2-bit codes of a cache line
 constexpr int64_t SIGN_ROWS = 16;         // of a task
 constexpr int RAGGED = 0;                 // any width, where groups cut through blocks
@@ -310,8 +309,9 @@ inline void prefetch(const Factor &f, int64_t r, int64_t b) {
     __builtin_prefetch(f.low + (r * f.blocks + b) * 8 * (BITS == 3 ? 2 : BITS));
 }
 
-// Bytes that this thread reads next, fetched a few lines at a time beside its sums. A tenant's part
-// of a layer is some kilobytes, of which the CPU's own prefetching sees little before they end.
+// Bytes that this thread reads next, fetched beside its sums as fast as it uses up what it has. A
+// tenant's part of a layer is some kilobytes, of which the CPU's own prefetching sees little before
+// they end.
 struct Ahead {
   bool with_u;  // V alone for rows of an embedding: of U they read a code here and there
   const struct Band *band = nullptr, *last = nullptr;
@@ -320,13 +320,15 @@ struct Ahead {
   void start(const Band *first, const Band *last);
   void all(const Band *first, const Band *last);
   void next();
-  void lines() {
+  void lines(int64_t count) {
     if (at >= end) return;
-    // Past the end is harmless.
-    for (int i = 0; i < LINES; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
-    at += 64 * LINES;
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + 64 * i, 0, 2);  // or past the end
+    at += 64 * count;
   }
 };
+
+template <int BITS>
+constexpr int BITS_OF = BITS == RAGGED ? 8 : BITS;
 
 template <int BITS>
 inline int64_t blocks_of_group(const Factor &f) {
@@ -340,8 +342,9 @@ NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t
   constexpr int SUMS = TT == 1 ? std::min(V, 4) : 2;  // enough of them to hide the adder's latency
   const int32_t per_group = int32_t(blocks_of_group<BITS>(f));
   const int64_t g0 = int32_t(b0) / per_group, g1 = int32_t(b1 + per_group - 1) / per_group;
+  const int64_t lines = (b1 - b0) * BITS_OF<BITS> / 8 + 1;  // of a direction
   for (int64_t r = r0; r < r1; ++r) {
-    next.lines();
+    next.lines(lines);
     const Grids<BITS, CHUNK + 1> grids(f, r, g0, g1);
     vf acc[TT][SUMS] = {};
     int64_t b = b0;
@@ -382,7 +385,7 @@ NOINLINE void expand(const Factor f, int64_t count, int64_t b, const float *t, f
     UNROLL
     for (int j = 0; j < TT; ++j) weight[j] = splat(t[r * TT + j]);
     prefetch<BITS>(f, r + AHEAD, b);
-    next.lines();
+    next.lines(NB * BITS_OF<BITS> / 8 + 1);
     const Grids<BITS, NB + 1> grids(f, r, g0, g1);
     int64_t g = g0;
     Grid<BITS> grid = grids[g];
@@ -477,7 +480,7 @@ void Ahead::next() {
   ++band;
 }
 void Ahead::all(const Band *first, const Band *last_) {
-  for (start(first, last_); at < end; next()) lines();
+  for (start(first, last_); at < end; next()) lines((end - at + 63) / 64);
 }
 
 // What the slots of a pool hold for one layer; `fields` as ops/slots.py lays them out.
