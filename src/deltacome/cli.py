@@ -214,10 +214,13 @@ def plan(
 @app.command()
 def capacity(
     base: Annotated[str, typer.Argument(help="Base checkpoint; its configuration will do.")],
-    delta: Annotated[
-        list[str], typer.Option(help="Artifact; may be repeated: the largest counts.")
-    ],
     gpu_gib: Annotated[float, typer.Option(help="Memory of the device, GiB.")],
+    delta: Annotated[
+        list[str] | None, typer.Option(help="Artifact; may be repeated: the largest counts.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="In place of an artifact, one that is yet to be made.")
+    ] = None,
     kv_gib: Annotated[float, typer.Option(help="KV cache, GiB.")] = 0,
     kv_tokens: Annotated[int, typer.Option(help="KV cache, tokens at 16 bits.")] = 0,
     utilization: Annotated[float, typer.Option(help="Share of the memory to be used.")] = 0.9,
@@ -236,7 +239,8 @@ def capacity(
 
     found = count(
         base,
-        delta,
+        delta or [],
+        ratio=ratio,
         device_bytes=int(gpu_gib * 2**30),
         utilization=utilization,
         kv_bytes=int(kv_gib * 2**30),

@@ -31,7 +31,8 @@ def outline(name_or_path: str | Path) -> Outline:
     if list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         return Outline(folder, Checkpoint(folder).tensors)
     config = read_config(folder)
-    model = make_skeleton(config, torch.float32, folder)
+    # Before there is a model of it, whose building writes its own type into the configuration.
     dtype = str(getattr(config, "dtype", None) or torch.bfloat16).removeprefix("torch.")
+    model = make_skeleton(config, torch.float32, folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return Outline(folder, {name: TensorInfo(folder, s, dtype) for name, s in shapes.items()})

@@ -173,7 +173,17 @@ def declare(files: Files, draw: Random) -> None:
     record = tensors[draw.choice(sorted(tensors))]
     if not isinstance(record, dict):
         return
-    key = draw.choice(["shape", "base_shape", "plan", "exact_rows", "sign_scales", "dtype", "kind"])
+    keys = [
+        "shape",
+        "base_shape",
+        "plan",
+        "exact_rows",
+        "sign_scales",
+        "dtype",
+        "kind",
+        "transposed",
+    ]
+    key = draw.choice(keys)
     value = record.get(key)
     if isinstance(value, list) and value and draw.random() < 0.7:
         _edit(value, draw)

@@ -32,7 +32,7 @@ def make(folder: Path) -> tuple[Checkpoint, list[dict[str, bytes]]]:
 
 
 def _unit() -> Unit:
-    """The golden tensors, and two with signs."""
+    """The golden tensors, two with signs, and one whose bands are those of its transpose."""
     unit = golden.unit()
     matrix = unit.records[2]
     assert matrix.name == "layer.weight"
@@ -45,7 +45,9 @@ def _unit() -> Unit:
         "both.weight.bands": write_bands(golden.bands()[3:]),
     }
     records = [replace(r, base_name="layer.weight") for r in (signs, both)]
-    return Unit((*unit.records, *records), unit.entries | entries)
+    other_way = golden.record("conv.weight", golden.SHAPE[::-1], plan=golden.PLAN, transposed=True)
+    entries["conv.weight.bands"] = write_bands(golden.bands())
+    return Unit((*unit.records, *records, other_way), unit.entries | entries)
 
 
 def _signs(positive_OI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

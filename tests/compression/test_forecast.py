@@ -11,6 +11,7 @@ from tiny_pairs import copy_of
 from deltacome import compress
 from deltacome.compression.forecast import arithmetic, forecast, measure
 from deltacome.errors import CheckpointError, MismatchError, PlanError
+from deltacome.outline import outline
 
 
 def quick(pair, **options):
@@ -102,6 +103,7 @@ def test_seventy_billion_from_a_configuration(tmp_path):
     assert said.tuned_nbytes == 137_953_296_384
     assert said.sizes[0].nbytes == 137_953_296_384 // 16
     assert max(said.memory.values()) < 16 << 30
+    assert {info.dtype for info in outline(tmp_path).tensors.values()} == {"bfloat16"}
 
 
 def test_what_is_refused(pairs, tmp_path):

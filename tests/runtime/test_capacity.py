@@ -57,6 +57,12 @@ def test_the_largest_artifact_counts(bases, artifact, tmp_path):
     assert both.slot == max(slot_nbytes(small), slot_nbytes(artifact))
 
 
+def test_an_artifact_that_is_yet_to_be_made(bases):
+    entries = sum(p.numel() for p in load(bases["llama"]).parameters())
+    found = capacity(bases["llama"], [], device_bytes=MIB, ratio=16)
+    assert entries / 8 <= found.slot < entries / 8 + 16
+
+
 def test_a_cache_in_tokens(bases):
     config = load(bases["llama"]).config
     assert (
@@ -65,8 +71,12 @@ def test_a_cache_in_tokens(bases):
 
 
 def test_what_is_refused(bases, artifact):
-    with pytest.raises(MismatchError, match="at least one artifact"):
+    with pytest.raises(MismatchError, match="expected artifacts or a ratio, got 0"):
         capacity(bases["llama"], [], device_bytes=MIB)
+    with pytest.raises(MismatchError, match="expected artifacts or a ratio, got 1"):
+        capacity(bases["llama"], [artifact], device_bytes=MIB, ratio=16)
+    with pytest.raises(PlanError, match="ratio: expected a number above 0"):
+        capacity(bases["llama"], [], device_bytes=MIB, ratio=0)
     wide = random_artifact(bases["llama"], artifact.path.with_name("b"))
     wide.manifest.records["model.norm.weight"].__dict__["base_shape"] = (49,)
     with pytest.raises(MismatchError, match="expected a base of shape"):

@@ -75,6 +75,7 @@ class Artifact:
         self.path = path
         self.manifest = manifest
         self._where = where
+        self._checked = False
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
@@ -243,6 +244,12 @@ class Artifact:
                 )
         for name in self.manifest.files:
             self.file(name)
+        self._checked = True
+
+    def check_bytes(self) -> None:
+        """`verify_bytes`, unless this object has done it: what runs a delta reads all of it anyway."""
+        if not self._checked:
+            self.verify_bytes()
 
     def _read(self, key: str) -> Tensor:
         file = self.path / self._where[key]

@@ -75,7 +75,7 @@ def attach(
         UnsupportedError: a module that cannot run from packed codes, a configuration that changes
             the model's code, an implementation that this installation lacks, something that several
             tenants cannot each have, or something is attached already.
-        ArtifactError: the artifact cannot be read.
+        ArtifactError: the artifact cannot be read, or its bytes are not what they were.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if impl not in ("auto", *IMPLS):
@@ -90,6 +90,8 @@ def attach(
     if not sources:
         raise MismatchError("attach: expected at least one artifact, got none")
     artifacts = {name: _opened(source) for name, source in sources.items()}
+    for one in artifacts.values():
+        one.check_bytes()
     places = [
         match(model, one.manifest, one.json_file(TUNED_CONFIG_FILE), quantized_base=quantized_base)
         for one in artifacts.values()

@@ -49,6 +49,7 @@ def capacity(
     deltas: Sequence[Artifact | str | Path],
     *,
     device_bytes: int,
+    ratio: float | None = None,
     utilization: float = 0.9,
     kv_bytes: int = 0,
     kv_tokens: int = 0,
@@ -57,17 +58,20 @@ def capacity(
 
     Args:
         base: its folder, or a repository on the Hub, of which the configuration is enough.
-        deltas: artifacts.
+        deltas: artifacts; or none, with a ratio.
+        ratio: stands for an artifact that is yet to be made, of a fine-tune of the base's size.
         device_bytes: memory of the device.
         utilization: share of it that may be used; the rest is for activations and fragments.
         kv_bytes, kv_tokens: size of the KV cache, as bytes or as tokens at 16 bits (both are added).
 
     Raises:
-        MismatchError: no artifact, or one of another base's shapes.
+        MismatchError: neither artifact nor ratio, or both, or an artifact of another base's shapes.
         PlanError: base and cache alone do not fit.
     """
-    if not deltas:
-        raise MismatchError("capacity: expected at least one artifact, got none")
+    if bool(deltas) == (ratio is not None):
+        raise MismatchError(
+            f"capacity: expected artifacts or a ratio, got {len(deltas)} artifacts and ratio {ratio}"
+        )
     shapes = outline(base)
     weights = sum(info.nbytes for info in shapes.tensors.values())
     opened = [d if isinstance(d, Artifact) else Artifact.open(d) for d in deltas]
@@ -79,8 +83,13 @@ def capacity(
                     f"{artifact.path}: {record.name}: expected a base of shape {record.base_shape}, "
                     f"got {there.shape}"
                 )
-    slot = max(map(slot_nbytes, opened))
-    beside = max(map(beside_nbytes, opened))
+    if ratio is not None:
+        if not ratio > 0:
+            raise PlanError(f"ratio: expected a number above 0, got {ratio}")
+        entries = sum(math.prod(info.shape) for info in shapes.tensors.values())
+        slot, beside = math.ceil(2 * entries / ratio / ALIGN) * ALIGN, 0
+    else:
+        slot, beside = max(map(slot_nbytes, opened)), max(map(beside_nbytes, opened))
     cache = kv_bytes + kv_tokens * kv_token_nbytes(read_config(shapes.path))
     usable = int(device_bytes * utilization)
     left = usable - weights - cache
