@@ -146,6 +146,12 @@ def test_another_option_is_refused_by_name(pairs, text, unfinished, name, value)
     assert not unfinished.exists()
 
 
+def test_another_number_of_threads_is_refused(pairs, text, unfinished):
+    torch.set_num_threads(2)
+    with pytest.raises(OutputError, match="cannot be resumed: threads was 1, is now 2"):
+        compress(*pairs["small"], unfinished, resume=True, calibration=text, **QUICK)
+
+
 @pytest.mark.parametrize("which", ["tuned", "text", "config"])
 def test_a_changed_input_is_refused(pairs, text, which, tmp_path):
     base = pairs["small"][0]

@@ -165,6 +165,8 @@ def compress(
             f"workers: blocks are independent only without calibration, got {workers} workers and "
             f"calibration {calibration}"
         )
+    # BLAS splits its sums by thread, so bytes depend on how many there are; a worker has its share.
+    threads = max(1, torch.get_num_threads() // workers)
     identity = {
         "base": _identity(base_checkpoint),
         "tuned": _identity(tuned_checkpoint),
@@ -177,6 +179,7 @@ def compress(
         "device": device,
         "dtype": str(compute),
         "torch": torch.__version__,
+        "threads": threads,
     }
     writer = ArtifactWriter(output, identity, resume=resume)
     try:
@@ -186,7 +189,7 @@ def compress(
         carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
         carried[CANARY_FILE] = Canary.unknown().to_json()  # as long as the one to come
         manifest = replace(
-            _manifest(run, calibration, samples, seq_len, seed), files=file_infos(carried)
+            _manifest(run, calibration, samples, seq_len, seed, threads), files=file_infos(carried)
         )
 
         def text() -> list[list[int]] | None:
@@ -733,7 +736,9 @@ def _calibration_source(method: Method, source: str | None) -> str:
     return source
 
 
-def _manifest(run: Run, calibration: str, samples: int, seq_len: int, seed: int) -> Manifest:
+def _manifest(
+    run: Run, calibration: str, samples: int, seq_len: int, seed: int, threads: int
+) -> Manifest:
     source = calibration if calibration in ("self", "none") else Path(calibration).name
     said: dict[str, Any] = {"source": source}
     if calibration != "none":
@@ -746,7 +751,7 @@ def _manifest(run: Run, calibration: str, samples: int, seq_len: int, seed: int)
         base_name_or_path=run.base.name_or_path,
         base_revision=run.base.revision,
         method=run.method.options(),
-        provenance={"calibration": said, "versions": versions},
+        provenance={"calibration": said, "threads": threads, "versions": versions},
         records=run.records,
     )
 
