@@ -3,8 +3,8 @@
 usage: engine.py JOBS.json SAID.json
 
 A job has a `model`, `options` of `vllm.LLM`, and `ask`: lists of [name, adapter's folder or null, ids].
-All of a job's prompts are one batch. What is said: [tokens, logprobs of the prompt's tokens] of each, or
-what went wrong.
+All of a job's prompts are one batch. What is said: [tokens, logprobs of the prompt's tokens] of each, and
+how the model ran; or what went wrong.
 """
 
 import json
@@ -40,7 +40,8 @@ def run(job):
     for (*_, ids), output in zip(job["ask"], outputs, strict=True):
         got = [one[id].logprob for id, one in zip(ids, output.prompt_logprobs, strict=True) if one]
         said.append([list(output.outputs[0].token_ids), got])
-    return said
+    mode = llm.llm_engine.vllm_config.compilation_config.mode
+    return {"said": said, "mode": mode.name}
 
 
 def main():

@@ -103,13 +103,15 @@ def said(jobs, tmp_path_factory):
 
 
 def check(stage, job, said):
-    assert isinstance(said, list), said
+    assert isinstance(said, dict), said
+    compiled = not job["options"].get("enforce_eager", True)
+    assert said["mode"] == ("DYNAMO_TRACE_ONCE" if compiled else "NONE")
     seen = set()
-    for (name, _, ids), (tokens, got) in zip(job["ask"], said, strict=True):
+    for (name, _, ids), (tokens, got) in zip(job["ask"], said["said"], strict=True):
         assert tokens == greedy(stage.models[name], ids, len(tokens)), name
         assert got == pytest.approx(prompt_logprobs(stage.models[name], ids), abs=2e-4), name
         seen.add(tuple(tokens))
-    assert len(seen) == len(said)
+    assert len(seen) == len(said["said"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,10 +132,9 @@ def test_experts_are_refused_by_name(said):
 def test_ordinary_adapters_as_without_the_plugin(stages, said, tmp_path):
     """Stock vLLM, no plugin loaded, says the same of the base and of an ordinary adapter, to the bit."""
     asked = job(stages["wide"], ["base", "lora"])
-    with_plugin = run(tmp_path, {"it": asked})["it"]
+    with_plugin = run(tmp_path, {"it": asked})["it"]["said"]
     del asked["options"]["additional_config"]
     # Without it, a prompt's logprobs beside an adapter end the engine on a CPU: one by one.
     stock = {name: {**asked, "ask": [one]} for name, one in zip("ab", asked["ask"], strict=True)}
-    assert [
-        one for name in "ab" for one in run(tmp_path, stock, VLLM_PLUGINS="")[name]
-    ] == with_plugin
+    found = run(tmp_path, stock, VLLM_PLUGINS="")
+    assert [one for name in "ab" for one in found[name]["said"]] == with_plugin

@@ -30,6 +30,15 @@ class Rows:
     """Rows that a tile can hold."""
 
 
+def nobody(slot_T: Tensor) -> bool:
+    """Whether it is known that no row has a slot: on a CPU, where asking costs a microsecond.
+
+    A graph that was compiled runs its ops for batches of the base alone too: checks and all would then
+    cost a small model some percent.
+    """
+    return slot_T.device.type == "cpu" and slot_T.numel() > 0 and int(slot_T.max()) < 0
+
+
 def group_rows(slot_T: Tensor, slots: int, *, tile: int = 16) -> Rows:
     """Groups the rows of a batch by slot. No host synchronisation; shapes depend on T alone.
 

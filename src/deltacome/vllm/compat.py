@@ -42,6 +42,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -53,6 +54,7 @@ from deltacome.errors import UnsupportedError
 
 __all__ = [
     "ColumnParallelLinear",
+    "CpuPlatform",
     "GPUModelRunner",
     "GemmaRMSNorm",
     "LRUCacheLoRAModelManager",
@@ -106,6 +108,7 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     LRUCacheLoRAModelManager._create_merged_loras_inplace: ("self", "lora_model"),
     GPUModelRunner._get_prompt_logprobs_dict: ("self", "hidden_states", "..."),
     GPUModelRunner.sync_and_gather_intermediate_tensors: ("self", "num_tokens", "..."),
+    CpuPlatform.check_and_update_config.__func__: ("cls", "vllm_config"),
     VocabParallelEmbedding.forward: ("self", "input_"),
     RMSNorm.forward_native: ("self", "x", "residual"),
     GemmaRMSNorm.forward_native: ("self", "x", "residual"),

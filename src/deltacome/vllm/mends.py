@@ -4,6 +4,7 @@
   more than vLLM uses: it stays empty.
 - Heads gather low-rank pairs for the rows of the batch; the logprobs of prompts are computed from other
   rows, and the engine stops. So they are given the slots of the rows that they get.
+- A model with adapters is not compiled. Tenants alone can be, as their ops are made for it.
 - With adapters a stage of a pipeline that is not the first has no room for what the one before it sends,
   as only a warm-up makes it, and there is none. So it is made when it is missing.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltacome.vllm import compat
+from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step
 
 
@@ -61,12 +63,31 @@ def _mend(module: Any) -> None:
 
 
 def install() -> None:
-    """Lets stages of a pipeline make room."""
+    """Lets stages of a pipeline make room, and models with tenants alone be compiled."""
     original = compat.GPUModelRunner.sync_and_gather_intermediate_tensors
     if not hasattr(original, "_deltacome"):
         mended = _with_room(original)
         mended._deltacome = True  # pyright: ignore[reportFunctionMemberAccess]
         compat.GPUModelRunner.sync_and_gather_intermediate_tensors = mended
+    check = compat.CpuPlatform.check_and_update_config.__func__
+    if not hasattr(check, "_deltacome"):
+        compiled = _compiled(check)
+        compiled._deltacome = True  # pyright: ignore[reportFunctionMemberAccess]
+        compat.CpuPlatform.check_and_update_config = classmethod(compiled)  # pyright: ignore
+
+
+def _compiled(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def check(cls: type, vllm_config: Any) -> None:
+        adapters = vllm_config.lora_config
+        if not Settings.parse(vllm_config.additional_config).lora:
+            vllm_config.lora_config = None
+        try:
+            original(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = adapters
+
+    return check
 
 
 def _with_room(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -123,7 +123,9 @@ class Registry:
             VLLMValidationError: it cannot be read again.
         """
         entry = self.entries.get(request.lora_int_id)
-        if entry is None or entry.gone:
+        if entry is None or entry.gone:  # since its name was looked up
+            entry = self.named(request.lora_name)
+        if entry is None:
             raise VLLMNotFoundError(f"The model `{request.lora_name}` was unloaded.")
         entry.users += 1
         try:

@@ -30,7 +30,7 @@ from deltacome.ops.impls import (
     check_impl,
     refuse_gradients,
 )
-from deltacome.ops.rows import Rows
+from deltacome.ops.rows import Rows, nobody
 from deltacome.ops.slots import BandTable
 
 
@@ -138,6 +138,8 @@ def _bands(
     group_size: int,
     impl: str,
 ) -> None:
+    if nobody(slot):
+        return
     check_impl("bands", impl)
     _check(y, x, slot, blobs, fields)
     if impl == "cpu":

@@ -16,7 +16,7 @@ from torch import Tensor
 from deltacome.errors import MismatchError
 from deltacome.ops.impls import check_devices, check_floats, check_impl, refuse_gradients
 from deltacome.ops.norm import cpu, reference
-from deltacome.ops.rows import Rows
+from deltacome.ops.rows import Rows, nobody
 
 
 def norm(
@@ -57,6 +57,8 @@ _library.define(
 
 @torch.library.impl(_library, "norm", "CompositeExplicitAutograd")
 def _norm(y: Tensor, x: Tensor, slot: Tensor, weights: Tensor, eps: float, impl: str) -> None:
+    if nobody(slot):
+        return
     _check(y, x, slot, weights, impl)
     if impl == "cpu":
         cpu.norm(y, x, slot, weights, eps)

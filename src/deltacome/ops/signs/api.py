@@ -20,7 +20,7 @@ from deltacome.ops.impls import (
     check_impl,
     refuse_gradients,
 )
-from deltacome.ops.rows import Rows
+from deltacome.ops.rows import Rows, nobody
 from deltacome.ops.signs import cpu, reference
 from deltacome.ops.signs import rows as plain
 from deltacome.ops.slots import SignTable
@@ -116,6 +116,8 @@ def _signs(
     tile: int,
     impl: str,
 ) -> None:
+    if nobody(slot):
+        return
     _check(y, x, slot, blobs, fields, impl)
     if impl == "cpu":
         cpu.signs(y, x, slot, blobs, fields, outs)

@@ -1,0 +1,242 @@
+"""Throughput, latency and memory of a server with many tenants, beside what else one could run.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/serving.py BASE --stage mix -o work/mix.json
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/serving.py BASE --stage apart -o work/apart.json
+    python benchmarks/serving.py BASE --page work/mix.json work/apart.json -o docs/results/serving.md
+
+`mix`: stock vLLM without the plugin, vLLM with the plugin and its tenants, and stock vLLM with ordinary
+LoRA adapters run side by side and idle while another is measured; they take turns, several times, so
+that another job on the machine slows all of them. `apart`: what is done today with full fine-tunes: a
+process for each, or one process that is ended and started again with the next model.
+
+Before anything is timed, the logprobs of the base and of some tenants are held against transformers on
+the merged weights in float32; a wrong one ends the run. Tenants are random codes under the plans of
+Delta-CoMe (8+3+2 bits) at 1/16, or under those of another artifact (`--like`), every tensor changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from origin import origin
+from server import (
+    Load,
+    Measured,
+    Server,
+    expected_logprobs,
+    quantile,
+    random_lora,
+    run,
+    run_many,
+    tenants,
+)
+
+from deltacome.format.artifact import Artifact
+from deltacome.runtime import merge
+
+MIXES = (1, 4, 16, 64)
+ADAPTERS = (1, 4, 16)
+RANK = 64
+SMALL = 16
+"""Tenants with the plans of another artifact."""
+APART = 4
+"""Models of the second stage."""
+CHECKED = 3
+
+
+def mix(base: Path, work: Path, load: Load, rounds: int, engine: list[str], like: str) -> dict:
+    """Rows of the first stage."""
+    made = tenants(base, work / "tenants", max(MIXES))
+    small = tenants(base, work / "tenants", SMALL, "small", Artifact.open(like)) if like else {}
+    loras = [
+        random_lora(base, work / "loras" / f"lora-{i:02}", RANK, i) for i in range(max(ADAPTERS))
+    ]
+    names = list(made)
+    named = [f"--tenant={name}={folder}" for name, folder in (made | small).items()]
+    modules = [f"{folder.name}={folder}" for folder in loras]
+    common = ["--served-model-name", "base", *engine]
+    adapters = ["--enable-lora", "--max-loras", max(ADAPTERS), "--max-lora-rank", RANK]
+    with contextlib.ExitStack() as stack:
+        stock = stack.enter_context(
+            Server(["--model", base, *common], work / "stock.log", stock=True)
+        )
+        ours = stack.enter_context(
+            Server([base, *named, "--slots", max(MIXES), "--", *common], work / "ours.log")
+        )
+        lora = stack.enter_context(
+            Server(
+                ["--model", base, *common, *adapters, "--lora-modules", *modules],
+                work / "lora.log",
+                stock=True,
+            )
+        )
+        for name, folder in [*made.items()][:CHECKED] + [*small.items()][:1]:
+            distance = ours.check(name, expected_logprobs(base, folder, work))
+            print(f"{name}: {distance:.4f} nats from the merged model in float32", file=sys.stderr)
+        rows: dict[str, Callable[[int], Measured]] = {
+            "stock vLLM, base only": lambda seed: run(stock.url, ["base"], load, seed),
+            "plugin, base only": lambda seed: run(ours.url, ["base"], load, seed),
+        }
+        for count in MIXES:
+            rows[f"plugin, {count} tenants"] = lambda seed, count=count: run(
+                ours.url, names[:count], load, seed
+            )
+        if small:
+            row = f"plugin, {SMALL} tenants with the plans of {Path(like).name}"
+            rows[row] = lambda seed: run(ours.url, list(small), load, seed)
+        for count in ADAPTERS:
+            rows[f"stock vLLM, {count} LoRA of rank {RANK}"] = lambda seed, count=count: run(
+                lora.url, [folder.name for folder in loras[:count]], load, seed
+            )
+        found = take_turns(rows, rounds)
+        memory = {"stock vLLM, base only": stock.resident()}
+        memory |= {row: ours.resident() for row in rows if row.startswith("plugin")}
+        memory |= {row: lora.resident() for row in rows if "LoRA" in row}
+    return table(found, memory)
+
+
+def apart(base: Path, work: Path, load: Load, rounds: int, engine: list[str], like: str) -> dict:
+    """Rows of the second stage."""
+    made = tenants(base, work / "tenants", APART)
+    merged = {}
+    for name, folder in made.items():
+        merged[name] = work / f"{name}-merged"
+        if not merged[name].is_dir():
+            merge(base, Artifact.open(folder), merged[name])
+
+    def alone(name: str) -> Server:
+        log = work / f"{name}.log"
+        return Server(
+            ["--model", merged[name], "--served-model-name", "m", *engine], log, stock=True
+        )
+
+    found: dict[str, list[Measured]] = {}
+    memory = {}
+    each = dataclasses.replace(load, requests=load.requests // APART)
+    row, start = f"one process, models swapped, {APART} models", time.perf_counter()
+    swapped = Measured()
+    for seed, name in enumerate(made):
+        with alone(name) as server:
+            swapped += run(server.url, ["m"], each, seed)
+            memory[row] = server.resident()
+    swapped.seconds = time.perf_counter() - start
+    found[row] = [swapped]
+    named = [f"--tenant={name}={folder}" for name, folder in made.items()]
+    with contextlib.ExitStack() as stack:
+        front = [base, *named, "--", "--served-model-name", "base", *engine]
+        ours = stack.enter_context(Server(front, work / "ours.log"))
+        servers = [stack.enter_context(alone(name)) for name in made]
+        urls = [server.url for server in servers]
+        rows = {
+            f"plugin, {APART} tenants": lambda seed: run(ours.url, list(made), load, seed),
+            f"a process each, {APART} models": lambda seed: run_many(urls, ["m"], load, seed),
+        }
+        found |= take_turns(rows, rounds)
+        memory[f"plugin, {APART} tenants"] = ours.resident()
+        memory[f"a process each, {APART} models"] = sum(s.resident() for s in servers)
+    return table(found, memory)
+
+
+def take_turns(
+    rows: dict[str, Callable[[int], Measured]], rounds: int
+) -> dict[str, list[Measured]]:
+    """Each row once a round; what is before the first is not counted."""
+    found: dict[str, list[Measured]] = {row: [] for row in rows}
+    for turn in range(rounds + 1):
+        for row, measure in rows.items():
+            measured = measure(turn)
+            print(f"{turn} {row}: {measured.throughput:.1f} tokens/s", file=sys.stderr)
+            if turn:
+                found[row].append(measured)
+    return found
+
+
+def table(found: dict[str, list[Measured]], memory: dict[str, int]) -> dict:
+    """What is kept of each row."""
+    first, *_ = found
+    said = {}
+    for row, turns in found.items():
+        ratios = [
+            one.throughput / base.throughput for one, base in zip(turns, found[first], strict=False)
+        ]
+        total = sum(turns, Measured())
+        said[row] = {
+            "tokens_per_second": total.throughput,
+            "of_first": statistics.median(ratios),
+            "first_token": [quantile(total.first, 0.5), quantile(total.first, 0.99)],
+            "between_tokens": [quantile(total.between, 0.5), quantile(total.between, 0.99)],
+            "resident": memory[row],
+        }
+    return said
+
+
+def page(results: list[dict]) -> Iterator[str]:
+    """Markdown."""
+    yield "# Serving\n"
+    yield str(__doc__).strip().partition("\n\n")[2].partition("\n\n")[2] + "\n"
+    for result in results:
+        yield f"{result['origin']} {result['load']}\n"
+        columns = (
+            "",
+            "tokens/s",
+            "of the first row",
+            "first token, ms",
+            "between tokens, ms",
+            "MiB",
+        )
+        yield f"| {' | '.join(columns)} |\n|---|---|---|---|---|---|"
+        for row, said in result["rows"].items():
+            times = [
+                " / ".join(f"{1e3 * seconds:.0f}" for seconds in said[key])
+                for key in ("first_token", "between_tokens")
+            ]
+            speed = f"{said['tokens_per_second']:.1f} | {said['of_first']:.2f}"
+            yield f"| {row} | {speed} | {' | '.join(times)} | {said['resident'] / 2**20:,.0f} |"
+        yield "\nTimes: median / 99th percentile. Memory: of all processes of a row's servers."
+        yield f"\n```bash\n{result['command']}\n```\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--stage", choices=("mix", "apart"))
+    parser.add_argument("--page", type=Path, nargs="+", help="results to write a page of")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("work/serving"))
+    parser.add_argument("--like", default="", help="artifact whose plans some tenants have")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=48, help="of a prompt, and of an answer")
+    parser.add_argument("--engine", nargs=argparse.REMAINDER, default=[], help="arguments of vLLM")
+    options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.page:
+        results = [json.loads(file.read_text()) for file in options.page]
+        options.output.write_text("\n".join(page(results)))
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    load = Load(options.clients, options.requests, options.tokens, options.tokens)
+    engine = options.engine or ["--max-model-len", "1024", "--max-num-seqs", str(options.clients)]
+    where = origin()
+    stage = {"mix": mix, "apart": apart}[options.stage]
+    rows = stage(options.base, options.work, load, options.rounds, engine, options.like)
+    command = f"python benchmarks/serving.py BASE {' '.join(sys.argv[2:])}"
+    said = (
+        f"{load.clients} clients, {load.requests} requests a turn of {load.prompt} tokens, answers of "
+        f"{load.answer}, {options.rounds} turns; vLLM: `{' '.join(engine)}`."
+    )
+    result = {"origin": where, "load": said, "command": command, "rows": rows}
+    options.output.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Thousands of requests over tenants that come and go: every token right, memory flat, no error.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/soak.py BASE -o docs/results/soak.md
+
+Forty tenants of random codes with Zipf popularity, twelve slots, twenty held on the host. Clients ask for
+short greedy answers, some of the base and streamed; beside them others load tenants under new names,
+load other weights in the place of running ones, unload them, and ask for what cannot be had. Each
+answer is held against the engine's own first answer to that prompt and those weights, and those against
+transformers on merged weights in float32 where the base is small (`--checked` tenants). The server runs
+float32: in bfloat16 a tie between two tokens may fall either way from one batch to the next.
+
+Memory is that of all of the server's processes after the first fifth of the requests and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from origin import origin
+from server import Server, expected_logprobs, tenants
+
+TENANTS, SLOTS, HELD = 40, 12, 20
+PROMPTS = 6
+"""Different prompts, so that answers repeat and can be compared."""
+MOVERS = 4
+"""Names whose weights change while they are asked for."""
+
+
+@dataclass
+class Soak:
+    """What the clients share."""
+
+    url: str
+    made: dict[str, Path]
+    prompts: list[list[int]]
+    tokens: int
+    answers: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
+    """(weights, prompt) → what was said first."""
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    wrong: list[str] = field(default_factory=list)
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    movers: dict[str, str] = field(default_factory=dict)
+    """Names that move → whose weights they have now; empty while they change."""
+
+    async def ask(self, http: aiohttp.ClientSession, name: str, weights: str, prompt: int) -> None:
+        """One request, streamed or not, whose tokens must be those said before."""
+        stream = prompt % 2 == 1
+        body = {"model": name, "prompt": self.prompts[prompt], "max_tokens": self.tokens}
+        body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "stream": stream}
+        said: list[int] = []
+        async with http.post(f"{self.url}/v1/completions", json=body) as answer:
+            if answer.status != 200:
+                self.wrong.append(f"{name}: {answer.status} {(await answer.text())[:200]}")
+                return
+            if stream:
+                async for line in answer.content:
+                    if line.startswith(b"data: {"):
+                        chunk = json.loads(line[6:])
+                        if "choices" not in chunk:
+                            self.wrong.append(f"{name}: {chunk}")
+                            return
+                        said += chunk["choices"][0]["token_ids"] or []
+            else:
+                said = (await answer.json())["choices"][0]["token_ids"]
+        self.counts["requests"] += 1
+        self.counts["tokens"] += len(said)
+        first = self.answers.setdefault((weights, prompt), tuple(said))
+        if tuple(said) != first or len(said) != self.tokens:
+            self.wrong.append(f"{name} ({weights}), prompt {prompt}: {said} is not {list(first)}")
+
+    async def post(self, http: aiohttp.ClientSession, path: str, **body: Any) -> int:
+        async with http.post(f"{self.url}/v1/{path}", json=body) as answer:
+            await answer.read()
+            return answer.status
+
+
+async def client(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, todo: Any) -> None:
+    """Asks for tenants by popularity, now and then for the base, for movers, and for nobody."""
+    names = list(soak.made)
+    weights = [1 / (rank + 1) for rank in range(len(names))]
+    for _ in todo:
+        prompt = draw.randrange(PROMPTS)
+        chance = draw.random()
+        if chance < 0.1:
+            await soak.ask(http, "base", "base", prompt)
+        elif chance < 0.25 and (ready := [n for n, w in soak.movers.items() if w]):
+            name = draw.choice(ready)
+            await soak.ask(http, name, soak.movers[name], prompt)
+        elif chance < 0.27:
+            body = {"model": "nobody", "prompt": [5], "max_tokens": 1}
+            status = await soak.post(http, "completions", **body)
+            soak.counts["unknown names refused"] += status == 404
+            if status != 404:
+                soak.wrong.append(f"nobody: {status}")
+        else:
+            (name,) = draw.choices(names, weights)
+            await soak.ask(http, name, name, prompt)
+
+
+async def mover(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, name: str) -> None:
+    """Loads a name, reloads it with other weights, and unloads it, on and on."""
+    while True:
+        for turn in range(3):
+            weights = draw.choice(list(soak.made))
+            soak.movers[name] = ""  # nobody asks for it while it changes, as it may be either
+            path = str(soak.made[weights])
+            body = {"lora_name": name, "lora_path": path, "load_inplace": turn > 0}
+            status = await soak.post(http, "load_lora_adapter", **body)
+            soak.counts["loads" if turn == 0 else "reloads"] += 1
+            if status != 200:
+                soak.wrong.append(f"{name}: load: {status}")
+            soak.movers[name] = weights
+            await asyncio.sleep(draw.uniform(1, 4))
+        soak.movers[name] = ""
+        status = await soak.post(http, "unload_lora_adapter", lora_name=name)
+        soak.counts["unloads"] += 1
+        if status != 200:
+            soak.wrong.append(f"{name}: unload: {status}")
+
+
+async def watch(soak: Soak, server: Server) -> None:
+    """Notes memory as requests are answered."""
+    while True:
+        soak.memory.append((soak.counts["requests"], await asyncio.to_thread(server.resident)))
+        print(dict(soak.counts), f"{soak.memory[-1][1] / 2**20:.0f} MiB", file=sys.stderr)
+        await asyncio.sleep(10)
+
+
+async def run(soak: Soak, server: Server, requests: int, clients: int, seconds: float) -> None:
+    """All of it, until enough is answered or time is over."""
+    draw = random.Random(0)
+    end, todo = time.monotonic() + seconds, iter(range(requests))
+    bounded = iter(lambda: next(todo, None) if time.monotonic() < end else None, None)
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(timeout=timeout) as http:
+        others = [asyncio.create_task(watch(soak, server))]
+        for i in range(MOVERS):
+            soak.movers[f"mover-{i}"] = ""
+            one = mover(soak, http, random.Random(100 + i), f"mover-{i}")
+            others.append(asyncio.create_task(one))
+        mine = [client(soak, http, random.Random(draw.random()), bounded) for _ in range(clients)]
+        await asyncio.gather(*mine)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("base", type=Path)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("work/soak"))
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=8, help="of an answer")
+    parser.add_argument("--checked", type=int, default=3, help="tenants held against transformers")
+    parser.add_argument("--seconds", type=float, default=3600, help="after which no more is asked")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    where, made = origin(), tenants(options.base, options.work / "tenants", TENANTS)
+    draw = random.Random(1)
+    prompts = [[draw.randrange(3, 250) for _ in range(8 + 4 * i)] for i in range(PROMPTS)]
+    front = [options.base, "--tenants", options.work / "tenants", "--slots", SLOTS, "--"]
+    front += ["--served-model-name", "base", "--dtype", "float32", "--enforce-eager"]
+    front += ["--max-model-len", 256, "--max-num-seqs", options.clients, "--max-cpu-loras", HELD]
+    with Server(front, options.work / "server.log") as server:
+        for name in [*made][: options.checked]:
+            server.check(name, expected_logprobs(options.base, made[name], options.work), 1e-3)
+        soak = Soak(server.url, made, prompts, options.tokens)
+        start = time.monotonic()
+        asyncio.run(run(soak, server, options.requests, options.clients, options.seconds))
+        seconds = time.monotonic() - start
+    # The first answers took memory for what all later ones share.
+    early = [m for n, m in soak.memory if n >= soak.counts["requests"] / 5] or [0]
+    mib = [nbytes / 2**20 for nbytes in early]
+    answered, tokens = soak.counts.pop("requests"), soak.counts.pop("tokens")
+    lines = [
+        "# Soak\n",
+        str(__doc__).strip().partition("\n\n")[2].partition("\n\n")[2] + "\n",
+        f"{where}\n",
+        f"- {answered} requests answered, {tokens} tokens, in {seconds:.0f} s",
+        *(f"- {count} {what}" for what, count in soak.counts.items()),
+        f"- {len(soak.wrong)} wrong answers or unexpected errors",
+        f"- memory, MiB: {mib[0]:.0f} after a fifth, {mib[-1]:.0f} at the end, {max(mib):.0f} at most",
+        f"\n```bash\npython benchmarks/soak.py BASE {' '.join(sys.argv[2:])}\n```",
+    ]
+    print("\n".join(lines))
+    if options.output:
+        options.output.write_text("\n".join(lines) + "\n")
+    if soak.wrong:
+        raise SystemExit("\n".join(soak.wrong[:20]))
+
+
+if __name__ == "__main__":
+    main()
