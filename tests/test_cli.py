@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
 from tiny_pairs import make_pair, text_lines, tree, weights_of
@@ -22,13 +21,9 @@ QUICK = ["--ratio", "4", "--calibration", "none"]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
+def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(deltacome.cli, "_debug", False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
 from tiny_pairs import make_pair
@@ -23,14 +22,6 @@ ROWS = [
 ]
 FOLDERS = [ROOT / "benchmarks" / "tables", ROOT / "examples" / "tenants"]
 MODULES = [file.stem for folder in FOLDERS for file in folder.glob("*.py")]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

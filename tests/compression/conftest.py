@@ -1,16 +1,5 @@
 import pytest
-import torch
 from tiny_pairs import make_pair, text_lines
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """For the session: artifacts that tests share are made before any fixture of a single test, and
-    bytes hang on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

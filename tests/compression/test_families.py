@@ -37,7 +37,6 @@ class Compressed:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def compressed(request, pairs, tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("compressed")
     texts = [{"text": line} for line in text_lines(10, seed=4)]
     source = write_jsonl(folder / "c.jsonl", texts)

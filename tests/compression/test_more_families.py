@@ -38,7 +38,6 @@ class Compressed:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def compressed(request, pairs, tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("compressed")
     base, tuned = pairs[request.param]
     ratio = RATIOS.get(request.param, 3)

@@ -1,14 +1,10 @@
 import pytest
-import torch
 from runtime_helpers import CONFIGS, make_base
 
 
 @pytest.fixture(autouse=True)
-def _quick_and_poisoned(poison):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _poisoned(poison):
+    """In all tests of this room."""
 
 
 @pytest.fixture(scope="session")

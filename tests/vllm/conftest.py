@@ -16,14 +16,6 @@ CHAT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def stage(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage")
