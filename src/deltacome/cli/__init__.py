@@ -1,0 +1,82 @@
+"""The command line: parse, call, print. One command a file; all are listed here.
+
+What takes time to import is imported by a command when it runs, so that help and completion are
+there at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from deltacome.cli import (
+    capacity,
+    compress,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    merge,
+    plan,
+    serve,
+    verify,
+)
+from deltacome.cli.printing import stderr
+from deltacome.errors import DeltaError
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 refused, with the reason on stderr; 2 wrong usage; 3 a fault of deltacome "
+    "itself; 130 interrupted."
+)
+
+app = typer.Typer(
+    add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+_debug = False
+
+
+@app.callback(epilog=EXIT_CODES)
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Compress full fine-tunes to small deltas of their base, and run them."""
+    global _debug
+    _debug = debug
+
+
+app.command("compress")(compress.compress)
+app.command("plan")(plan.plan)
+app.command("capacity")(capacity.capacity)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.command("merge")(merge.merge)
+app.command("export")(export.export)
+app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
+app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
+
+
+def main() -> None:
+    """Entry point: what is raised becomes one line on stderr and an exit code (`EXIT_CODES`)."""
+    try:
+        app()
+    except DeltaError as error:
+        if _debug:
+            raise
+        _say(f"error: {error}")
+        sys.exit(1)
+    except Exception as error:
+        if _debug:
+            raise
+        _say(f"unexpected {type(error).__name__}: {error} (where: deltacome --debug …)")
+        sys.exit(3)
+    except SystemExit as leaving:
+        if leaving.code == 130:  # typer has turned Ctrl-C into this
+            _say("interrupted")
+        raise
+
+
+def _say(line: str) -> None:
+    stderr.print(line, style="red", markup=False, highlight=False, soft_wrap=True)

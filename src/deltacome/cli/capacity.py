@@ -1,0 +1,58 @@
+"""`deltacome capacity`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from deltacome.cli.options import Device, Json
+from deltacome.cli.printing import quiet_libraries
+
+
+def capacity(
+    base: Annotated[str, typer.Argument(help="Base checkpoint; its configuration will do.")],
+    gpu_gib: Annotated[float, typer.Option(help="Memory of the device, GiB.")],
+    delta: Annotated[
+        list[str] | None, typer.Option(help="Artifact; may be repeated: the largest counts.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="In place of an artifact, one that is yet to be made.")
+    ] = None,
+    kv_gib: Annotated[float, typer.Option(help="KV cache, GiB.")] = 0,
+    kv_tokens: Annotated[int, typer.Option(help="KV cache, tokens at 16 bits.")] = 0,
+    utilization: Annotated[float, typer.Option(help="Share of the memory to be used.")] = 0.9,
+    check: Annotated[
+        bool, typer.Option("--check", help="Allocate all of it for real, and measure.")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say how many tenants fit beside BASE and a KV cache."""
+    import torch
+
+    quiet_libraries()
+    from deltacome.runtime.capacity import allocate
+    from deltacome.runtime.capacity import capacity as count
+
+    found = count(
+        base,
+        delta or [],
+        ratio=ratio,
+        device_bytes=int(gpu_gib * 2**30),
+        utilization=utilization,
+        kv_bytes=int(kv_gib * 2**30),
+        kv_tokens=kv_tokens,
+    )
+    result = dataclasses.asdict(found)
+    if check:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        with allocate(found, device) as nbytes:
+            result["allocated"] = nbytes
+    if as_json:
+        print(json.dumps(result))
+        return
+    print("\n".join(f"{key.replace('_', ' ')}: {value:,}" for key, value in result.items()))

@@ -1,0 +1,208 @@
+"""`deltacome compress`: the options of every method, checked before anything is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltacome.cli.options import Device, Json
+from deltacome.cli.printing import progress_bars, quiet_libraries, stderr, summary
+from deltacome.errors import DeltaError
+
+
+def compress(
+    base: Annotated[str, typer.Argument(help="Base checkpoint: a folder or a Hub repository.")],
+    tuned: Annotated[str, typer.Argument(help="Full fine-tune of that base.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
+    method: Annotated[
+        str, typer.Option(help="delta-come, low-rank, bitdelta, residual, prinmix or adaptive.")
+    ] = "delta-come",
+    ratio: Annotated[
+        float | None, typer.Option(help="Tuned bytes ÷ bytes on disk, met within 2 %. Default 16.")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Bands as bits:count, e.g. 8:2,3:32,2:* (*: what fits).")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="single, double or triple: the paper's plans.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="greedy or genetic: find the plan on a few blocks.")
+    ] = None,
+    gptq: Annotated[
+        bool | None, typer.Option("--gptq/--no-gptq", help="Off: round to nearest (ablation).")
+    ] = None,
+    directions: Annotated[
+        int | None, typer.Option(min=1, help="Rank of low-rank. Default: what the ratio allows.")
+    ] = None,
+    scales: Annotated[str | None, typer.Option(help="Of signs: matrix (one each) or rows.")] = None,
+    distill: Annotated[
+        int | None, typer.Option(min=0, help="Steps that fit bitdelta's scales to the logits.")
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Off: prinmix keeps U (ablation).")
+    ] = None,
+    diagonal: Annotated[
+        bool | None, typer.Option("--diagonal", help="adaptive with less disk: see its docs.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="self, none, FILE.txt, FILE.jsonl, or a Hub data set. "
+            "Default: self if the method looks at text."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
+    seed: int = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the calibration passes.")] = "auto",
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; more than one only with --calibration none.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Compress TUNED against BASE."""
+    chosen = _method(
+        method,
+        plan=plan,
+        precision=precision,
+        gptq=gptq,
+        directions=directions,
+        scales=scales,
+        distill=distill,
+        refit=refit,
+        diagonal=diagonal,
+    )
+    if ratio is not None and ratio <= 0:
+        raise typer.BadParameter(f"expected a ratio above 0, got {ratio}", param_hint="--ratio")
+    if ratio is None and chosen.adapts:
+        ratio = 16.0
+    if search is not None and (method != "delta-come" or plan or precision or not ratio):
+        raise typer.BadParameter(
+            "needs --method delta-come, a --ratio, and no plan", param_hint="--search"
+        )
+    if search not in (None, "greedy", "genetic"):
+        raise typer.BadParameter(
+            f"expected greedy or genetic, got {search!r}", param_hint="--search"
+        )
+    quiet_libraries()
+    from deltacome.compression import compress
+
+    start = time.monotonic()
+    if search is not None and ratio is not None:
+        from deltacome.compression.search import find_template
+
+        text = {"source": calibration or "self", "samples": samples, "seq_len": seq_len}
+        found = find_template(base, tuned, ratio, search, **text, seed=seed, device=device)
+        chosen = dataclasses.replace(chosen, template=found.template)
+    try:
+        with progress_bars(quiet=as_json) as report:
+            artifact = compress(
+                base,
+                tuned,
+                output,
+                method=chosen,
+                ratio=ratio,
+                calibration=calibration,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                resume=resume,
+                workers=workers,
+                progress=report,
+            )
+    except KeyboardInterrupt:
+        stderr.print("finished blocks are kept, continue with --resume")
+        raise
+    seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    result = artifact.describe() | {"seconds": seconds, "peak_rss_bytes": peak}
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(summary(result))
+    if ratio is not None and result["ratio"] > 1.02 * ratio:
+        print(
+            f"smaller than the ratio of {ratio:g} asks for: there are no more directions to store"
+        )
+    print(f"{output}: written in {seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB")
+
+
+_TAKES = {
+    "delta-come": {"plan", "precision", "gptq"},
+    "low-rank": {"directions"},
+    "bitdelta": {"scales", "distill"},
+    "residual": {"plan", "scales"},
+    "prinmix": {"refit"},
+    "adaptive": {"diagonal"},
+}
+
+
+def _method(name: str, **options: Any) -> Any:
+    """The method of a name, with the options that were given; others are refused."""
+    if name not in _TAKES:
+        expected = ", ".join(_TAKES)
+        raise typer.BadParameter(f"expected one of {expected}, got {name!r}", param_hint="--method")
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given.keys() - _TAKES[name]:
+        raise typer.BadParameter(f"{name} has no such option", param_hint=f"--{key}")
+    if given.get("scales", "rows") not in ("matrix", "rows"):
+        raise typer.BadParameter(
+            f"expected matrix or rows, got {given['scales']!r}", param_hint="--scales"
+        )
+    plan, precision = given.pop("plan", None), given.pop("precision", None)
+    template = _template(plan, precision)
+    given |= {} if template is None else {"template": template}
+    if name == "delta-come":
+        from deltacome.methods.delta_come import DeltaCome
+
+        return DeltaCome(**given)
+    if name == "low-rank":
+        from deltacome.methods.low_rank import LowRank
+
+        return LowRank(**given)
+    if name == "bitdelta":
+        from deltacome.methods.bitdelta import BitDelta
+
+        return BitDelta(**given)
+    if name == "residual":
+        from deltacome.methods.residual import Residual
+
+        return Residual(**given)
+    if name == "prinmix":
+        from deltacome.methods.prinmix import PrinMix
+
+        return PrinMix(**given)
+    from deltacome.methods.adaptive import Adaptive
+
+    return Adaptive(**given)
+
+
+def _template(plan: str | None, precision: str | None) -> Any:
+    from deltacome.methods.template import PRECISIONS, parse_template
+
+    if plan is not None and precision is not None:
+        raise typer.BadParameter("give --plan or --precision, not both", param_hint="--plan")
+    if precision is not None and precision not in PRECISIONS:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(PRECISIONS)}, got {precision!r}", param_hint="--precision"
+        )
+    if plan is None and precision is None:
+        return None
+    try:
+        return parse_template(plan or PRECISIONS[precision or "triple"])
+    except DeltaError as error:
+        raise typer.BadParameter(str(error), param_hint="--plan") from error

@@ -1,0 +1,115 @@
+"""`deltacome eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from deltacome.cli.options import Device, Json
+from deltacome.cli.printing import quiet_libraries
+
+
+def evaluate(
+    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
+    task: Annotated[
+        str | None, typer.Option(help="A reasoning-gym data set, or FILE.jsonl.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead, e.g. gsm8k,humaneval."),
+    ] = None,
+    tuned: Annotated[str | None, typer.Option(help="The dense fine-tune, for KL.")] = None,
+    delta: Annotated[list[str] | None, typer.Option(help="Artifact; may be repeated.")] = None,
+    task_args: Annotated[str, typer.Option(help="Arguments of the data set, JSON.")] = "{}",
+    n: Annotated[int, typer.Option("-n", min=1, help="Questions.")] = 200,
+    seed: int = 0,
+    text: Annotated[Path | None, typer.Option(help="General text for KL.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16 saves memory, but its own noise hides a good delta's KL.")
+    ] = "float32",
+    shots: Annotated[int | None, typer.Option(min=0, help="--lm-eval: few-shot examples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="--lm-eval: examples a task.")] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(help="--lm-eval: a folder with task files of your own.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="--lm-eval: prompts through the template.")] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="--lm-eval: execute what the model writes, here.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Score base, tuned and deltas on held-out questions; compare each with the tuned model."""
+    if (task is None) == (lm_eval is None):
+        raise typer.BadParameter("give one of --task and --lm-eval", param_hint="--task")
+    if lm_eval is not None:
+        quiet_libraries()
+        from deltacome.evals.harness import run_harness
+        from deltacome.evals.report import harness_table
+
+        found = run_harness(
+            base,
+            [name for name in lm_eval.split(",") if name],
+            tuned=tuned,
+            deltas=delta or [],
+            folder=tasks_folder,
+            shots=shots,
+            limit=limit,
+            chat=chat,
+            run_code=run_code,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+        if as_json:
+            print(json.dumps(found))
+        else:
+            Console(width=None if sys.stdout.isatty() else 120).print(harness_table(found))
+        return
+    assert task is not None
+    args = _parse_json(task_args, "--task-args")
+    quiet_libraries()
+    from deltacome.evals.report import table
+    from deltacome.evals.run import evaluate, names
+    from deltacome.format.artifact import Artifact
+
+    deltas = delta or []
+    sizes = {}
+    for name, path in zip(names(deltas), deltas, strict=True):
+        artifact = Artifact.open(path)
+        sizes[name] = (artifact.bytes_on_disk(), artifact.ratio())
+    result = evaluate(
+        base,
+        tuned=tuned,
+        deltas=deltas,
+        task=task,
+        task_args=args,
+        n=n,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        text=text,
+    )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(table(result, sizes))
+
+
+def _parse_json(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not valid JSON: {error}", param_hint=option) from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"expected an object, got {text}", param_hint=option)
+    return value

@@ -1,0 +1,30 @@
+"""`deltacome generate`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from deltacome.cli.options import Device, Json
+from deltacome.cli.printing import quiet_libraries
+
+
+def generate(
+    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="One user message.")],
+    delta: Annotated[str | None, typer.Option(help="Artifact to run over the base.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    device: Device = "auto",
+    dtype: str = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt with BASE, or with the fine-tune that --delta stands for."""
+    quiet_libraries()
+    from deltacome.evals.run import answer_with
+
+    said = answer_with(
+        base, delta, prompt, max_new_tokens=max_new_tokens, device=device, dtype=dtype
+    )
+    print(json.dumps({"prompt": prompt, "answer": said}) if as_json else said)

@@ -1,0 +1,37 @@
+"""`deltacome inspect`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deltacome.cli.options import Json
+from deltacome.cli.printing import summary
+
+
+def inspect(
+    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    as_json: Json = False,
+) -> None:
+    """Show what an artifact holds, tensor by tensor."""
+    from deltacome.format.artifact import Artifact
+
+    result = Artifact.from_pretrained(artifact).describe()
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("tensor", "shape", "kind", "plan", "bytes", "error", box=None, pad_edge=False)
+    for column in table.columns[4:]:
+        column.justify = "right"
+    for tensor in result["tensors"]:
+        plan = ",".join(f"{bits}:{count}" for bits, count in tensor["plan"])
+        error = "" if tensor["error"] is None else f"{tensor['error']:.4g}"
+        shape = "×".join(map(str, tensor["shape"]))
+        table.add_row(tensor["name"], shape, tensor["kind"], plan, f"{tensor['bytes']:,}", error)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(summary(result))

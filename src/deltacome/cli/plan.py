@@ -1,0 +1,61 @@
+"""`deltacome plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from deltacome.cli.options import Json
+from deltacome.cli.printing import quiet_libraries
+
+
+def plan(
+    base: Annotated[str, typer.Argument(help="Base checkpoint; its configuration will do.")],
+    tuned: Annotated[str, typer.Argument(help="Full fine-tune; its configuration will do.")],
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="May be repeated. Default: 8, 16, 32, 64.")
+    ] = None,
+    calibration: Annotated[str, typer.Option(help="As compress takes it.")] = "self",
+    samples: Annotated[int, typer.Option(min=1, help="Rows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
+    probe: Annotated[bool, typer.Option(help="Off: do not measure this machine.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Say what compressing TUNED would need and give, from headers and a short measurement."""
+    quiet_libraries()
+    from deltacome.compression.forecast import RATIOS, forecast
+
+    said = forecast(
+        base,
+        tuned,
+        ratios=tuple(ratio) if ratio else RATIOS,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        probe=probe,
+    )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(said)))
+        return
+    print(
+        f"tensors: {said.tensors}, {said.matrices} of them matrices to compress; tuned bytes at 16 bit: "
+        f"{said.tuned_nbytes:,}"
+    )
+    for size in said.sizes:
+        nbytes = "cannot be met" if size.nbytes is None else f"{size.nbytes:,} bytes"
+        print(f"  ratio {size.ratio:g}: {nbytes}")
+    print(f"  the largest ratio that can be met is about {said.largest_ratio:.1f}")
+    for exact in said.exact:
+        print(
+            f"stored exactly: {exact.count} tensors, {exact.nbytes:,} bytes, {exact.first} the first: "
+            f"{exact.why}"
+        )
+    print(f"calibration: {said.calibration or 'none'}")
+    for phase, nbytes in said.memory.items():
+        print(f"memory, {phase}: {nbytes / 2**30:.1f} GiB")
+    print(f"disk: {said.disk:,} bytes while it runs")
+    for phase, seconds in said.seconds.items():
+        print(f"time, {phase}: {seconds / 60:.1f} minutes")

@@ -1,0 +1,72 @@
+"""What commands share of how they print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+stderr = Console(stderr=True)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What `Artifact.describe` says, in three lines."""
+    nominal = result["nominal_ratio"]
+    counts: dict[str, list[int]] = {}
+    for tensor in result["tensors"]:
+        counts.setdefault(tensor["kind"], []).append(tensor["bytes"])
+    kinds = ", ".join(
+        f"{len(sizes)} {kind} ({sum(sizes):,} bytes)" for kind, sizes in counts.items()
+    )
+    return "\n".join(
+        [
+            f"method: {result['method']}; base: {result['base']['name_or_path']}",
+            f"tensors: {kinds}",
+            f"bytes on disk: {result['bytes_on_disk']:,} of {result['tuned_bytes']:,}; "
+            f"ratio {result['ratio']:.2f}, nominal (codes only) "
+            + ("–" if nominal is None else f"{nominal:.2f}"),
+        ]
+    )
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """A bar per phase on stderr, with time left and the error so far."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    if quiet or not stderr.is_terminal:
+        yield lambda progress: None
+        return
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Bars(*columns, console=stderr) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(progress: Any) -> None:
+            if progress.phase not in tasks:
+                tasks[progress.phase] = bars.add_task(progress.phase, detail="")
+            error = "" if progress.error is None else f"  mean error {progress.error:.4g}"
+            bars.update(
+                tasks[progress.phase],
+                completed=progress.done,
+                total=progress.total,
+                detail=progress.detail + error,
+            )
+
+        yield report
+
+
+def quiet_libraries() -> None:
+    """Loading bars and hints of transformers would drown our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

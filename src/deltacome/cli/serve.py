@@ -1,0 +1,53 @@
+"""`deltacome serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(help="Base checkpoint: a folder or a Hub repository.")],
+    tenant: Annotated[
+        list[str] | None, typer.Option("--tenant", help="NAME=ARTIFACT; may be repeated.")
+    ] = None,
+    tenants: Annotated[
+        str | None, typer.Option(help="Where tenants are found by name: a folder, s3://…, hf://…")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Tenants in one batch. Default: all, at most 16.")
+    ] = None,
+    slot_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Bytes of a slot. Default: the largest tenant's.")
+    ] = None,
+    lora: Annotated[bool, typer.Option(help="Serve ordinary LoRA adapters too.")] = False,
+    port: int = 8000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command.")] = False,
+) -> None:
+    """Serve BASE and its tenants with vLLM; what follows -- are arguments of vLLM."""
+    from deltacome.vllm.launch import plan_launch
+
+    named = {}
+    for text in tenant or []:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise typer.BadParameter(f"expected NAME=ARTIFACT, got {text!r}", param_hint="--tenant")
+        if name in named:
+            raise typer.BadParameter(f"{name!r} is named twice", param_hint="--tenant")
+        named[name] = path
+    launch = plan_launch(
+        base,
+        named,
+        folder=tenants,
+        slots=slots,
+        slot_bytes=slot_bytes,
+        lora=lora,
+        port=port,
+        more=context.args,
+    )
+    if dry_run:
+        print(launch)
+        return
+    launch.run()
