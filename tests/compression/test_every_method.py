@@ -22,7 +22,7 @@ from deltacome import (
 from deltacome.compression import pipeline
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import distill_scales
-from deltacome.errors import PlanError
+from deltacome.errors import CheckpointError, PlanError
 from deltacome.methods.template import parse_template
 
 METHODS = {
@@ -173,6 +173,8 @@ def test_distillation_finds_scales_that_were_lost(pairs, artifacts, text):
     found = distill_scales(tuned, halved, weights.__getitem__, rows, steps=80, seed=0)
     ratios = torch.cat([found[name] / signs[name].scale for name in names])
     assert (ratios > 0.6).float().mean() > 0.8
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM has no parameter other"):
+        distill_scales(tuned, {"other": signs[names[0]]}, weights.get, rows, steps=1, seed=0)
 
 
 def test_rows_added_to_the_vocabulary_are_exact_beside_signs(pairs, text, tmp_path):

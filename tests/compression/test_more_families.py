@@ -15,7 +15,9 @@ from tiny_pairs import text_lines, weights_of
 
 from deltacome import Artifact, attach, compress, merge
 from deltacome.errors import UnsupportedError
+from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.format.codec import dense
+from deltacome.methods.bitdelta import BitDelta
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,36 @@ def test_attached_is_the_merged_model(compressed):
     assert torch.equal(logits(model), before)
     assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert (wanted - before).abs().max() > 1e-2 * wanted.abs().max()
+
+
+def test_a_causal_model_has_a_canary(compressed, request):
+    has = compressed.artifact.describe()["canary"]
+    assert has == (request.node.callspec.params["compressed"] in STREAMED)
+    if has:
+        canary = Canary.from_json(compressed.artifact.file(CANARY_FILE))
+        ids = torch.tensor([canary.ids])
+        with torch.no_grad():
+            said = load(compressed.merged)(input_ids=ids).logits[0].log_softmax(-1)
+        said = [float(said[i, id]) for i, id in enumerate(canary.ids[1:])]
+        assert canary.distance(said) < 0.02
+
+
+def test_a_model_without_a_canary_is_told(pairs, tmp_path):
+    with pytest.warns(UserWarning, match="no canary: BertFor.* is no causal language model"):
+        compress(*pairs["BertForMaskedLM"], tmp_path / "a", ratio=3, calibration="none")
+
+
+def test_scales_of_stacked_experts_are_not_distilled(pairs, tmp_path):
+    source = tmp_path / "c.txt"
+    source.write_text("\n".join(text_lines(8)))
+    with pytest.raises(
+        UnsupportedError, match=r"experts\.\d.*stacked with others.*calibration none"
+    ):
+        compress(
+            *(*pairs["MixtralForCausalLM"], tmp_path / "a"),
+            method=BitDelta(distill=2),
+            calibration=str(source),
+        )
 
 
 @pytest.mark.parametrize("name", STREAMED)

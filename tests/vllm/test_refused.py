@@ -32,6 +32,14 @@ def truncated(stage, folder):
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
+def one_bit(stage, folder):
+    random_artifact(stage.base, folder / "a")
+    shard = next((folder / "a").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
 def not_json(stage, folder):
     random_artifact(stage.base, folder / "a")
     (folder / "a" / "delta_config.json").write_text("{")
@@ -83,6 +91,7 @@ def no_place(stage, folder):
 REFUSALS = {
     wrong_base: r"up_proj\.weight: wrong base: expected .* of fingerprint \w+, got \w+",
     truncated: r"expected \d+ bytes, got \d+",
+    one_bit: r"expected SHA-256 \w+, got \w+",
     not_json: "not valid JSON",
     oversized: r"has \d+ bytes of packed terms, a slot \d+: set slot_bytes to \d+",
     many_bands: r"expected at most 6 bands a matrix",

@@ -46,7 +46,7 @@ def distill_scales(
 
     Args:
         tuned: checkpoint of the tuned model.
-        signs: by name, with the scales to start from.
+        signs: by the name of a parameter, with the scales to start from.
         base: reads what the base has of a matrix, the rows that signs cover.
         rows: token ids.
         steps: of four rows each, in an order that the seed draws; the rate falls linearly to 0.
@@ -55,13 +55,16 @@ def distill_scales(
         Scales by name, float32, of the shape they had.
 
     Raises:
-        CheckpointError: the tuned model cannot be loaded.
+        CheckpointError: the tuned model cannot be loaded, or lacks a parameter.
     """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{tuned}: expected a causal language model: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
+    everywhere = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if strange := sorted(signs.keys() - everywhere):
+        raise CheckpointError(f"{tuned}: {type(model).__name__} has no parameter {strange[0]}")
     # What a model ties to another weight goes along with that one.
     names = [name for name, _ in model.named_parameters() if name in signs]
     parts = {name: _parts(model, name, signs[name], base(name)) for name in names}

@@ -22,6 +22,7 @@ import importlib.metadata
 import itertools
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -281,11 +282,12 @@ def _check_streamed(run: Run) -> None:
     Raises:
         UnsupportedError: says what the model is and how to go on.
     """
-    if any(run.records[name].transposed for name in run.plans) and isinstance(run.method, BitDelta):
-        raise UnsupportedError(
-            f"{type(run.model).__name__}: its linears hold transposed weights, whose scales cannot be "
-            "distilled: compress it with calibration none"
-        )
+    for name in run.plans if isinstance(run.method, BitDelta) else ():
+        if run.records[name].transposed or run.where[name].expert is not None:
+            raise UnsupportedError(
+                f"{name}: {type(run.model).__name__} holds it transposed or stacked with others, and its "
+                "scales cannot be distilled there: compress it with calibration none"
+            )
     if not is_causal(run.model):
         raise UnsupportedError(
             f"{type(run.model).__name__}: calibration runs through the blocks of a causal language "
@@ -445,20 +447,22 @@ def _distill(
     records = {r.name: r for unit in units.values() for r in unit.records if r.sign_scales}
     entries = {k: blob for unit in units.values() for k, blob in unit.entries.items()}
 
+    stored = {run.where[name].parameter: name for name in records}
+
     def term(name: str) -> SignTensors:
         record = records[name]
         assert record.sign_scales is not None
         return read_signs(entries[f"{name}.signs"], record.bands_shape, record.sign_scales)
 
-    def base(name: str) -> Tensor:
-        record = records[name]
+    def base(parameter: str) -> Tensor:
+        record = records[stored[parameter]]
         assert record.base_name is not None
         return run.base.read(record.base_name)[: record.bands_shape[0]]
 
     def found() -> dict[str, Tensor]:
         return distill_scales(
             run.tuned.path,
-            {name: term(name) for name in records},
+            {parameter: term(name) for parameter, name in stored.items()},
             base,
             rows,
             steps=steps,
@@ -472,7 +476,7 @@ def _distill(
         changed_records, changed = [], dict(unit.entries)
         for record in unit.records:
             if record.name in records:
-                signs = replace(term(record.name), scale=scales[record.name])
+                signs = replace(term(record.name), scale=scales[run.where[record.name].parameter])
                 changed[f"{record.name}.signs"] = write_signs(signs)
                 delta = _delta(run, record.name)
                 error = relative_error(delta, signs.dense().to(run.device), None)
@@ -484,36 +488,39 @@ def _distill(
 def _canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | None:
     """What the finished artifact's model says to a few tokens: every block is read once more.
 
-    The pass that compresses cannot tell, as it begins with the tuned embedding. None for a family that
-    cannot be run block by block.
+    The pass that compresses cannot tell, as it begins with the tuned embedding. None, with a warning,
+    for a model that cannot be run block by block.
     """
-    layout, outside = run.layout, _unit(writer, names[-1])
-    records = {record.name: record for record in outside.records}
-    if layout.head is None or layout.embedding not in records:
-        return None
+    layout, outside = run.layout, {}
+    for unit in (_unit(writer, name) for name in names[len(run.layout.blocks) :]):
+        outside |= {record.name: (record, unit.entries) for record in unit.records}
 
-    def read(name: str) -> Tensor:
-        if name not in records:
-            raise UnsupportedError(f"{name}: expected in the checkpoint, outside of blocks")
-        record = records[name]
-        value = _restored(run, record, outside.entries)
+    def read(parameter: str) -> Tensor:
+        if (stored := run.names.get(parameter)) not in outside:
+            raise UnsupportedError(f"{parameter}: no tensor of the checkpoint is all of it")
+        record, entries = outside[stored]
+        value = _restored(run, record, entries)
         if record.exact_rows is None or record.replaced:
             return value
-        return torch.cat([value, run.tuned.read(name)[record.exact_rows[0] :].to(value.dtype)])
+        rest = run.tuned.read(record.name)[record.exact_rows[0] :]
+        return torch.cat([value, rest.to(value.dtype)])
 
-    embedding = records[layout.embedding]
-    ids = canary_ids(min(embedding.shape[0], (embedding.base_shape or embedding.shape)[0]))
     try:
+        if not is_causal(run.model) or layout.embedding is None or layout.head is None:
+            raise UnsupportedError(f"{type(run.model).__name__} is no causal language model")
+        embedding = run.records[run.names[layout.embedding]]
+        ids = canary_ids(min(embedding.shape[0], (embedding.base_shape or embedding.shape)[0]))
         stream = Stream(*(run.model, layout, read, [ids]), device=run.device, dtype=run.dtype)
         for number, (block, name) in enumerate(zip(layout.blocks, names, strict=False)):
             _load_block(run, block, _unit(writer, name))
             stream.advance(block)
             drop_weights(layout.blocks[block])
             run.report(Progress("canary", number + 1, len(layout.blocks), block))
-        head = layout.head if layout.head in records else layout.embedding
+        head = layout.embedding if run.tied else layout.head
         with stream.outside_weights(head), torch.no_grad():
             logits_LV = stream.answer(stream.batches[0])[0]
-    except DeltaError:
+    except UnsupportedError as error:
+        warnings.warn(f"the artifact carries no canary: {error}", stacklevel=2)
         return None
     said_LV = logits_LV.float().log_softmax(-1)
     return Canary(tuple(ids), tuple(float(said_LV[i, id]) for i, id in enumerate(ids[1:])))

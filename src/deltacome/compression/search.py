@@ -29,14 +29,14 @@ from deltacome.arch.layout import find_layout
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.pipeline import pick_device
-from deltacome.errors import CalibrationError, PlanError
+from deltacome.errors import CalibrationError, PlanError, UnsupportedError
 from deltacome.format.codec import dense
 from deltacome.format.spec import rank
 from deltacome.methods.bands import Gptq, scaled_svd
 from deltacome.methods.template import Template
 from deltacome.numerics.gptq import GramFactor, factor_gram
 from deltacome.numerics.gram import relative_error
-from deltacome.skeleton import make_skeleton, read_config, set_weight
+from deltacome.skeleton import make_skeleton, parameter_names, read_config, set_weight, targets
 
 Way = Literal["greedy", "genetic"]
 WIDTHS = (8, 4, 3)
@@ -77,22 +77,33 @@ def sample_linears(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Linear]:
-    """Linears of `blocks` blocks, evenly spread over the depth, as the tuned model feeds them."""
+    """Linears of `blocks` blocks, evenly spread over the depth, as the tuned model feeds them.
+
+    Raises:
+        CheckpointError: the base has no tensor of a linear's name.
+        UnsupportedError: linears that are stacked in one parameter.
+    """
     model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
-    layout = find_layout(model)
-    stream = Stream(model, layout, tuned.read, rows, device=device, dtype=dtype)
+    layout, stored = find_layout(model), parameter_names(model, targets(model, tuned.tensors))
+
+    def read(parameter: str) -> Tensor:
+        if parameter not in stored:
+            raise UnsupportedError(f"{parameter}: {tuned.path} has no tensor that is all of it")
+        return tuned.read(stored[parameter])
+
+    stream = Stream(model, layout, read, rows, device=device, dtype=dtype)
     names = list(layout.blocks)
     chosen = {names[i * (len(names) - 1) // max(1, blocks - 1)] for i in range(blocks)}
     found = []
     for name in names:
         for parameter, _ in list(layout.blocks[name].named_parameters()):
             full = f"{name}.{parameter}"
-            set_weight(model, full, tuned.read(full).to(device, dtype))
+            set_weight(model, full, read(full).to(device, dtype))
         for group in stream.groups(name) if name in chosen else ():
             gram_II = stream.gram(name, group[0])
             factor = factor_gram(gram_II)
             for linear in group:
-                weight = f"{linear}.weight"
+                weight = stored[f"{linear}.weight"]
                 delta_OI = (tuned.read(weight).float() - base.read(weight).float()).to(device)
                 if delta_OI.any():
                     triple = scaled_svd(delta_OI, min(delta_OI.shape))

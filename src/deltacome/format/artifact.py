@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltacome.errors import ArtifactError, OutputError
+from deltacome.format.canary import CANARY_FILE
 from deltacome.format.codec import BandTensors, Packed, SignTensors, read_bands, read_signs
 from deltacome.format.folder import (
     RUN_FILE,
@@ -227,6 +228,7 @@ class Artifact:
             "tuned_bytes": manifest.tuned_nbytes(),
             "ratio": self.ratio(),
             "nominal_ratio": manifest.nominal_ratio(),
+            "canary": CANARY_FILE in manifest.files,
             "tensors": tensors,
         }
 

@@ -116,11 +116,12 @@ def load_tenant(
     """Reads an artifact for this worker's part of the model.
 
     Raises:
-        ArtifactError: the folder is not a whole artifact.
+        ArtifactError: the folder is not a whole artifact, or a byte of it has changed.
         MismatchError: another base, or tensors that the model does not have.
         UnsupportedError: something that cannot be served, with the way out.
     """
     artifact = Artifact.open(path)
+    artifact.check_bytes()
     _check_artifact(artifact, model, settings)
     if not settings.base_tokenizer:
         check_tokenizer(artifact, base.checkpoint.path)
