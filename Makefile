@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Threads that wait by sleeping: two of them on two busy cores spin each other to a standstill.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo tables test lint check clean
+.PHONY: install demo tables test lint docs check clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -48,7 +48,17 @@ lint: install
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
+# The documentation into site/. Warnings are errors, and so is a link, in any page, that leads nowhere.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet -d site
+	$(BIN)/lychee --offline --include-fragments --no-progress --root-dir site --exclude-path site/404.html \
+		'*.md' 'docs/**/*.md' 'examples/**/*.md' 'site/**/*.html'
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 check: lint test
 
 clean:
-	rm -rf work $(VENV)
+	rm -rf work site $(VENV)

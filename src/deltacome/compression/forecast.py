@@ -103,10 +103,12 @@ def forecast(
     """Forecasts `compress(base, tuned, …)` with Delta-CoMe.
 
     Args:
-        base, tuned: checkpoint folders, folders with a configuration alone, or repositories on the Hub.
+        base: checkpoint folder, a folder with a configuration alone, or a repository on the Hub.
+        tuned: likewise.
         ratios: to be costed; memory, disk and time are those of the first.
         calibration: as `compress` takes it.
-        samples, seq_len: of calibration text.
+        samples: rows of calibration text.
+        seq_len: tokens of a row.
         probe: whether to measure this machine, for the time.
 
     Raises:

@@ -131,14 +131,17 @@ def compress(
     """Compresses a full fine-tune against its base into an artifact.
 
     Args:
-        base, tuned: checkpoint folders (safetensors), or repositories on the Hub.
+        base: checkpoint folder (safetensors), or a repository on the Hub.
+        tuned: the full fine-tune, likewise.
         output: folder of the artifact; must not exist.
         method: Delta-CoMe with triple precision by default.
         ratio: bytes of the tuned weights at 16 bit ÷ bytes of the artifact on disk, met within 2 %.
             None where the method's options leave no choice.
         calibration: `self`, `none`, a .txt or .jsonl file, or a data set on the Hub. By default
             `self` if the method looks at inputs, else `none`.
-        samples, seq_len, seed: rows of calibration text, tokens of a row, and their seed.
+        samples: rows of calibration text.
+        seq_len: tokens of a row.
+        seed: of these rows.
         device: `auto`, `cpu`, `cuda`…
         dtype: of the calibration passes; `auto` is float32 on CPU and bfloat16 elsewhere.
         resume: continue an interrupted run; the result has the same bytes.

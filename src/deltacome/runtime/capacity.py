@@ -62,7 +62,8 @@ def capacity(
         ratio: stands for an artifact that is yet to be made, of a fine-tune of the base's size.
         device_bytes: memory of the device.
         utilization: share of it that may be used; the rest is for activations and fragments.
-        kv_bytes, kv_tokens: size of the KV cache, as bytes or as tokens at 16 bits (both are added).
+        kv_bytes: size of the KV cache, bytes.
+        kv_tokens: its size as tokens at 16 bits; added to `kv_bytes`.
 
     Raises:
         MismatchError: neither artifact nor ratio, or both, or an artifact of another base's shapes.
