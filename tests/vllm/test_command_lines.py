@@ -1,0 +1,34 @@
+"""What README, docs and deployments give to vLLM is what vLLM takes; test_blocks.py runs the rest."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+ROOT = Path(__file__).parents[2]
+
+
+def command_lines():
+    """The arguments of vLLM in each `vllm serve …` and behind the `--` of each `deltacome serve …`."""
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md"):
+        for page in ROOT.glob(pattern):
+            text = page.read_text().replace("\\\n", " ")
+            for line in re.findall(r"^(?:vllm|deltacome) serve .*$", text, re.M):
+                words = shlex.split(line, comments=True)
+                if words[0] == "vllm":
+                    yield ["--model", *words[2:]]
+                elif "--" in words:
+                    yield words[words.index("--") + 1 :]
+
+
+@pytest.mark.parametrize("arguments", list(command_lines()), ids=shlex.join)
+def test_vllm_takes(arguments):
+    make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+
+
+def test_vllm_does_not_take_everything():
+    with pytest.raises(SystemExit):
+        make_arg_parser(FlexibleArgumentParser()).parse_args(["--no-such-option"])
