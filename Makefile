@@ -51,8 +51,8 @@ lint: install
 # The documentation into site/. Warnings are errors, and so is a link, in any page, that leads nowhere.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet -d site
-	$(BIN)/lychee --offline --include-fragments --no-progress --root-dir site --exclude-path site/404.html \
-		'*.md' 'docs/**/*.md' 'examples/**/*.md' 'site/**/*.html'
+	$(BIN)/lychee --offline --no-progress --include-fragments --index-files index.html,. --root-dir site \
+		--exclude-path site/404.html '*.md' 'docs/**/*.md' 'examples/**/*.md' 'site/**/*.html'
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
