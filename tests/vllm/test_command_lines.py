@@ -2,17 +2,23 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from deploy_helpers import serve_commands
+
 ROOT = Path(__file__).parents[2]
 
 
 def command_lines():
     """The arguments of vLLM in each `vllm serve …` and behind the `--` of each `deltacome serve …`."""
+    for words in serve_commands().values():
+        yield words[words.index("--") + 1 :]
     for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md"):
         for page in ROOT.glob(pattern):
             text = page.read_text().replace("\\\n", " ")
