@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from deploy_helpers import serve_commands
@@ -30,11 +28,19 @@ def command_lines():
                     yield words[words.index("--") + 1 :]
 
 
+@pytest.fixture(scope="module")
+def parser():
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser())
+
+
 @pytest.mark.parametrize("arguments", list(command_lines()), ids=shlex.join)
-def test_vllm_takes(arguments):
-    make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+def test_vllm_takes(arguments, parser):
+    parser.parse_args(arguments)
 
 
-def test_vllm_does_not_take_everything():
+def test_vllm_does_not_take_everything(parser):
     with pytest.raises(SystemExit):
-        make_arg_parser(FlexibleArgumentParser()).parse_args(["--no-such-option"])
+        parser.parse_args(["--no-such-option"])
