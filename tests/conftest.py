@@ -26,3 +26,31 @@ def poison():
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in of the Hub, which huggingface_hub in this process takes for the real one.
+
+    Its variables are read when it is imported; `hub.environment` is for child processes."""
+    from hub_server import TOKEN, Hub
+    from huggingface_hub import constants
+
+    server = Hub()
+    cache = tmp_path / "hub-cache"
+    url = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.environment = {
+        "HF_ENDPOINT": server.address,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+    }
+    yield server
+    server.close()

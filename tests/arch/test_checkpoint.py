@@ -116,13 +116,13 @@ def test_a_folder_without_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "~/none"])
 def test_a_folder_that_is_not_there(name):
-    with pytest.raises(CheckpointError, match="expected a checkpoint folder, found none"):
+    with pytest.raises(CheckpointError, match="expected a folder, or org/name"):
         Checkpoint(name)
 
 
 def test_a_file_is_not_a_checkpoint(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="expected a checkpoint folder"):
+    with pytest.raises(CheckpointError, match="expected a folder"):
         Checkpoint(tmp_path / "m.safetensors")
 
 

@@ -38,16 +38,26 @@ def _attach_swaps_weights(monkeypatch):
     @contextmanager
     def attach(model, artifact):
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        source = (artifact / "source").read_text()
+        source = (artifact.path / "source").read_text()
         model.load_state_dict(type(model).from_pretrained(source).state_dict())
         try:
             yield model
         finally:
             model.load_state_dict(before)
 
-    artifact = SimpleNamespace(Artifact=SimpleNamespace(open=lambda path: path))
     monkeypatch.setitem(sys.modules, "deltacome.runtime", SimpleNamespace(attach=attach))
-    monkeypatch.setitem(sys.modules, "deltacome.format.artifact", artifact)
+    monkeypatch.setattr("deltacome.evals.run.opened", opened)
+
+
+def opened(path):
+    manifest = SimpleNamespace(method={"name": "swap"})
+    return SimpleNamespace(
+        path=path,
+        manifest=manifest,
+        digest="abc",
+        bytes_on_disk=lambda: 1000,
+        ratio=lambda: 16.0,
+    )
 
 
 def delta(folder, source):
@@ -73,14 +83,18 @@ def test_table_of_base_tuned_and_deltas(tmp_path):
     assert (result["task"], result["n"]) == (task, 3)
     rows = {m["name"]: m for m in result["models"]}
     assert list(rows) == ["base", "tuned", "same", "other"]
-    for row in rows.values():
-        assert list(row) == ["name", "score", "score_low", "score_high", "kl_task", "kl_text"]
+    figures = ["score", "score_low", "score_high", "kl_task", "kl_text"]
+    for name, row in rows.items():
+        size = [] if name in ("base", "tuned") else ["artifact", "method", "bytes", "ratio"]
+        assert list(row) == ["name", *size, *figures]
         assert 0 <= row["score_low"] <= row["score"] <= row["score_high"] <= 1
     for kl in ("kl_task", "kl_text"):
         assert rows["tuned"][kl] == 0.0
         assert rows["same"][kl] == pytest.approx(0.0, abs=1e-8)
         assert rows["base"][kl] > 0.01
         assert rows["other"][kl] > 0.01
+    said = [rows["other"][key] for key in ("artifact", "method", "bytes", "ratio")]
+    assert said == ["abc", "swap", 1000, 16.0]
     # The base comes before the deltas, and must not see them; the last delta, not the first.
     alone = run(base, task, tuned=tuned, n=3)["models"]
     assert alone == [rows["base"], rows["tuned"]]
@@ -132,10 +146,12 @@ def test_delta_brings_the_files_that_differ(tmp_path):
     make_tokenizer(("<answer>",)).save_pretrained(grown)
     assert len(delta_tokenizer(base, grown)) == len(make_tokenizer()) + 1
 
-    assert shared_tokenizer(base, None, [chat]).chat_template == TEMPLATE
-    assert shared_tokenizer(base, base, [chat, plain]).chat_template == "of the base"
+    assert shared_tokenizer(base, None, [opened(chat)]).chat_template == TEMPLATE
+    assert (
+        shared_tokenizer(base, base, [opened(chat), opened(plain)]).chat_template == "of the base"
+    )
     with pytest.raises(MismatchError, match=r"plain.*chat template"):
-        shared_tokenizer(base, None, [chat, plain])
+        shared_tokenizer(base, None, [opened(chat), opened(plain)])
 
 
 def test_names_are_folders_unless_they_clash():

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltacome.errors import CheckpointError, MismatchError
+from deltacome.format.hub import fetch_folder, split_name
 from deltacome.format.manifest import DTYPES, SAFETENSORS_DTYPES
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -57,17 +58,16 @@ class Checkpoint:
     """A folder with `config.json` and safetensors weights (one file or shards).
 
     Args:
-        name_or_path: a folder, or a repository on the Hub (downloaded to its cache).
-        revision: of the repository.
+        name_or_path: a folder, or `org/name` or `org/name@revision` on the Hub (fetched to its cache).
+        revision: of the repository, where the name has none.
 
     Raises:
         CheckpointError: no weights, a shard missing or truncated, or only pickled weights.
     """
 
     def __init__(self, name_or_path: str | Path, revision: str | None = None) -> None:
-        self.name_or_path = str(name_or_path)
-        self.revision = revision
-        self.path = _local_folder(name_or_path, revision)
+        self.name_or_path, self.revision = split_name(name_or_path, revision, CheckpointError)
+        self.path = fetch_folder(self.name_or_path, self.revision, CheckpointError)
         self.tensors = _list_tensors(self.path)
 
     @cached_property
@@ -136,32 +136,7 @@ def json_folder(name_or_path: str | Path) -> Path:
     Raises:
         CheckpointError: there is no such folder or repository.
     """
-    return _local_folder(name_or_path, None, ("*.json",))
-
-
-FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
-"""What is fetched of a repository on the Hub: nothing that is pickled or that is code."""
-
-
-def _local_folder(
-    name_or_path: str | Path, revision: str | None, patterns: tuple[str, ...] = FILES
-) -> Path:
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(name_or_path).startswith((".", "/", "~")):
-        raise CheckpointError(f"{name_or_path}: expected a checkpoint folder, found none")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(folder.as_posix(), revision=revision, allow_patterns=list(patterns))
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{name_or_path}: neither a folder nor a repository that the Hub serves: {error}"
-        ) from error
+    return fetch_folder(name_or_path, None, CheckpointError, ("*.json",))
 
 
 def _list_tensors(folder: Path) -> dict[str, TensorInfo]:

@@ -83,7 +83,7 @@ def evaluate(
     deltas = delta or []
     sizes = {}
     for name, path in zip(names(deltas), deltas, strict=True):
-        artifact = Artifact.open(path)
+        artifact = Artifact.from_pretrained(path)
         sizes[name] = (artifact.bytes_on_disk(), artifact.ratio())
     result = evaluate(
         base,

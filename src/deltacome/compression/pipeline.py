@@ -37,7 +37,7 @@ from deltacome.arch.checkpoint import Checkpoint, pair_tensors
 from deltacome.arch.layout import Layout, find_layout
 from deltacome.compression.budget import make_plans
 from deltacome.compression.capture import Stream, drop_weights
-from deltacome.compression.card import carried_files, model_card
+from deltacome.compression.carried import carried_files
 from deltacome.compression.data import answers_from, calibration_rows
 from deltacome.compression.distill import distill_scales
 from deltacome.compression.sensitivity import Weights, measure, measured, sweep
@@ -46,6 +46,7 @@ from deltacome.compression.workers import side_by_side
 from deltacome.errors import CalibrationError, DeltaError, PlanError, UnsupportedError
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos
 from deltacome.format.canary import CANARY_FILE, Canary, canary_ids
+from deltacome.format.card import model_card
 from deltacome.format.codec import Packed, SignTensors, read_bands, read_signs, write_signs
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest, Record
@@ -214,7 +215,7 @@ def compress(
         if canary := _canary(run, writer, names):
             carried[CANARY_FILE] = canary.to_json()
         progress(Progress("write", 0, 1))
-        path = writer.finish(names, manifest, carried, model_card)
+        path = writer.finish(names, manifest, carried, lambda a: str(model_card(a)).encode())
         progress(Progress("write", 1, 1))
     except DeltaError:
         _forget_if_empty(writer.partial)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from deltacome.errors import DeltaError
-from deltacome.evals.run import load_model, names, pick_device, shared_tokenizer
+from deltacome.evals.run import account, load_model, names, pick_device, shared_tokenizer
+from deltacome.format.artifact import opened
 
 Figures = dict[str, dict[str, float]]
 """Task → metric → value; the harness's names, its standard errors as `<metric>_stderr`."""
@@ -47,7 +48,8 @@ def run_harness(
         dtype: of a torch dtype; "auto" is that of the checkpoints, as published figures have it.
 
     Returns:
-        `{"tasks": …, "models": [{"name": …, "results": Figures}]}`.
+        `{"tasks": …, "models": [{"name": …, "results": Figures}]}`; deltas have what
+        `run.account` says too.
 
     Raises:
         DeltaError: the harness is not installed, or does not know a task.
@@ -68,7 +70,8 @@ def run_harness(
     if unknown or not tasks:
         raise DeltaError(f"lm-eval: expected tasks that the harness knows, got {unknown or 'none'}")
     device = pick_device(device)
-    tokenizer = shared_tokenizer(base, tuned, deltas)
+    artifacts = [opened(delta) for delta in deltas]
+    tokenizer = shared_tokenizer(base, tuned, artifacts)
 
     def figures(model: Any) -> Figures:
         found = evaluate(
@@ -92,12 +95,11 @@ def run_harness(
         gc.collect()
     model = load_model(base, device, dtype)
     models.insert(0, {"name": "base", "results": figures(model)})
-    for name, delta in zip(names(deltas), deltas, strict=True):
-        from deltacome.format.artifact import Artifact
+    for name, artifact in zip(names(deltas), artifacts, strict=True):
         from deltacome.runtime import attach
 
-        with attach(model, Artifact.open(Path(delta))):
-            models.append({"name": name, "results": figures(model)})
+        with attach(model, artifact):
+            models.append({"name": name, **account(artifact), "results": figures(model)})
     return {"tasks": list(tasks), "models": models}
 
 

@@ -28,6 +28,8 @@ from deltacome.evals.divergence import (
 from deltacome.evals.prompts import prompt_ids
 from deltacome.evals.score import answer, generate, score
 from deltacome.evals.tasks import Question, load_questions
+from deltacome.format.artifact import Artifact, opened
+from deltacome.format.hub import split_name
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -63,14 +65,15 @@ def evaluate(
     carry, else the base's.
 
     Returns `{"task", "n", "models": [{"name", "score", "score_low", "score_high", "kl_task",
-    "kl_text"}]}`: scores in 0..1 with a 95 % interval, KL(tuned ‖ model) in nats per token. A KL
-    is None without a tuned model. Any figure is None where a model lacks the tokens to read what
-    it should: `kl_task` of a base if the answers use tokens that the fine-tune added, its score
-    too if the chat template does.
+    "kl_text"}]}`: scores in 0..1 with a 95 % interval, KL(tuned ‖ model) in nats per token; deltas
+    have what `account` says too. A KL is None without a tuned model. Any figure is
+    None where a model lacks the tokens to read what it should: `kl_task` of a base if the answers
+    use tokens that the fine-tune added, its score too if the chat template does.
     """
     device = pick_device(device)
     questions = load_questions(task, n, seed, task_args)
-    tokenizer = shared_tokenizer(base, tuned, deltas)
+    artifacts = [opened(delta) for delta in deltas]
+    tokenizer = shared_tokenizer(base, tuned, artifacts)
     exam = Exam(tokenizer, questions, batch_size, max_new_tokens)
     of_tuned = []
     if tuned is not None:
@@ -85,12 +88,12 @@ def evaluate(
     model = load_model(base, device, dtype)
     of_base = {"name": "base", **scores(model, exam), **kls(model, exam)}
     of_deltas = []
-    for name, delta in zip(names(deltas), deltas, strict=True):
-        from deltacome.format.artifact import Artifact
+    for name, artifact in zip(names(deltas), artifacts, strict=True):
         from deltacome.runtime import attach
 
-        with attach(model, Artifact.open(Path(delta))):
-            of_deltas.append({"name": name, **scores(model, exam), **kls(model, exam)})
+        with attach(model, artifact):
+            figures = scores(model, exam) | kls(model, exam)
+        of_deltas.append({"name": name, **account(artifact), **figures})
     return {"task": task, "n": len(questions), "models": [of_base, *of_tuned, *of_deltas]}
 
 
@@ -140,16 +143,26 @@ def answer_with(
     dtype: str = "auto",
 ) -> str:
     """The greedy answer to one prompt, by the base or by the fine-tune that a delta stands for."""
-    from deltacome.format.artifact import Artifact
     from deltacome.runtime import attach
 
     model = load_model(base, pick_device(device), dtype)
     if delta is None:
         return answer(model, _tokenizer(base), prompt, max_new_tokens=max_new_tokens)
-    artifact = Artifact.from_pretrained(delta)
+    artifact = opened(delta)
     tokenizer = delta_tokenizer(base, artifact.path)
     with attach(model, artifact):
         return answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+
+
+def account(artifact: Artifact) -> dict[str, Any]:
+    """What a score is drawn against, and whose it is: digest of the manifest, `method`, `bytes` on disk
+    and `ratio`."""
+    return {
+        "artifact": artifact.digest,
+        "method": artifact.manifest.method["name"],
+        "bytes": artifact.bytes_on_disk(),
+        "ratio": artifact.ratio(),
+    }
 
 
 def names(deltas: Sequence[str | Path]) -> list[str]:
@@ -166,27 +179,29 @@ def pick_device(device: str) -> str:
 
 
 def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
-    """A dense causal language model, ready for inference."""
+    """A dense causal language model, from a folder or the Hub, ready for inference."""
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise DeltaError(f"dtype: expected auto or the name of a torch dtype, got {dtype!r}")
+    name, revision = split_name(source, None, CheckpointError)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: expected a causal language model, got {error}") from error
     return model.to(device).eval()
 
 
 def shared_tokenizer(
-    base: str | Path, tuned: str | Path | None, deltas: Sequence[str | Path]
+    base: str | Path, tuned: str | Path | None, artifacts: Sequence[Artifact]
 ) -> Any:
     """The one tokenizer of a table. Deltas that carry different ones need a tuned model."""
     if tuned is not None:
         return _tokenizer(tuned)
-    found = [delta_tokenizer(base, Path(delta)) for delta in deltas] or [_tokenizer(base)]
-    for delta, other in zip(deltas, found, strict=False):
+    found = [delta_tokenizer(base, artifact.path) for artifact in artifacts] or [_tokenizer(base)]
+    for artifact, other in zip(artifacts, found, strict=False):
         if _prompting(other) != _prompting(found[0]):
             raise MismatchError(
-                f"{delta}: its tokenizer or chat template is not that of {deltas[0]}; models of "
+                f"{artifact.path}: its tokenizer or chat template is not that of "
+                f"{artifacts[0].path}; models of "
                 "one table share their prompts, so evaluate them apart or give the tuned model"
             )
     return found[0]
@@ -206,8 +221,9 @@ def delta_tokenizer(base: str | Path, delta: Path) -> Any:
 
 
 def _tokenizer(source: str | Path) -> Any:
+    name, revision = split_name(source, None, CheckpointError)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: expected a tokenizer, got {error}") from error
 

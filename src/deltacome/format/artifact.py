@@ -17,29 +17,33 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deltacome.errors import ArtifactError, OutputError
 from deltacome.format.canary import CANARY_FILE
+from deltacome.format.card import model_card
 from deltacome.format.codec import BandTensors, Packed, SignTensors, read_bands, read_signs
 from deltacome.format.folder import (
     RUN_FILE,
     claim,
     disk_errors,
+    new_folder,
     partial_of,
     publish,
     release,
     sync,
     write_atomic,
 )
+from deltacome.format.hub import FILES, fetch_folder, hub_errors
 from deltacome.format.manifest import (
     MANIFEST_FILE,
     SAFETENSORS_DTYPES,
@@ -56,6 +60,7 @@ from deltacome.format.spec import ALIGN
 T = TypeVar("T")
 
 INDEX_FILE = "delta.safetensors.index.json"
+CARD_FILE = "README.md"
 TUNED_CONFIG_FILE = "tuned_config.json"
 STAYS = "; what was finished stays for --resume"
 MAX_SHARD_BYTES = 1 << 30
@@ -64,13 +69,17 @@ MAX_JSON_BYTES = 64 << 20
 """Of manifest and index; a mixture with 70,000 expert matrices needs a third of it."""
 
 
-class Artifact:
+class Artifact(ModelHubMixin):
     """An opened artifact. Tensors are read when asked for.
 
     Attributes:
         path: the folder.
         manifest: what the artifact says of itself.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Artifact:
+        """Without the mixin's own, which keeps all arguments, as JSON, for a config.json."""
+        return object.__new__(cls)
 
     def __init__(self, path: Path, manifest: Manifest, where: dict[str, str]) -> None:
         self.path = path
@@ -101,23 +110,107 @@ class Artifact:
         return cls(path, manifest, where)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> Artifact:
-        """Opens a local folder, or an artifact on the Hub (downloaded to its cache).
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        **download: Any,
+    ) -> Artifact:
+        """Opens a local folder, or an artifact on the Hub from its cache, where it is fetched to first.
+
+        Args:
+            pretrained_model_name_or_path: a folder, `org/name`, or `org/name@revision`.
+            revision: a branch, tag or commit of the repository.
+            download: `token`, `cache_dir`, `force_download`, `local_files_only`: as snapshot_download.
 
         Raises:
-            ArtifactError: as `open`, or the Hub has no such repository.
+            ArtifactError: as `open`, or the Hub has no such repository or revision.
         """
-        if Path(name_or_path).is_dir():
-            return cls.open(name_or_path)
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        # The mixin's own would ask for a config.json first, which an artifact must not have.
+        return cls.open(
+            fetch_folder(pretrained_model_name_or_path, revision, ArtifactError, **download)
+        )
 
-        try:
-            return cls.open(snapshot_download(str(name_or_path), revision=revision))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise ArtifactError(
-                f"{name_or_path}: neither a folder nor a repository that the Hub serves: {error}"
-            ) from error
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """Writes a copy, with its model card, to a folder that does not exist yet.
+
+        Args:
+            save_directory: the folder.
+            model_card_kwargs: of `generate_model_card`.
+            kwargs: `push_to_hub`, `repo_id` and more, as `ModelHubMixin` takes them.
+
+        Raises:
+            OutputError: the folder exists or cannot be written.
+        """
+        with new_folder(Path(save_directory)) as folder:
+            super().save_pretrained(folder, model_card_kwargs=model_card_kwargs)
+        if not kwargs.pop("push_to_hub", False):
+            return None
+        name = kwargs.pop("repo_id", None) or Path(save_directory).name
+        return self.push_to_hub(name, **kwargs)
+
+    def push_to_hub(
+        self, repo_id: str, *, scores: Sequence[dict[str, Any]] = (), **kwargs: Any
+    ) -> str:
+        """Uploads the artifact and its model card; of an artifact that was there before nothing stays.
+
+        It is copied to a temporary folder first. Readers of a large one that is half there refuse it.
+
+        Args:
+            repo_id: `org/name`; created if it is not there, and `branch` too.
+            scores: results of `evals` for the card, as `deltacome eval --json` prints them.
+            kwargs: `private`, `token`, `branch`, `create_pr`, `commit_message`, as `ModelHubMixin` takes
+                them.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ArtifactError: the bytes are not those that were written.
+            MismatchError: scores of another artifact.
+            OutputError: the Hub refuses it, or cannot be reached.
+        """
+        self.check_bytes()
+        kwargs.setdefault("commit_message", f"Delta, {self.ratio():.1f} times smaller")
+        kwargs.setdefault("delete_patterns", list(FILES))
+        card = {"name": repo_id, "scores": scores}
+        with hub_errors(repo_id, OutputError):
+            if branch := kwargs.get("branch"):
+                api = HfApi(token=kwargs.get("token"))
+                api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True)
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            return super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
+
+    def generate_model_card(
+        self, *, name: str | None = None, scores: Sequence[dict[str, Any]] = ()
+    ) -> ModelCard:
+        """The model card; somebody's own words in the folder's README.md stay, under our metadata.
+
+        Args:
+            name: how readers are to call the artifact; by default it is the folder they are in.
+            scores: as `push_to_hub` takes them.
+        """
+        card = model_card(self, name, scores)
+        file = self.path / CARD_FILE
+        if file.is_file():
+            own = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+            if own.text.strip() != model_card(self).text.strip():
+                said = {key: value for key, value in vars(card.data).items() if value is not None}
+                said["tags"] = list(dict.fromkeys([*(own.data.get("tags") or []), *said["tags"]]))
+                vars(own.data).update(said)
+                return ModelCard(f"---\n{own.data.to_yaml()}\n---\n\n{own.text.lstrip()}")
+        return card
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        for name in (MANIFEST_FILE, INDEX_FILE, *self.manifest.shards, *self.manifest.files):
+            shutil.copyfile(self.path / name, save_directory / name)
 
     def blob(self, name: str, kind: str = "bands") -> Tensor:
         """A packed term of a tensor as the run of bytes that an op reads: uint8 (nbytes,).
@@ -193,6 +286,11 @@ class Artifact:
             )
         return document
 
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the manifest, which has the checksums of everything else."""
+        return file_sha256(self.path / MANIFEST_FILE)
+
     def bytes_on_disk(self) -> int:
         """Bytes of the weight files, the index and the manifest: what `ratio` divides by."""
         names = [MANIFEST_FILE, INDEX_FILE, *self.manifest.shards]
@@ -264,6 +362,11 @@ class Artifact:
     def __repr__(self) -> str:
         method = self.manifest.method["name"]
         return f"Artifact({str(self.path)!r}, method={method!r}, ratio={self.ratio():.2f})"
+
+
+def opened(source: Artifact | str | Path) -> Artifact:
+    """An artifact as it is; a folder or a name on the Hub by `Artifact.from_pretrained`."""
+    return source if isinstance(source, Artifact) else Artifact.from_pretrained(source)
 
 
 def _read_text(folder: Path, name: str) -> str:
@@ -440,7 +543,7 @@ class ArtifactWriter:
             _write_index(final, weight_map, hashlib.sha256(text.encode()).hexdigest())
             artifact = Artifact.open(final)  # what is about to be published must be readable
             if card is not None:
-                (final / "README.md").write_bytes(card(artifact))
+                (final / CARD_FILE).write_bytes(card(artifact))
             publish(final, self.output)
         release(self.output, self._lock)
         return self.output

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from deltacome.errors import DeltaError, MismatchError, UnsupportedError
-from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.ops.impls import IMPLS, check_impl, fastest
 from deltacome.runtime.alone import install_alone
 from deltacome.runtime.choice import Choice
@@ -89,7 +89,7 @@ def attach(
     sources = {"": artifact} if alone else dict(artifact)
     if not sources:
         raise MismatchError("attach: expected at least one artifact, got none")
-    artifacts = {name: _opened(source) for name, source in sources.items()}
+    artifacts = {name: opened(source) for name, source in sources.items()}
     for one in artifacts.values():
         one.check_bytes()
     places = [
@@ -174,10 +174,6 @@ class Attachment:
         trace: TracebackType | None,
     ) -> None:
         self.detach()
-
-
-def _opened(source: Source) -> Artifact:
-    return source if isinstance(source, Artifact) else Artifact.open(source)
 
 
 def _fastest(places: Sequence[Sequence[Place]]) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, MismatchError
-from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.format.manifest import DTYPES, Record
 from deltacome.skeleton import check_names, make_skeleton, parse_config, set_part, targets
 
@@ -28,7 +28,7 @@ def base_for(
 
     Args:
         base: the base's folder, or its repository on the Hub.
-        artifact: opened, or its folder.
+        artifact: opened, or its folder or name on the Hub.
         dtype: of the weights; by default the tuned model's.
 
     Raises:
@@ -36,7 +36,7 @@ def base_for(
         MismatchError: the base lacks a tensor that the delta was taken against.
         ArtifactError: the artifact cannot be read, or carries no configuration.
     """
-    artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    artifact = opened(artifact)
     document = artifact.json_file(TUNED_CONFIG_FILE)
     if document is None:
         raise ArtifactError(f"{artifact.path}: expected {TUNED_CONFIG_FILE}, found none")

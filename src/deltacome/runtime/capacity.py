@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from deltacome.errors import MismatchError, PlanError
-from deltacome.format.artifact import Artifact
+from deltacome.format.artifact import Artifact, opened
 from deltacome.format.manifest import Record
 from deltacome.format.spec import ALIGN
 from deltacome.ops.slots import FIELDS, SIGN_FIELDS, Pool
@@ -75,8 +75,8 @@ def capacity(
         )
     shapes = outline(base)
     weights = sum(info.nbytes for info in shapes.tensors.values())
-    opened = [d if isinstance(d, Artifact) else Artifact.open(d) for d in deltas]
-    for artifact in opened:
+    artifacts = list(map(opened, deltas))
+    for artifact in artifacts:
         for record in artifact.manifest.records.values():
             there = shapes.tensors.get(record.base_name or "")
             if there is not None and there.shape != record.base_shape:
@@ -90,7 +90,7 @@ def capacity(
         entries = sum(math.prod(info.shape) for info in shapes.tensors.values())
         slot, beside = math.ceil(2 * entries / ratio / ALIGN) * ALIGN, 0
     else:
-        slot, beside = max(map(slot_nbytes, opened)), max(map(beside_nbytes, opened))
+        slot, beside = max(map(slot_nbytes, artifacts)), max(map(beside_nbytes, artifacts))
     cache = kv_bytes + kv_tokens * kv_token_nbytes(read_config(shapes.path))
     usable = int(device_bytes * utilization)
     left = usable - weights - cache

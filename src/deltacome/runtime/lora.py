@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, PlanError, UnsupportedError
-from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.format.codec import Packed
 from deltacome.format.folder import new_folder
 from deltacome.format.manifest import Record
@@ -63,7 +63,7 @@ def export_lora(
     """Writes an adapter folder that PEFT and, with `lora_only`, vLLM load over the base.
 
     Args:
-        artifact: opened, or its folder.
+        artifact: opened, or its folder or name on the Hub.
         output: a folder that does not exist yet.
         rank: at most this many directions a matrix, the best ones; None keeps all that the artifact has.
         lora_only: leaves out what LoRA cannot carry.
@@ -80,7 +80,7 @@ def export_lora(
     """
     if rank is not None and rank < 1:
         raise PlanError(f"rank: expected at least 1, got {rank}")
-    artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    artifact = opened(artifact)
     artifact.verify_bytes()
     work = _Export(artifact, rank, lora_only, base, dtype)
     work.check()

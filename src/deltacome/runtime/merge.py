@@ -23,7 +23,7 @@ from deltacome.arch.checkpoint import (
     full_digest,
 )
 from deltacome.errors import ArtifactError, MismatchError
-from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped, opened
 from deltacome.format.canary import CANARY_FILE
 from deltacome.format.folder import new_folder, write_atomic
 from deltacome.format.manifest import DTYPES, Record, entry_nbytes
@@ -45,7 +45,7 @@ def merge(
 
     Args:
         base: the base's folder, or its repository on the Hub.
-        artifact: opened, or its folder.
+        artifact: opened, or its folder or name on the Hub.
         output: a folder that does not exist yet.
         max_shard_bytes: largest size of one weight file (a larger tensor gets one of its own).
 
@@ -59,7 +59,7 @@ def merge(
         OutputError: the output exists, or cannot be written. Nothing is left behind.
     """
     output = Path(output)
-    artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    artifact = opened(artifact)
     artifact.verify_bytes()
     checkpoint = Checkpoint(base)
     with new_folder(output) as folder:

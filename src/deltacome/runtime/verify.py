@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltacome.arch.checkpoint import Checkpoint, check_finite
 from deltacome.errors import ArtifactError
-from deltacome.format.artifact import Artifact
+from deltacome.format.artifact import Artifact, opened
 from deltacome.format.codec import read_bands, read_signs, unpack
 from deltacome.format.manifest import Record
 from deltacome.format.spec import BLOCK, PLANES, band_sections, sign_sections
@@ -41,7 +41,7 @@ def verify(artifact: Artifact | str | Path, base: str | Path | None = None) -> V
     """Checks checksums, every stored number, and every byte of the base.
 
     Args:
-        artifact: opened, or its folder.
+        artifact: opened, or its folder or name on the Hub.
         base: the base's folder or repository on the Hub; None to check the artifact alone.
 
     Raises:
@@ -50,7 +50,7 @@ def verify(artifact: Artifact | str | Path, base: str | Path | None = None) -> V
         CheckpointError: NaN or Inf in an exact tensor, or the base cannot be read.
         MismatchError: a tensor of the base is not the one that the delta was taken against.
     """
-    artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    artifact = opened(artifact)
     artifact.verify_bytes()
     records = artifact.manifest.records.values()
     for record in records:

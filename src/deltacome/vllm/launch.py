@@ -57,7 +57,7 @@ def plan_launch(
 
     Args:
         base: folder or Hub name of the base.
-        tenants: name → folder of an artifact.
+        tenants: name → an artifact, a folder or on the Hub.
         folder: where tenants that are not named are found when a request names them: a folder, or an
             address that fsspec understands.
         slots: tenants in one batch; by default all of them, at most 16.
@@ -72,7 +72,7 @@ def plan_launch(
         ArtifactError: a folder is not a whole artifact.
         UnsupportedError: tenants with scale groups of different sizes.
     """
-    known = {name: Artifact.open(path) for name, path in tenants.items()}
+    known = {name: Artifact.from_pretrained(path) for name, path in tenants.items()}
     found = {artifact.path.resolve(): artifact for artifact in known.values()}
     if folder is not None and Path(folder).is_dir():
         for one in sorted(Path(folder).resolve().iterdir()):
@@ -97,7 +97,10 @@ def plan_launch(
     if folder is not None:
         settings["tenants"] = folder
     slots = slots or min(16, max(1, len(found)))
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", checkpoint.name_or_path]
+    if checkpoint.revision is not None:
+        command += ["--revision", checkpoint.revision, "--tokenizer-revision", checkpoint.revision]
     command += ["--port", str(port), "--enable-lora", "--max-loras", str(slots)]
     command += ["--max-cpu-loras", str(max(slots, len(found), 4 * slots))]
     command += ["--additional-config", json.dumps({"deltacome": settings})]

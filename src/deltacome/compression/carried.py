@@ -1,0 +1,26 @@
+"""Files that go along with the weights: tokenizer, template, configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltacome.arch.checkpoint import SIDE_FILES
+from deltacome.format.artifact import TUNED_CONFIG_FILE
+from deltacome.format.manifest import CARRIED_NAME
+
+
+def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
+    """Content of the tuned model's side files, those that equal the base's left out.
+
+    The tuned `config.json` is always carried, under a name that no loader takes for a model.
+    """
+    files = {TUNED_CONFIG_FILE: (tuned / "config.json").read_bytes()}
+    for pattern in SIDE_FILES:
+        for file in sorted(file for file in tuned.glob(pattern) if file.is_file()):
+            if not CARRIED_NAME.fullmatch(file.name):
+                continue  # code, say: an artifact holds data
+            content = file.read_bytes()
+            twin = base / file.name
+            if not (twin.is_file() and twin.read_bytes() == content):
+                files[file.name] = content
+    return files

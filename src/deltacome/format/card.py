@@ -1,0 +1,211 @@
+"""The model card of an artifact: metadata that the Hub reads, and tables of sizes, errors and scores.
+
+Written by compression into the folder, and again when it is pushed, when its name and perhaps its scores
+are known. Scores are those of `deltacome eval --json`, taken only if they were measured on this artifact.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from deltacome.errors import MismatchError
+from deltacome.format.manifest import Record
+
+if TYPE_CHECKING:
+    from deltacome.format.artifact import Artifact
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+FIGURES = {"score": "exact match", "kl_task": "KL on the task", "kl_text": "KL on general text"}
+"""Of `evals.run.evaluate`, as the card calls them; KL in nats a token, against the tuned model."""
+
+Figure = tuple[str, str, str, dict[str, float | None]]
+"""Task, metric, the metric's pretty name, and its value for `base`, `tuned` and `delta`."""
+
+
+def model_card(
+    artifact: Artifact, name: str | None = None, scores: Sequence[dict[str, Any]] = ()
+) -> ModelCard:
+    """`README.md` of an artifact.
+
+    Args:
+        artifact: opened.
+        name: how its readers call it, `org/name`; None for those who are in its folder.
+        scores: results of `evals.run.evaluate` or `evals.harness.run_harness`.
+
+    Raises:
+        MismatchError: scores of another artifact.
+    """
+    base = artifact.manifest.base_name_or_path
+    # A path of one machine is of no use to a reader elsewhere, and the Hub refuses it.
+    linked = HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
+    figures = [figure for result in scores for figure in _figures(artifact, result)]
+    data = ModelCardData(
+        base_model=base if linked else None,
+        base_model_relation="adapter",
+        library_name="deltacome",
+        tags=["deltacome", "delta-compression"],
+        model_name=(name or "delta").rpartition("/")[2],
+        eval_results=_eval_results(figures) or None,
+    )
+    if not figures:
+        data.model_name = None  # it is asked for with results only
+    called = base if linked else Path(base).name
+    text = "\n".join(
+        [
+            *_heading(artifact, name, called),
+            *_sizes(artifact),
+            *_errors(artifact),
+            *_scores(figures),
+            *_usage(name or ".", base if linked else "BASE", artifact.manifest.base_revision),
+        ]
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _heading(artifact: Artifact, name: str | None, base: str) -> list[str]:
+    manifest = artifact.manifest
+    said = [f"{key} `{value}`" for key, value in manifest.method.items() if key != "name"]
+    options = f" with {', '.join(said)}" if said else ""
+    revision = f" at revision `{manifest.base_revision}`" if manifest.base_revision else ""
+    return [
+        f"# {name or 'Delta of a full fine-tune'}",
+        "",
+        f"What a full fine-tune changed of `{base}`{revision}. Method "
+        f"`{manifest.method['name']}`{options}. "
+        "It runs over that base and no other, which is checked.",
+        "",
+    ]
+
+
+def _sizes(artifact: Artifact) -> list[str]:
+    manifest, nominal = artifact.manifest, artifact.manifest.nominal_ratio()
+    kinds: dict[str, list[int]] = {}
+    for record in manifest.records.values():
+        kinds.setdefault(record.kind, []).append(record.nbytes(manifest.group_size))
+    return [
+        "| size | |",
+        "|---|---:|",
+        f"| tuned model at 16 bit | {manifest.tuned_nbytes():,} bytes |",
+        f"| this artifact on disk | {artifact.bytes_on_disk():,} bytes |",
+        f"| ratio, everything counted | {artifact.ratio():.2f} |",
+        f"| nominal ratio (codes only) | {'–' if nominal is None else f'{nominal:.2f}'} |",
+        *(
+            f"| tensors held as `{kind}` | {len(sizes)}, {sum(sizes):,} bytes |"
+            for kind, sizes in sorted(kinds.items())
+        ),
+        "",
+    ]
+
+
+def _errors(artifact: Artifact) -> list[str]:
+    """By projection: the number of a block or expert in a tensor's name stands for all of them."""
+    groups: dict[str, list[Record]] = {}
+    for record in artifact.manifest.records.values():
+        if record.packed and record.error is not None:
+            groups.setdefault(re.sub(r"\.\d+(?=\.)", ".*", record.name), []).append(record)
+    if not groups:
+        return []
+    size = artifact.manifest.group_size
+    lines = ["| matrices | count | bytes | mean error | largest |", "|---|---:|---:|---:|---:|"]
+    for name, records in groups.items():
+        errors = [record.error for record in records if record.error is not None]
+        mean, worst = math.fsum(errors) / len(errors), max(errors)
+        nbytes = sum(record.nbytes(size) for record in records)
+        lines.append(f"| `{name}` | {len(records)} | {nbytes:,} | {mean:.3g} | {worst:.3g} |")
+    said = "Errors are ‖(D − D̂)X‖² / ‖DX‖² of a matrix's delta D on calibration inputs X."
+    return [*lines, "", said, ""]
+
+
+def _scores(figures: Sequence[Figure]) -> list[str]:
+    if not figures:
+        return []
+    lines = ["| task | metric | base | tuned | this delta |", "|---|---|---:|---:|---:|"]
+    for task, _, pretty, values in figures:
+        cells = [_number(values.get(whose)) for whose in ("base", "tuned", "delta")]
+        lines.append(f"| {task} | {pretty} | {' | '.join(cells)} |")
+    return [*lines, "", "KL is from the tuned model, in nats a token.", ""]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _usage(name: str, base: str, revision: str | None) -> list[str]:
+    called = f"{base}@{revision}" if revision else base
+    at = f', revision="{revision}"' if revision else ""
+    tenant = re.sub(r"\W+", "-", name.rpartition("/")[2]).strip("-") or "tuned"
+    return [
+        "```bash",
+        "pip install deltacome",
+        f'deltacome generate {called} "your prompt" --delta {name}',
+        f"deltacome merge {called} {name} -o dense    # the tuned model, as a normal checkpoint",
+        f"deltacome serve {called} --tenant {tenant}={name}",
+        "```",
+        "",
+        "```python",
+        "import deltacome",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}"{at})',
+        f'with deltacome.attach(model, "{name}"):',
+        "    ...  # it is the tuned model now",
+        "```",
+        "",
+    ]
+
+
+def _figures(artifact: Artifact, result: dict[str, Any]) -> Iterator[Figure]:
+    rows = _rows(artifact, result)
+    if "task" in result:
+        task = Path(result["task"]).name  # a file of questions lies on one machine
+        for metric, pretty in FIGURES.items():
+            values = {whose: row.get(metric) for whose, row in rows.items()}
+            if values["delta"] is not None:
+                name = "exact_match" if metric == "score" else metric
+                yield task, name, f"{pretty}, {result['n']} questions", values
+        return
+    for task, metrics in rows["delta"]["results"].items():
+        for metric in (m for m in metrics if "stderr" not in m and "sample_len" not in m):
+            values = {
+                whose: row["results"].get(task, {}).get(metric) for whose, row in rows.items()
+            }
+            yield task, metric.partition(",")[0], metric.removesuffix(",none"), values
+
+
+def _rows(artifact: Artifact, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of base, tuned model and this artifact."""
+    try:
+        models = list(result["models"])
+        rows = {m["name"]: m for m in models if "artifact" not in m}
+        ours = [m for m in models if m.get("artifact") == artifact.digest]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MismatchError(
+            f"scores: expected what `deltacome eval --json` prints, got {error!r}"
+        ) from error
+    if not ours:
+        others = [m["name"] for m in models if "artifact" in m]
+        raise MismatchError(
+            f"{artifact.path}: expected scores of this artifact, got those of "
+            f"{', '.join(others) or 'none'}"
+        )
+    return {"delta": ours[0]} | {key: rows[key] for key in ("base", "tuned") if key in rows}
+
+
+def _eval_results(figures: Sequence[Figure]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric,
+            metric_name=pretty,
+            metric_value=values["delta"],
+        )
+        for task, metric, pretty, values in figures
+    ]
