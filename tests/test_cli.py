@@ -15,7 +15,8 @@ import deltacome.cli
 import deltacome.compression
 from deltacome.cli import main
 
-OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio", "tensors"}
+OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio"}
+OVERVIEW |= {"canary", "tensors"}
 TENSOR = {"name", "shape", "kind", "plan", "sign_scales", "bytes", "error"}
 QUICK = ["--ratio", "4", "--calibration", "none"]
 
