@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -54,3 +56,23 @@ def hub(tmp_path, monkeypatch):
     }
     yield server
     server.close()
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs a command line in this process → (exit code, stdout, stderr)."""
+    import deltacome.cli
+
+    monkeypatch.setattr(deltacome.cli, "_debug", False)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["deltacome", *map(str, arguments)])
+        try:
+            deltacome.cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

@@ -11,9 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
 from tiny_pairs import make_pair, text_lines, tree, weights_of
 
-import deltacome.cli
 import deltacome.compression
-from deltacome.cli import main
 
 OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio"}
 OVERVIEW |= {"canary", "tensors"}
@@ -24,30 +22,12 @@ QUICK = ["--ratio", "4", "--calibration", "none"]
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(deltacome.cli, "_debug", False)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     base, tuned = make_pair("small", tmp_path_factory.mktemp("cli"))
     return str(base), str(tuned)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Runs a command line in this process → (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["deltacome", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

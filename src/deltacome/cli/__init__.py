@@ -6,6 +6,8 @@ there at once.
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import sys
 from typing import Annotated
 
@@ -20,6 +22,7 @@ from deltacome.cli import (
     inspect,
     merge,
     plan,
+    push,
     serve,
     verify,
 )
@@ -37,13 +40,24 @@ app = typer.Typer(
 _debug = False
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(importlib.metadata.version("deltacome"))
+        raise typer.Exit
+
+
 @app.callback(epilog=EXIT_CODES)
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     """Compress full fine-tunes to small deltas of their base, and run them."""
     global _debug
     _debug = debug
+    if not stderr.is_terminal:  # read when huggingface_hub is imported, so not later than here
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 app.command("compress")(compress.compress)
@@ -53,6 +67,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)

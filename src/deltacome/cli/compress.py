@@ -22,7 +22,11 @@ def compress(
     tuned: Annotated[str, typer.Argument(help="Full fine-tune of that base.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
     method: Annotated[
-        str, typer.Option(help="delta-come, low-rank, bitdelta, residual, prinmix or adaptive.")
+        str,
+        typer.Option(
+            help="delta-come, low-rank, bitdelta, residual, prinmix or adaptive.",
+            autocompletion=lambda: list(_TAKES),
+        ),
     ] = "delta-come",
     ratio: Annotated[
         float | None, typer.Option(help="Tuned bytes ÷ bytes on disk, met within 2 %. Default 16.")

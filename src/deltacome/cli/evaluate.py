@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from deltacome.cli.options import Device, Json
+from deltacome.cli.options import Device, Json, parse_json
 from deltacome.cli.printing import quiet_libraries
 
 
@@ -74,7 +74,7 @@ def evaluate(
             Console(width=None if sys.stdout.isatty() else 120).print(harness_table(found))
         return
     assert task is not None
-    args = _parse_json(task_args, "--task-args")
+    args = parse_json(task_args, "--task-args")
     quiet_libraries()
     from deltacome.evals.report import table
     from deltacome.evals.run import evaluate, names
@@ -103,13 +103,3 @@ def evaluate(
         print(json.dumps(result))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(table(result, sizes))
-
-
-def _parse_json(text: str, option: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"not valid JSON: {error}", param_hint=option) from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"expected an object, got {text}", param_hint=option)
-    return value

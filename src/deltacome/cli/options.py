@@ -1,8 +1,20 @@
-"""Options that several commands have, worded once."""
+"""Options that several commands have, worded and read once."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+
+
+def parse_json(text: str, option: str) -> dict[str, Any]:
+    """The JSON object that an option gives, or wrong usage."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not valid JSON: {error}", param_hint=option) from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"expected an object, got {text}", param_hint=option)
+    return value

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Annotated
 
 import typer
+
+from deltacome.cli.options import Json
 
 
 def serve(
@@ -25,6 +29,7 @@ def serve(
     lora: Annotated[bool, typer.Option(help="Serve ordinary LoRA adapters too.")] = False,
     port: int = 8000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Serve BASE and its tenants with vLLM; what follows -- are arguments of vLLM."""
     from deltacome.vllm.launch import plan_launch
@@ -47,7 +52,9 @@ def serve(
         port=port,
         more=context.args,
     )
-    if dry_run:
+    if as_json:
+        print(json.dumps(dataclasses.asdict(launch)), flush=True)
+    elif dry_run:
         print(launch)
-        return
-    launch.run()
+    if not dry_run:
+        launch.run()

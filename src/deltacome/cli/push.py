@@ -1,0 +1,40 @@
+"""`deltacome push`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltacome.cli.options import Json, parse_json
+
+
+def push(
+    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    repository: Annotated[str, typer.Argument(help="org/name; created if it is not there.")],
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="What eval --json printed of it; may be repeated."
+        ),
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository that is created.")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Created if not there. Default: main.")] = None,
+    message: Annotated[str | None, typer.Option("-m", "--message", help="Of the commit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload an artifact to the Hub, with a model card that has its sizes, errors and scores."""
+    results = [parse_json(file.read_text(encoding="utf-8"), "--scores") for file in scores or []]
+    from deltacome.format.artifact import Artifact
+
+    opened = Artifact.from_pretrained(artifact)
+    more = {} if message is None else {"commit_message": message}
+    commit = opened.push_to_hub(repository, scores=results, private=private, branch=branch, **more)
+    if as_json:
+        print(json.dumps({"repository": repository, "commit": str(commit)}))
+        return
+    print(f"{repository}: {opened.bytes_on_disk():,} bytes in {commit}")
