@@ -280,9 +280,9 @@ def test_completion(shell):
 
 def test_completion_within_bash():
     script = child("--show-completion", "bash", **NO_DETECTION).stdout
-    ask = 'COMP_WORDS=(deltacome insp); COMP_CWORD=1; _deltacome_completion deltacome; echo "${COMPREPLY[@]}"'
+    ask = "COMP_WORDS=(deltacome insp); COMP_CWORD=1; _deltacome_completion deltacome"
     done = subprocess.run(
-        ["bash", "-c", f"{script}\n{ask}", PROGRAM],
+        ["bash", "-c", f'{script}\n{ask}; echo "${{COMPREPLY[@]}}"', PROGRAM],
         env=os.environ | {"PATH": f"{PROGRAM.parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,

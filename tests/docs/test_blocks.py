@@ -4,16 +4,17 @@ A page is run from top to bottom in a folder of its own. What is real and what i
 
 - `python`: run as it stands; of calibration text there is little.
 - `bash`: a command of ours is run in this process, `compress` with little calibration text, `serve` with
-  `--dry-run`. A script of the repository parses its arguments and stops there, `python -c` is compiled.
-  Of `pip install` the extras and pins must exist, of `make` the target. What is for vLLM is parsed by it
-  in tests/vllm/test_command_lines.py. What a shell does for itself (SHELL) is taken on trust, and a
-  command that none of this knows fails.
+  `--dry-run`, a page that names `org/name` against a stand-in of the Hub. A script of the repository
+  parses its arguments and stops there, `python -c` is compiled. Of `pip install` the extras and pins must
+  exist, of `make` the target. What is for vLLM is parsed by it in tests/vllm/test_command_lines.py. What a
+  shell does for itself (SHELL) is taken on trust, and a command that none of this knows fails.
 - `text` is output; `hex` and `json` are the example of format.md, for tests/format/test_format_doc.py.
 - A block behind `<!-- skip: next "reason" -->` is not run. NOT_RUN counts them; their commands of ours
   are parsed all the same.
 """
 
 import argparse
+import contextlib
 import re
 import runpy
 import shlex
@@ -49,6 +50,12 @@ STANDS_IN = {
     "docs/methods.md": {"base": BASE, "tuned": TUNED},
     "docs/reading.md": {"delta": DELTA},
     "docs/serving.md": {"BASE": BASE, "DIR": DELTA},
+    "docs/share.md": {
+        "BASE": BASE,
+        "TUNED": TUNED,
+        "DELTA": DELTA,
+        "questions.jsonl": QUESTIONS,
+    },
     "docs/tutorial.md": {
         "work/base": BASE,
         "work/tuned": TUNED,
@@ -123,8 +130,10 @@ def commands(block):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page(page, stage, monkeypatch):
+def test_page(page, stage, monkeypatch, request):
     stage(page)
+    if "org/name" in (ROOT / page).read_text():
+        request.getfixturevalue("hub")
     skipped = []
 
     def run(block):
@@ -171,6 +180,9 @@ def run_command(words, monkeypatch):
 
 
 def run_ours(arguments, monkeypatch):
+    if ">" in arguments:
+        with open(arguments[-1], "w") as file, contextlib.redirect_stdout(file):
+            return run_ours(arguments[: arguments.index(">")], monkeypatch)
     if arguments[0] == "serve":
         arguments = ["serve", "--dry-run", *arguments[1:]]
     if arguments[0] == "compress":
