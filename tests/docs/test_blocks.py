@@ -6,8 +6,8 @@ A page is run from top to bottom in a folder of its own. What is real and what i
 - `bash`: a command of ours is run in this process, `compress` with little calibration text, `serve` with
   `--dry-run`, a page that names `org/name` against a stand-in of the Hub. A script of the repository
   parses its arguments and stops there, `python -c` is compiled. Of `pip install` the extras and pins must
-  exist, of `make` the target. What is for vLLM is parsed by it in tests/vllm/test_command_lines.py. What a
-  shell does for itself (SHELL) is taken on trust, and a command that none of this knows fails.
+  exist, of `make` the target. What is for vLLM is parsed by it in tests/vllm/test_command_lines.py. What
+  a shell does for itself (SHELL) is taken on trust, and a command that none of this knows fails.
 - `text` is output; `hex` and `json` are the example of format.md, for tests/format/test_format_doc.py.
 - A block behind `<!-- skip: next "reason" -->` is not run. NOT_RUN counts them; their commands of ours
   are parsed all the same.
