@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from typer.testing import CliRunner
 
 from deltacome.cli import app
 from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
+from deltacome.format.artifact import Artifact
 from deltacome.format.canary import Canary, canary_ids
 from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.spec import Band
 from deltacome.vllm import compat
-from deltacome.vllm.find import Finder
+from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.launch import plan_launch
 from deltacome.vllm.manners import Manners
 from deltacome.vllm.request import artifact_path, content_path, has_digest, is_artifact
@@ -222,6 +224,23 @@ def test_a_place_that_cannot_be_read(tmp_path, memory, monkeypatch):
 @pytest.mark.parametrize("name", ["..", "a/b", "/etc", ".hidden", "", "a\n", "x" * 129])
 def test_names_are_one_component(name, tmp_path):
     assert asyncio.run(Finder(str(tmp_path)).find(name)) is None
+
+
+def test_an_artifact_named_on_the_hub(base, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    artifact = random_artifact(base, tmp_path / "mine")
+    artifact.push_to_hub("org/delta", branch="v1")
+    folder = Path(hub_artifact("org/delta@v1"))
+    assert Artifact.open(folder).digest == artifact.digest
+    hub.repos["org/lora"] = type(hub.repos["org/delta"])(private=False)
+    (tmp_path / "org" / "local").mkdir(parents=True)
+    for other in ("org/delta", "org/lora", "org/none", "org/local", "/no/folder", "gpt2", ""):
+        assert hub_artifact(other) == other
+    repo = hub.repos["org/delta"]
+    files = repo.commits[repo.branches["v1"]]
+    repo.commit("broken", {k: v for k, v in files.items() if not k.endswith(".safetensors")})
+    with pytest.raises(ArtifactError, match="is missing"):
+        Artifact.open(hub_artifact("org/delta@broken"))
 
 
 # --- launching -----------------------------------------------------------------------------------

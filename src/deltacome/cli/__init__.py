@@ -56,8 +56,9 @@ def _options(
     """Compress full fine-tunes to small deltas of their base, and run them."""
     global _debug
     _debug = debug
-    if not stderr.is_terminal:  # read when huggingface_hub is imported, so not later than here
+    if not stderr.is_terminal:  # read when these libraries are imported, so not later than here
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 app.command("compress")(compress.compress)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from deltacome.errors import ArtifactError, OutputError
 from deltacome.format.canary import CANARY_FILE
-from deltacome.format.card import model_card
+from deltacome.format.card import MARK, model_card
 from deltacome.format.codec import BandTensors, Packed, SignTensors, read_bands, read_signs
 from deltacome.format.folder import (
     RUN_FILE,
@@ -201,7 +201,7 @@ class Artifact(ModelHubMixin):
         file = self.path / CARD_FILE
         if file.is_file():
             own = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-            if own.text.strip() != model_card(self).text.strip():
+            if MARK not in own.text:
                 said = {key: value for key, value in vars(card.data).items() if value is not None}
                 said["tags"] = list(dict.fromkeys([*(own.data.get("tags") or []), *said["tags"]]))
                 vars(own.data).update(said)

@@ -1,7 +1,8 @@
 """The model card of an artifact: metadata that the Hub reads, and tables of sizes, errors and scores.
 
 Written by compression into the folder, and again when it is pushed, when its name and perhaps its scores
-are known. Scores are those of `deltacome eval --json`, taken only if they were measured on this artifact.
+are known; a card without `MARK` has somebody's own words, and keeps them. Scores are those of
+`deltacome eval --json`, taken only if they were measured on this artifact.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FIGURES = {"score": "exact match", "kl_task": "KL on the task", "kl_text": "KL on general text"}
 """Of `evals.run.evaluate`, as the card calls them; KL in nats a token, against the tuned model."""
+
+MARK = (
+    "<!-- Written by deltacome, and anew when it is pushed: without this line your words stay. -->"
+)
 
 Figure = tuple[str, str, str, dict[str, float | None]]
 """Task, metric, the metric's pretty name, and its value for `base`, `tuned` and `delta`."""
@@ -58,6 +63,7 @@ def model_card(
     called = base if linked else Path(base).name
     text = "\n".join(
         [
+            MARK,
             *_heading(artifact, name, called),
             *_sizes(artifact),
             *_errors(artifact),

@@ -1,4 +1,5 @@
-"""Finds tenants by name in a folder, or at any address that fsspec understands: S3, GCS, `hf://org`.
+"""Finds tenants by name in a folder, or at any address that fsspec understands: S3, GCS, `hf://org`;
+and an artifact that a client names as `org/name` of the Hub.
 
 A remote artifact is copied once for each state of its manifest into a cache beside the Hub's, whole or
 not at all. The name is one component of a path; anything else is nobody's name.
@@ -15,11 +16,33 @@ import tempfile
 from pathlib import Path
 
 from deltacome.errors import ArtifactError
+from deltacome.format.hub import NAME as HUB_NAME
+from deltacome.format.hub import fetch_folder
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.vllm.request import is_artifact
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a tenant can be called: no separators, and no leading dot."""
+
+
+def hub_artifact(path: str) -> str:
+    """The folder in the Hub's cache of an artifact named `org/name` or `org/name@revision`.
+
+    Any other path as it is: a folder, or a repository without an artifact, of which vLLM may know more.
+
+    Raises:
+        ArtifactError: there is an artifact, and it cannot be fetched.
+    """
+    match = HUB_NAME.fullmatch(path)
+    if match is None or "/" not in match["repo"] or Path(path).is_dir():
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(match["repo"], MANIFEST_FILE, revision=match["revision"])
+    except Exception:  # not there, or the Hub is not: vLLM's own loading says which
+        return path
+    return str(fetch_folder(path, None, ArtifactError))
 
 
 class Finder:

@@ -7,6 +7,7 @@ everything that is no tenant passes through them untouched.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import time
@@ -19,7 +20,7 @@ from vllm.entrypoints.serve import create_error_response
 
 from deltacome.errors import DeltaError, UnsupportedError
 from deltacome.vllm import compat, metrics
-from deltacome.vllm.find import Finder
+from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.manners import SAMPLING
 from deltacome.vllm.registry import Registry
 from deltacome.vllm.request import has_digest, is_artifact
@@ -71,13 +72,19 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        if _registry is None or not is_artifact(request.lora_path or ""):
+        if _registry is None:
+            return await original(self, request, base_model_name)
+        try:
+            folder = await asyncio.to_thread(hub_artifact, request.lora_path or "")
+        except DeltaError as error:
+            return _refusal(error, "lora_path")
+        if not is_artifact(folder):
             return await original(self, request, base_model_name)
         async with self.lora_resolver_lock[request.lora_name]:
             if error := await self._check_load_lora_adapter_request(request):
                 return error
             try:
-                await _loaded(_registry, request.lora_name, request.lora_path)
+                await _loaded(_registry, request.lora_name, folder)
             except DeltaError as error:
                 return _refusal(error, "lora_path")
         return f"Success: tenant '{request.lora_name}' added successfully."
