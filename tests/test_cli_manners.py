@@ -32,6 +32,7 @@ RUNS = {
     "verify": lambda at: [at.artifact],
     "merge": lambda at: [at.base, at.artifact, "-o", at.new],
     "export": lambda at: [at.artifact, "-o", at.new, "--to", "peft-lora"],
+    "report": lambda at: [at.artifact, "-o", at.new],
     "push": lambda at: [at.artifact, "org/name"],
     "generate": lambda at: [at.base, "one", "--delta", at.artifact, "--max-new-tokens", "2"],
     "eval": lambda at: [

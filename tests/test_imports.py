@@ -30,6 +30,13 @@ TOGETHER = {
     ("skeleton", "outline"): ("deltacome.runtime", "deltacome.ops", *WRITING),
     ("numerics", "methods"): ("transformers", "deltacome.arch", "deltacome.compression"),
     ("evals",): WRITING,
+    ("report",): (
+        "transformers",
+        "matplotlib.pyplot",
+        "deltacome.runtime",
+        "deltacome.arch",
+        *WRITING,
+    ),
     ("compression",): ("deltacome.runtime", "deltacome.evals"),
 }
 

@@ -23,6 +23,7 @@ from deltacome.cli import (
     merge,
     plan,
     push,
+    report,
     serve,
     verify,
 )
@@ -65,6 +66,7 @@ app.command("compress")(compress.compress)
 app.command("plan")(plan.plan)
 app.command("capacity")(capacity.capacity)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 app.command("verify")(verify.verify)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)

@@ -81,11 +81,7 @@ def new_folder(output: Path) -> Iterator[Path]:
             unfinished compression lies in its place.
     """
     stream, partial = claim(output), partial_of(output)
-    if (partial / RUN_FILE).exists():
-        stream.close()
-        raise OutputError(
-            f"{partial}: holds an unfinished run of compress; continue it with --resume or remove it"
-        )
+    _refuse_unfinished(partial, stream)
     try:
         with disk_errors(output):
             finished = partial / "final"
@@ -93,6 +89,26 @@ def new_folder(output: Path) -> Iterator[Path]:
             finished.mkdir()
             yield finished
             publish(finished, output)
+    finally:
+        release(output, stream)
+
+
+@contextlib.contextmanager
+def new_file(output: Path) -> Iterator[Path]:
+    """A file to write, which becomes `output` when the block ends; otherwise as `new_folder`.
+
+    Raises:
+        OutputError: as `new_folder`.
+    """
+    stream, partial = claim(output), partial_of(output)
+    _refuse_unfinished(partial, stream)
+    try:
+        with disk_errors(output):
+            finished = partial / "final"
+            yield finished
+            sync(finished)
+            os.replace(finished, output)
+            sync(output.parent)
     finally:
         release(output, stream)
 
@@ -125,6 +141,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _refuse_unfinished(partial: Path, stream: IO[str]) -> None:
+    if (partial / RUN_FILE).exists():
+        stream.close()
+        raise OutputError(
+            f"{partial}: holds an unfinished run of compress; continue it with --resume or remove it"
+        )
 
 
 def _refuse_existing(output: Path) -> None:

@@ -1,0 +1,50 @@
+"""`deltacome report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltacome.cli.options import Json
+from deltacome.errors import DeltaError
+
+
+def report(
+    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="What eval --json printed of it and others; may be repeated.",
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Folder for the same figures as PNG files.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw an artifact: where its bytes went, errors, spectra, scores, on one page."""
+    from deltacome.format.artifact import Artifact
+
+    try:
+        from deltacome.report import write_report
+    except ImportError as error:
+        raise DeltaError(
+            f"report: needs what it draws with (pip install 'deltacome[report]'): {error}"
+        ) from error
+    name = (
+        None if Path(artifact).is_dir() else artifact
+    )  # the cache's folders are called by commits
+    opened = Artifact.from_pretrained(artifact)
+    write_report(opened, output, name=name, scores=scores or [], png=png)
+    if as_json:
+        print(json.dumps({"output": str(output), "png": None if png is None else str(png)}))
+        return
+    for path in (output, png):
+        if path is not None:
+            print(f"{path}: written")

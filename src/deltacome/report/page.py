@@ -1,0 +1,127 @@
+"""`deltacome report`: an artifact as one page that needs nothing else, and its figures as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from deltacome.errors import OutputError
+from deltacome.format.artifact import Artifact
+from deltacome.format.folder import new_file, new_folder
+from deltacome.report.colours import COLOURS
+from deltacome.report.facts import Facts, gather
+from deltacome.report.figures import draw
+from deltacome.report.scores import read_scores
+from deltacome.report.sections import Section, sections
+from deltacome.report.svg import inline_svg
+from deltacome.report.words import clip, number, size
+
+DPI = 144
+"""Of the PNG files: two dots for a pixel of the page."""
+
+
+def write_report(
+    artifact: Artifact,
+    output: Path,
+    *,
+    name: str | None = None,
+    scores: Sequence[Path] = (),
+    png: Path | None = None,
+) -> None:
+    """Writes the page, and the wide figures as PNG files into a folder of their own.
+
+    Everything is drawn before anything is written, and each output is whole or absent.
+
+    Args:
+        artifact: to be shown; all of it is read.
+        output: the HTML file.
+        name: heading of the page; by default that of the artifact's folder.
+        scores: files with what `deltacome eval --json` printed.
+        png: folder for PNG files.
+
+    Raises:
+        ArtifactError: the artifact is damaged.
+        DeltaError: a file of scores cannot be read.
+        OutputError: an output exists already or cannot be written.
+    """
+    for path in (output, png):
+        if path is not None and path.exists():
+            raise OutputError(f"{path}: the output exists already; remove it or name another")
+    exams = read_scores(scores)
+    facts = gather(artifact)
+    shown = [_drawn(section) for section in sections(facts, exams)]
+    page = render(name or artifact.path.resolve().name, facts, shown)
+    if png is not None:
+        with new_folder(png) as folder:
+            for part in shown:
+                part.wide.savefig(folder / f"{part.section.key}.png", dpi=DPI)
+    with new_file(output) as file:
+        file.write_text(page, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A section with its figure, twice."""
+
+    section: Section
+    wide: Figure
+    narrow: Figure
+
+    def svg(self, form: str) -> str:
+        """The `wide` or `narrow` figure."""
+        section = self.section
+        figure = self.wide if form == "wide" else self.narrow
+        return inline_svg(figure, f"{section.key}-{form}", section.title, section.finding)
+
+
+def render(name: str, facts: Facts, shown: Sequence[Drawn]) -> str:
+    """The page: HTML that is XML too, and refers to nothing outside of itself."""
+    environment = Environment(
+        loader=PackageLoader("deltacome.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        name=clip(name, 80),
+        colours=COLOURS,
+        tiles=_tiles(facts),
+        about=_about(facts),
+        parts=shown,
+    )
+
+
+def _drawn(section: Section) -> Drawn:
+    wide, narrow = (draw(section.draw, wide, *section.subject) for wide in (True, False))
+    return Drawn(section, wide, narrow)
+
+
+def _tiles(facts: Facts) -> list[tuple[str, str]]:
+    """What people look for first."""
+    errors = [p for p in facts.places if p.error is not None]
+    mean = None
+    if errors:
+        mean = sum((p.error or 0) * p.matrices for p in errors) / sum(p.matrices for p in errors)
+    matrices = sum(place.matrices for place in facts.places)
+    return [
+        (f"{facts.ratio:.2f}", "ratio, everything counted"),
+        (size(facts.bytes_on_disk), f"on disk, for {size(facts.tuned_nbytes)}"),
+        (number(facts.nominal_ratio), "nominal ratio: codes only"),
+        (number(mean), "mean error of a matrix"),
+        (f"{matrices:,}", f"matrices packed, of {facts.tensors.total():,} tensors"),
+    ]
+
+
+def _about(facts: Facts) -> dict[str, str]:
+    options = [f"{key} {value}" for key, value in facts.method.items() if key != "name"]
+    base = facts.base if not Path(facts.base).is_absolute() else Path(facts.base).name
+    return {
+        "method": clip(str(facts.method["name"]), 40),
+        "options": clip(" · ".join(options), 160),
+        "base": clip(base, 80),
+    }

@@ -1,0 +1,209 @@
+"""What the page says: for each figure a heading, the finding in a sentence, the numbers as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from deltacome.report import figures
+from deltacome.report.facts import CODES, KINDS, Facts, Place
+from deltacome.report.scores import Exam
+from deltacome.report.words import KIND_WORDS, clip, number, share, short_names, size
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure of the report and what goes with it."""
+
+    key: str
+    title: str
+    finding: str
+    """What the figure shows, from its numbers; also what a screen reader says of it."""
+    note: str
+    """How to read it."""
+    draw: Callable[..., Figure]
+    """A function of `figures`, and what it draws."""
+    subject: tuple[Facts | Sequence[Exam], ...]
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def sections(facts: Facts, exams: Sequence[Exam]) -> list[Section]:
+    """Those that the artifact has something to show for."""
+    found = [_bytes(facts)]
+    if facts.places:
+        found.append(_widths(facts))
+    if any(place.error is not None and place.depth is not None for place in facts.places):
+        found.append(_errors(facts))
+    if any((place.spectrum > 0).any() for place in facts.places):
+        found.append(_spectra(facts))
+    if any(exam.deltas for exam in exams):
+        found.append(_scores(facts, exams))
+    return found
+
+
+def _bytes(facts: Facts) -> Section:
+    codes = sum(facts.nbytes[kind] for kind in CODES) / facts.bytes_on_disk
+    rows = [
+        (
+            KIND_WORDS[kind],
+            f"{facts.nbytes[kind]:,}",
+            share(facts.nbytes[kind] / facts.bytes_on_disk),
+        )
+        for kind in KINDS
+        if facts.nbytes[kind]
+    ]
+    return Section(
+        "bytes",
+        "Bytes by kind",
+        f"{size(facts.bytes_on_disk)} stand for {size(facts.tuned_nbytes)}: a ratio of "
+        f"{facts.ratio:.2f}. {share(codes)} of them are codes.",
+        "Everything on disk is counted: weight files with their headers, index and manifest. "
+        f"Tokenizer, configuration and the like ({size(facts.beside_nbytes)}) count on neither side.",
+        figures.bytes_by_kind,
+        (facts,),
+        ("kind", "bytes", "share"),
+        [*rows, ("all", f"{facts.bytes_on_disk:,}", share(1))],
+    )
+
+
+def _widths(facts: Facts) -> Section:
+    kinds = [kind for kind in CODES if any(place.nbytes[kind] for place in facts.places)]
+    names = _names(facts)
+    rows = [
+        (
+            *_where(names, place),
+            *(f"{place.directions[k]:,}" for k in kinds if k != "signs"),
+            f"{place.nbytes.total():,}",
+            f"{place.bits:.3f}",
+        )
+        for place in facts.places
+    ]
+    most, least = (choose(facts.places, key=lambda place: place.bits) for choose in (max, min))
+    if most.bits - least.bits < 5e-4:
+        finding = f"Every matrix has {most.bits:.2f} bits a weight."
+    else:
+        finding = (
+            f"From {least.bits:.2f} bits a weight ({_name(names, least)}) to {most.bits:.2f} "
+            f"({_name(names, most)})."
+        )
+    header = ("matrix", "layer", *(f"directions of {k} bits" for k in kinds if k != "signs"))
+    return Section(
+        "widths",
+        "Where the bits went",
+        finding,
+        "A panel is a projection, with its bytes in all layers; to the right goes the depth. "
+        "A matrix of 16-bit weights would reach 16.",
+        figures.widths,
+        (facts,),
+        (*header, "bytes", "bits a weight"),
+        rows,
+    )
+
+
+def _errors(facts: Facts) -> Section:
+    names = _names(facts)
+    known = [place for place in facts.places if place.error is not None]
+    worst = max((p for p in known if p.depth is not None), key=lambda place: place.error or 0)
+    outside = [f"{_name(names, p)} {number(p.error)}" for p in facts.outside if p.error is not None]
+    beside = f" Outside of blocks: {', '.join(outside[:6])}." if outside else ""
+    return Section(
+        "errors",
+        "Error by layer",
+        f"{number(_mean_error(known))} on average, {number(worst.error)} at most: {_name(names, worst)}."
+        + beside,
+        "‖(D − D̂)X‖² / ‖DX‖² of a matrix's delta D, as measured when it was compressed; X are its "
+        "calibration inputs, or the identity where there were none.",
+        figures.errors,
+        (facts,),
+        ("matrix", "layer", "error"),
+        [(*_where(names, place), number(place.error, 4)) for place in known],
+    )
+
+
+def _spectra(facts: Facts) -> Section:
+    names = _names(facts)
+    places = [place for place in facts.places if (place.spectrum > 0).any()]
+    rows = []
+    for place in places:
+        s = place.spectrum
+        ends = (number(float(s[0])), number(float(s[len(s) // 2])), number(float(s[-1])))
+        rows.append((*_where(names, place), f"{len(s):,}", *ends, f"{_half(s):,}"))
+    halves = median(_half(place.spectrum) for place in places)
+    kept = median(len(place.spectrum) for place in places)
+    return Section(
+        "spectra",
+        "Spectra of the deltas",
+        f"Half of what a matrix's bands change lies in its first {halves:g} of {kept:g} "
+        "directions (medians).",
+        "‖s u vᵀ‖ of each direction as it is stored, largest first: a singular value, up to "
+        "quantisation, where the method takes a plain SVD. Colour is depth"
+        + (f"; {figures.LINES} layers are drawn." if len(facts.depths) > figures.LINES else "."),
+        figures.spectra,
+        (facts,),
+        ("matrix", "layer", "directions", "largest", "middle", "smallest", "half of ‖·‖² in"),
+        rows,
+    )
+
+
+def _scores(facts: Facts, exams: Sequence[Exam]) -> Section:
+    rows = []
+    for exam in exams:
+        for m in exam.models:
+            low, high = _score(exam, m.low), _score(exam, m.high)
+            interval = "–" if m.low is None else f"{low} to {high}"
+            measured = (_score(exam, m.score), interval, number(m.kl_task), number(m.kl_text))
+            nbytes = "–" if m.nbytes is None else f"{m.nbytes:,}"
+            ratio = "–" if m.ratio is None else f"{m.ratio:.2f}"
+            names = (clip(exam.task, 60), clip(m.name, 60), clip(m.method or "–", 20))
+            rows.append((*names, nbytes, ratio, *measured))
+    said = []
+    for exam in exams:
+        asked = "" if exam.questions is None else f", {exam.questions} questions"
+        shown = {"base": exam.dense("base"), "tuned": exam.dense("tuned")}
+        mine = [m for m in exam.deltas if m.artifact == facts.digest]
+        shown |= {"this artifact": mine[0]} if mine else {}
+        words = [f"{name} {_score(exam, m.score)}" for name, m in shown.items() if m is not None]
+        said.append(f"{clip(exam.task, 60)}{asked}: {', '.join(words)}.")
+    return Section(
+        "scores",
+        "Score against ratio",
+        " ".join(said),
+        "Bars are 95 % intervals. A smaller KL is better; the tuned model has none.",
+        figures.scores,
+        (exams, facts),
+        ("task", "model", "method", "bytes", "ratio", "score", "95 %", "KL task", "KL text"),
+        rows,
+    )
+
+
+def _score(exam: Exam, value: float | None) -> str:
+    return share(value) if exam.percent and value is not None else number(value)
+
+
+def _names(facts: Facts) -> dict[str, str]:
+    return short_names(dict.fromkeys(place.projection for place in facts.places))
+
+
+def _where(names: dict[str, str], place: Place) -> tuple[str, str]:
+    return clip(names[place.projection], 60), "–" if place.depth is None else str(place.depth)
+
+
+def _name(names: dict[str, str], place: Place) -> str:
+    word = clip(names[place.projection], 40)
+    return word if place.depth is None else f"{word} of layer {place.depth}"
+
+
+def _mean_error(places: Sequence[Place]) -> float:
+    """Of the matrices, not of the places."""
+    return sum((p.error or 0) * p.matrices for p in places) / sum(p.matrices for p in places)
+
+
+def _half(spectrum: np.ndarray) -> int:
+    """How many directions have half of the squared norm."""
+    squares = np.cumsum(spectrum**2)
+    return int(np.searchsorted(squares, squares[-1] / 2)) + 1

@@ -1,0 +1,64 @@
+"""What `eval --json` prints, read back."""
+
+import json
+
+import pytest
+from report_helpers import evaluated
+
+from deltacome.errors import DeltaError
+from deltacome.report.scores import read_scores
+
+BASE = ("base", None, None, None, 0.1)
+ONE = ("one", "delta-come", 1000, 16.0, 0.5)
+TWO = ("two", "low-rank", 100, 64.0, 0.3)
+
+
+def test_files_of_one_exam_are_put_together(tmp_path):
+    first = evaluated(tmp_path / "1.json", [BASE, TWO], task="/somewhere/else/q.jsonl")
+    second = evaluated(tmp_path / "2.json", [BASE, ONE], task="/somewhere/else/q.jsonl")
+    other = evaluated(tmp_path / "3.json", [ONE], task="sums")
+    exams = read_scores([first, second, other])
+    assert [(exam.task, exam.questions) for exam in exams] == [("else/q.jsonl", 50), ("sums", 50)]
+    assert [model.name for model in exams[0].models] == ["base", "two", "one"]
+    assert [model.name for model in exams[0].deltas] == ["one", "two"]
+    assert exams[0].dense("base").score == 0.1
+    assert exams[0].dense("tuned") is None
+    assert exams[0].percent
+
+
+def test_tasks_of_the_harness(tmp_path):
+    def model(name, accuracy, **more):
+        figures = {"acc,none": accuracy, "acc_stderr,none": 0.02, "acc_norm,none": 0.9}
+        return {"name": name, **more, "results": {"arc": figures, "words": {"ppl,x": 12.5}}}
+
+    delta = model("d", 0.5, artifact="a", method="adaptive", bytes=10, ratio=32.0)
+    file = tmp_path / "h.json"
+    file.write_text(json.dumps({"tasks": ["arc", "words"], "models": [model("base", 0.25), delta]}))
+    arc, words = read_scores([file])
+    assert (arc.task, arc.metric, arc.questions) == ("arc", "acc", None)
+    assert arc.deltas[0].low == pytest.approx(0.5 - 1.96 * 0.02)
+    assert (words.metric, words.percent, words.deltas[0].score) == ("ppl,x", False, 12.5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"task": "t", "n": 1, "models": [{"name": "x", "score": 0.5}]}',
+        '{"task": "t", "n": 1, "models": [{"name": "base", "score": "high"}]}',
+        '{"task": "t", "n": 1, "models": [{"name": "base", "score": NaN}]}',
+        '{"task": "t", "n": 1, "models": [{"name": "x", "artifact": "a", "method": "m", "bytes": 1, '
+        '"ratio": -1}]}',
+        '{"models": [{"name": "x", "results": {"t": {}}}]}',
+        "[" * 100_000,
+    ],
+)
+def test_anything_else_is_refused(tmp_path, text):
+    file = tmp_path / "scores.json"
+    file.write_text(text)
+    with pytest.raises(
+        DeltaError, match=r"scores\.json: expected what deltacome eval --json prints"
+    ):
+        read_scores([file])
