@@ -1,6 +1,10 @@
 """lm-eval through the attached model, on tasks that are defined here and need no network."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +104,23 @@ def test_right_answers_count(models, tasks):
     (tasks.parent / "data.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = run_harness(base, ["local_answers"], folder=tasks, device="cpu", dtype="float32")
     assert result["models"][0]["results"]["local_answers"]["exact_match,none"] == 1.0
+
+
+def test_the_command_prints_its_object_and_nothing_else(models, tasks):
+    program = Path(sys.executable).with_name("deltacome")
+    base, _, delta = models
+    options = ["--lm-eval", ",".join(TASKS), "--tasks-folder", tasks, "--delta", delta, "--json"]
+    done = subprocess.run(
+        [program, "eval", base, *options, "--limit", "2"],
+        env=os.environ | {"HF_HOME": str(tasks.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = (m for m in json.loads(done.stdout)["models"] if "artifact" in m)
+    assert row["artifact"] == deltacome.Artifact.open(delta).digest
+    assert row["results"].keys() == TASKS.keys()
 
 
 def test_unknown_tasks_are_refused(models, tasks):

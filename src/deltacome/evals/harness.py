@@ -7,7 +7,10 @@ folder of task files for those who work offline. `lm-eval` is an extra (`pip ins
 
 from __future__ import annotations
 
+import functools
 import gc
+import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,9 +76,12 @@ def run_harness(
     artifacts = [opened(delta) for delta in deltas]
     tokenizer = shared_tokenizer(base, tuned, artifacts)
 
+    # What it says of a model that is handed to it is what we want.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
     def figures(model: Any) -> Figures:
         found = evaluate(
-            model=wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=_quiet(wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)),
             tasks=list(tasks),
             task_manager=manager,
             num_fewshot=shots,
@@ -101,6 +107,14 @@ def run_harness(
         with attach(model, artifact):
             models.append({"name": name, **account(artifact), "results": figures(model)})
     return {"tasks": list(tasks), "models": models}
+
+
+def _quiet(model: Any) -> Any:
+    """Without progress bars where nobody watches."""
+    if not sys.stderr.isatty():
+        for name in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
+            setattr(model, name, functools.partial(getattr(model, name), disable_tqdm=True))
+    return model
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
