@@ -49,6 +49,7 @@ STANDS_IN = {
     "docs/compress.md": {"BASE": BASE, "TUNED": TUNED, "questions.jsonl": QUESTIONS},
     "docs/methods.md": {"base": BASE, "tuned": TUNED},
     "docs/reading.md": {"delta": DELTA},
+    "docs/report.md": {"BASE": BASE, "TUNED": TUNED, "DELTA": DELTA, "questions.jsonl": QUESTIONS},
     "docs/serving.md": {"BASE": BASE, "DIR": DELTA},
     "docs/share.md": {
         "BASE": BASE,
