@@ -1,5 +1,7 @@
-"""The commands of examples/deploy, as each file says them."""
+"""What the files of examples/deploy say: the commands that they start, the metrics that they ask for."""
 
+import json
+import re
 import shlex
 from pathlib import Path
 
@@ -25,3 +27,13 @@ def serve_commands():
         "deployment.yaml": deployment["spec"]["template"]["spec"]["containers"][0]["args"],
         "deltacome.service": arguments,
     }
+
+
+def asked_metrics():
+    """Names of samples in the queries of dashboard and alerts."""
+    dashboard = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
+    queries += [variable["query"] for variable in dashboard["templating"]["list"]]
+    (alerts,) = load("prometheus/alerts.yml")
+    queries += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    return {name for query in queries for name in re.findall(r"(?:vllm:|deltacome_)\w+", query)}

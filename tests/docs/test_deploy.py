@@ -5,14 +5,13 @@ The tools that know these kinds of files look at them in examples/deploy/check.p
 
 import ast
 import importlib.util
-import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from deploy_helpers import DEPLOY, load, serve_commands
+from deploy_helpers import DEPLOY, asked_metrics, load, serve_commands
 from prometheus_client.metrics import MetricWrapperBase
 from typer.testing import CliRunner
 
@@ -122,12 +121,7 @@ def test_claims_are_those_that_are_mounted():
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_are_counted():
-    dashboard = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
-    queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
-    queries += [variable["query"] for variable in dashboard["templating"]["list"]]
-    (alerts,) = load("prometheus/alerts.yml")
-    queries += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
-    asked = {name for query in queries for name in re.findall(r"(?:vllm:|deltacome_)\w+", query)}
+    asked = asked_metrics()
     counted = ours() | vllms()
     assert asked <= counted, asked - counted
     # What ours counts is on the dashboard, each in one way at least.

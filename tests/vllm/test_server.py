@@ -2,13 +2,20 @@
 
 import asyncio
 import json
+import re
 import shutil
+import sys
 import time
+import urllib.request
+from pathlib import Path
 
 import openai
 import pytest
 from tiny_pairs import VOCAB, make_tokenizer
 from vllm_helpers import HELD, greedy, logprobs, prompt_logprobs, some_ids, wish
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from deploy_helpers import asked_metrics
 
 EVERYONE = ("base", "math", "code", "chat", "lora", "one", "two", "three")
 SERVED = ("base", "math", "code", "chat", "lora")
@@ -220,3 +227,9 @@ def test_metrics(server, stage):
     assert after["deltacome_load_seconds_count"] == after["deltacome_loads_total"]
     assert after["deltacome_evictions"] > 0
     assert "deltacome_refused_loads_total" in after
+
+
+def test_what_dashboard_and_alerts_ask_for_is_there(server):
+    server.say("code", [5, 6, 7])
+    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=30).read().decode()
+    assert asked_metrics() <= set(re.findall(r"^([\w:]+)[{ ]", text, re.M))
