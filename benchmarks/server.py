@@ -26,9 +26,8 @@ from cpu_bands import factor, paper_plan
 from deltacome.arch.checkpoint import Checkpoint, full_digest, sample_digest
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, ArtifactWriter, Unit, dtype_name
 from deltacome.format.canary import Canary, canary_ids
-from deltacome.format.codec import BandTensors, write_bands
+from deltacome.format.codec import BandTensors, dense, write_bands
 from deltacome.format.manifest import Manifest, Record
-from deltacome.runtime import merge
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -145,14 +144,21 @@ def random_lora(base: Path, folder: Path, rank: int, seed: int) -> Path:
 
 
 @torch.no_grad()
-def expected_logprobs(base: Path, artifact: Path, scratch: Path) -> Canary:
-    """What transformers says on the merged weights, in float32."""
+def expected_logprobs(base: Path, artifact: Path) -> Canary:
+    """What transformers says on base + terms, all of it in float32.
+
+    Not on a merged checkpoint: that is rounded to the tuned model's dtype, which random weights show.
+    """
     from transformers import AutoModelForCausalLM
 
-    folder = scratch / f"{artifact.name}-merged"
-    if not folder.is_dir():
-        merge(base, Artifact.open(artifact), folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    delta = Artifact.open(artifact)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, record in delta.manifest.records.items():
+        weight = model.get_parameter(name)
+        if record.plan:
+            weight.add_(dense(delta.bands(name)))
+        else:
+            weight.copy_(delta.exact(name))
     ids = canary_ids(model.config.vocab_size)
     said = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return Canary(tuple(ids), tuple(float(said[i, id]) for i, id in enumerate(ids[1:])))

@@ -10,7 +10,7 @@ that another job on the machine slows all of them. `apart`: what is done today w
 process for each, or one process that is ended and started again with the next model.
 
 Before anything is timed, the logprobs of the base and of some tenants are held against transformers on
-the merged weights in float32; a wrong one ends the run. Tenants are random codes under the plans of
+base + terms in float32; a wrong one ends the run. Tenants are random codes under the plans of
 Delta-CoMe (8+3+2 bits) at 1/16, or under those of another artifact (`--like`), every tensor changed.
 """
 
@@ -79,8 +79,8 @@ def mix(base: Path, work: Path, load: Load, rounds: int, engine: list[str], like
             )
         )
         for name, folder in [*made.items()][:CHECKED] + [*small.items()][:1]:
-            distance = ours.check(name, expected_logprobs(base, folder, work))
-            print(f"{name}: {distance:.4f} nats from the merged model in float32", file=sys.stderr)
+            distance = ours.check(name, expected_logprobs(base, folder))
+            print(f"{name}: {distance:.4f} nats from base + terms in float32", file=sys.stderr)
         rows: dict[str, Callable[[int], Measured]] = {
             "stock vLLM, base only": lambda seed: run(stock.url, ["base"], load, seed),
             "plugin, base only": lambda seed: run(ours.url, ["base"], load, seed),

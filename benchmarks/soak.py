@@ -6,7 +6,7 @@ Forty tenants of random codes with Zipf popularity, twelve slots, twenty held on
 short greedy answers, some of the base and streamed; beside them others load tenants under new names,
 load other weights in the place of running ones, unload them, and ask for what cannot be had. Each
 answer is held against the engine's own first answer to that prompt and those weights, and those against
-transformers on merged weights in float32 where the base is small (`--checked` tenants). The server runs
+transformers on base + terms in float32 where the base is small (`--checked` tenants). The server runs
 float32: in bfloat16 a tie between two tokens may fall either way from one batch to the next.
 
 Memory is that of all of the server's processes after the first fifth of the requests and at the end.
@@ -175,7 +175,7 @@ def main() -> None:
     front += ["--max-model-len", 256, "--max-num-seqs", options.clients, "--max-cpu-loras", HELD]
     with Server(front, options.work / "server.log") as server:
         for name in [*made][: options.checked]:
-            server.check(name, expected_logprobs(options.base, made[name], options.work), 1e-3)
+            server.check(name, expected_logprobs(options.base, made[name]), 1e-3)
         soak = Soak(server.url, made, prompts, options.tokens)
         start = time.monotonic()
         asyncio.run(run(soak, server, options.requests, options.clients, options.seconds))
