@@ -51,6 +51,8 @@ class Soak:
     memory: list[tuple[int, int]] = field(default_factory=list)
     movers: dict[str, str] = field(default_factory=dict)
     """Names that move → whose weights they have now; empty while they change."""
+    turns: collections.Counter[str] = field(default_factory=collections.Counter)
+    """How often a name was unloaded: a request on its way meanwhile is refused, and rightly so."""
 
     async def ask(self, http: aiohttp.ClientSession, name: str, weights: str, prompt: int) -> None:
         """One request, streamed or not, whose tokens must be those said before."""
@@ -58,7 +60,11 @@ class Soak:
         body = {"model": name, "prompt": self.prompts[prompt], "max_tokens": self.tokens}
         body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "stream": stream}
         said: list[int] = []
+        turn = self.turns[name]
         async with http.post(f"{self.url}/v1/completions", json=body) as answer:
+            if answer.status == 404 and self.turns[name] > turn:
+                self.counts["requests refused that came after their tenant was unloaded"] += 1
+                return
             if answer.status != 200:
                 self.wrong.append(f"{name}: {answer.status} {(await answer.text())[:200]}")
                 return
@@ -66,6 +72,9 @@ class Soak:
                 async for line in answer.content:
                     if line.startswith(b"data: {"):
                         chunk = json.loads(line[6:])
+                        if chunk.get("error", {}).get("code") == 404 and self.turns[name] > turn:
+                            self.counts["streams refused that came after it was unloaded"] += 1
+                            return
                         if "choices" not in chunk:
                             self.wrong.append(f"{name}: {chunk}")
                             return
@@ -122,6 +131,7 @@ async def mover(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, na
             soak.movers[name] = weights
             await asyncio.sleep(draw.uniform(1, 4))
         soak.movers[name] = ""
+        soak.turns[name] += 1
         status = await soak.post(http, "unload_lora_adapter", lora_name=name)
         soak.counts["unloads"] += 1
         if status != 200:
@@ -142,7 +152,9 @@ async def run(soak: Soak, server: Server, requests: int, clients: int, seconds: 
     end, todo = time.monotonic() + seconds, iter(range(requests))
     bounded = iter(lambda: next(todo, None) if time.monotonic() < end else None, None)
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout) as http:
+    # A connection for each request: the server closes those that idle, perhaps as one is taken up again.
+    connector = aiohttp.TCPConnector(force_close=True, limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         others = [asyncio.create_task(watch(soak, server))]
         for i in range(MOVERS):
             soak.movers[f"mover-{i}"] = ""

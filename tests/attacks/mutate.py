@@ -7,6 +7,7 @@ index fit again as well as it can: then it is a forgery, and only the reader's o
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import struct
@@ -308,7 +309,7 @@ def _edit(document: Any, draw: Random) -> None:
     if not keys:
         return
     key = draw.choice(keys)
-    value = container[key]
+    value = copy.deepcopy(container[key])  # or a document could come to hold itself
     match draw.randrange(6):
         case 0:
             container[key] = draw.choice(ODD)
@@ -321,4 +322,4 @@ def _edit(document: Any, draw: Random) -> None:
         case 4 if type(value) is int:
             container[key] = draw.choice([value + 1, value - 1, 2 * value, -value, value << 33])
         case _:
-            container[key] = container[draw.choice(keys)]
+            container[key] = copy.deepcopy(container[draw.choice(keys)])

@@ -51,8 +51,9 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
         global _registry
         original(self, engine_client, *args, **kwargs)
-        config = engine_client.vllm_config
-        if config.lora_config is None:
+        # Some servers and tests have a client without an engine, and then without tenants.
+        config = getattr(engine_client, "vllm_config", None)
+        if config is None or config.lora_config is None:
             return
         settings = Settings.parse(config.additional_config)
         self._finder = None
