@@ -160,12 +160,6 @@ def test_no_block_is_of_a_kind_that_nothing_looks_at(page):
     assert set(fences[::2]) <= known
 
 
-def test_every_page_of_results_is_listed():
-    results = ROOT / "docs/results"
-    listed = set(re.findall(r"\]\((\w+\.md)\)", (results / "README.md").read_text()))
-    assert listed == {page.name for page in results.glob("*.md")} - {"README.md"}
-
-
 def test_what_is_not_run_is_a_page():
     assert NOT_RUN.keys() | STANDS_IN.keys() <= set(PAGES)
 
