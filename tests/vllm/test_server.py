@@ -213,6 +213,8 @@ def test_unload_frees_memory(server, stage):
 
 def test_metrics(server, stage):
     before = server.figures()
+    for name in ("math", "chat", "one"):  # more than there are slots
+        server.say(name, [5, 6, 7])
     for _ in range(2):
         server.say("code", [5, 6, 7], 9, extra_body={"ignore_eos": True})
     server.load("nobody", "/nowhere")
