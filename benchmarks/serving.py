@@ -50,7 +50,7 @@ SMALL = 16
 APART = 4
 """Models of the second stage."""
 CHECKED = 3
-ROUNDING = 0.1
+ROUNDING = 0.25
 """A tenant's logprobs may be that much of the base's distance from the expected ones: bfloat16 rounds
 those of random weights a lot."""
 
