@@ -35,7 +35,7 @@ FILES = [
     "tests/entrypoints/serve/lora/test_serving_models.py",
     "tests/plugins_tests/lora_resolvers",
 ]
-NEEDS = ("tblib", "pytest-asyncio", "pytest-timeout", "ray")
+NEEDS = ("tblib", "pytest-asyncio", "pytest-timeout", "ray", "msgpack")
 """Installed alone: a test that imports more fails either way."""
 RUN = """
 import sys, pytest

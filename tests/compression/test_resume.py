@@ -216,7 +216,8 @@ def test_kills_at_random_moments(pairs, text, tmp_path):
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for said in json.loads(done.stdout).values():
-        assert (said["kills"], said["wrong"]) == (3, [])
+        assert said["kills"] >= 3  # the last trial may be killed twice
+        assert said["wrong"] == []
     assert not list(tmp_path.iterdir())
 
 
