@@ -9,7 +9,8 @@ answer is held against the engine's own first answer to that prompt and those we
 transformers on base + terms in float32 where the base is small (`--checked` tenants). The server runs
 float32: in bfloat16 a tie between two tokens may fall either way from one batch to the next.
 
-Memory is that of all of the server's processes after the first fifth of the requests and at the end.
+Memory is what all of the server's processes have allocated, after the first fifth of the requests and at
+the end.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ async def mover(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, na
 async def watch(soak: Soak, server: Server) -> None:
     """Notes memory as requests are answered."""
     while True:
-        soak.memory.append((soak.counts["requests"], await asyncio.to_thread(server.resident)))
+        anonymous = await asyncio.to_thread(server.resident, "Pss_Anon")
+        soak.memory.append((soak.counts["requests"], anonymous))
         print(dict(soak.counts), f"{soak.memory[-1][1] / 2**20:.0f} MiB", file=sys.stderr)
         await asyncio.sleep(10)
 

@@ -95,7 +95,9 @@ def test_pickled_weights_alone(refused, pair, which):
 def test_no_such_folder(refused, pair, which):
     given = list(pair)
     given[which] = pair[0] / "none"
-    with pytest.raises(CheckpointError, match="expected a folder, or org/name of the Hub; found none"):
+    with pytest.raises(
+        CheckpointError, match="expected a folder, or org/name of the Hub; found none"
+    ):
         compress(*given, pair[0].with_name("out"))
 
 

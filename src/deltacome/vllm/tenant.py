@@ -10,6 +10,7 @@ with the list of tensors or the figure to set.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -64,7 +65,10 @@ class Tenant:
 
         Until then they are views of files: who writes into those would change what is served.
         """
-        self.image = torch.zeros(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        if pinned or not self.nbytes:
+            self.image = torch.zeros(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        else:  # memory of its own, which goes back to the system with it; malloc would keep pieces
+            self.image = torch.frombuffer(mmap.mmap(-1, self.nbytes), dtype=torch.uint8)
         for offset, chunk in self.chunks:
             self.image[offset : offset + chunk.numel()] = chunk
         self.chunks = []
