@@ -187,6 +187,9 @@ def page(results: list[dict]) -> Iterator[str]:
     """Markdown."""
     yield "# Serving\n"
     yield str(__doc__).strip().partition("\n\n")[2].partition("\n\n")[2] + "\n"
+    commands = " ".join(result["command"] for result in results)
+    if missing := [stage for stage in ("mix", "apart") if f"--stage {stage}" not in commands]:
+        yield f"Not measured yet: `{', '.join(missing)}`.\n"
     for result in results:
         yield f"{result['origin']} {result['load']}\n"
         columns = (

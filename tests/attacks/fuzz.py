@@ -1,7 +1,7 @@
 """Reads mutated artifacts by the thousand and counts what became of each.
 
     python tests/attacks/fuzz.py --count 100000 --seed 0
-    python tests/attacks/fuzz.py --seed 0 --only 4711 --keep /tmp/mutant     # look at one
+    python tests/attacks/fuzz.py --seed 0 --only 4711 --keep work/mutant    # look at one
 
 Reading is what `merge` does: open, check all bytes, rebuild every tuned tensor from the base. A mutant
 may be refused by an error of our own tree or give exactly the original. Where checksums were made to fit
