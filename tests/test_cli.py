@@ -237,7 +237,7 @@ def test_debug_shows_where_it_was_refused(cli, pair, tmp_path):
         (["--method", "low-rank", "--precision", "single"], "--precision"),
         (["--method", "bitdelta", "--plan", "2:*"], "--plan"),
         (["--method", "bitdelta", "--scales", "columns"], "--scales"),
-        (["--distill", "5"], "--distill"),
+        (["--method", "prinmix", "--distill", "5"], "--distill"),
         (["--search", "greedy", "--plan", "2:*"], "--search"),
         (["--search", "best"], "--search"),
         (["--plan", "7:1"], "--plan"),

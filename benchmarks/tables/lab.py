@@ -58,6 +58,9 @@ class Size:
     """Calibration rows: half questions of the task, half general text."""
     row_tokens: int = 128
     distill: int = 150
+    """Steps that find BitDelta's scales, of four rows."""
+    fit: int = 100
+    """Steps that find the singular values of `adaptive`, of sixteen rows."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of calibration, for the main rows."""
     ratios: tuple[float, ...] = (8, 16, 32, 64, 128)
@@ -71,11 +74,11 @@ SIZES = {
         side=("code",),
         kl_questions=64,
         steps=150,
-        rows=32,
         row_tokens=64,
         distill=24,
+        fit=60,
         seeds=(0,),
-        ratios=(16, 64, 128),
+        ratios=(16, 32, 64),
         strategies=("single 16", "single 4", "single 2", "double 8+2", "triple 8+3+2"),
     ),
 }

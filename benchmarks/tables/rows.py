@@ -27,14 +27,14 @@ def baselines(size: Size) -> list[Row]:
 
 def main_rows(size: Size) -> list[Row]:
     """All methods, ours last."""
-    return [*baselines(size), ("adaptive", Adaptive(), RATIO)]
+    return [*baselines(size), ("adaptive", Adaptive(distill=size.fit), RATIO)]
 
 
-def curves() -> list[tuple[str, Method]]:
+def curves(size: Size) -> list[tuple[str, Method]]:
     """Methods that exist at every ratio."""
     return [
         ("low rank", LowRank()),
         ("Delta-CoMe", DeltaCome()),
         ("PrinMix", PrinMix()),
-        ("adaptive", Adaptive()),
+        ("adaptive", Adaptive(distill=size.fit)),
     ]

@@ -22,7 +22,7 @@ def make(lab: Lab) -> str:
     task = lab.size.side[0]
     found = {
         name: [lab.cell(task, method, ratio) for ratio in lab.size.ratios]
-        for name, method in curves()
+        for name, method in curves(lab.size)
     }
     found["BitDelta"] = [lab.cell(task, BitDelta(distill=lab.size.distill), None)]
     tuned = lab.measure(task, lab.dense(lab.tenant(task)))

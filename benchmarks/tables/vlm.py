@@ -52,8 +52,6 @@ def make(lab: Lab) -> str:
     del dense
     table = []
     for name, method, ratio in main_rows(lab.size):
-        if method.options().get("distill"):
-            continue  # the distillation knows text models alone
         artifact = _artifact(lab, task, tuned, name, method, ratio)
         base: Any = base_for(lab.base, artifact, dtype=torch.float32)
         model = base.to(device()).eval()

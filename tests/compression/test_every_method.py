@@ -1,6 +1,7 @@
 """Each method through the whole way: ratio on disk, manifest, attach equals merge, resumed bytes."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,14 +22,17 @@ from deltacome import (
 )
 from deltacome.compression import pipeline
 from deltacome.compression.data import calibration_rows
-from deltacome.compression.distill import distill_scales
+from deltacome.compression.distill import Trained, distill, divergence, squared_distance
 from deltacome.errors import CheckpointError, PlanError
+from deltacome.format.codec import Packed
 from deltacome.methods.template import parse_template
 
 METHODS = {
     "adaptive": (Adaptive(), 8),
-    "adaptive-diagonal": (Adaptive(diagonal=True), 8),
+    "adaptive-diagonal": (Adaptive(distill=0, diagonal=True), 8),
+    "adaptive-start": (Adaptive(distill=0), 8),
     "delta-come": (DeltaCome(), 8),
+    "delta-come-distilled": (DeltaCome(distill=20), 8),
     "low-rank": (LowRank(), 8),
     "low-rank-fixed": (LowRank(3), None),
     "prinmix": (PrinMix(), 8),
@@ -101,7 +105,7 @@ def test_resumed_runs_have_the_same_bytes(pairs, artifacts, text, name, tmp_path
     class Killed(Exception):
         pass
 
-    distilled = [("distill", 7)] if name == "bitdelta-distilled" else []
+    distilled = [] if name == "prinmix" else [("distill", 7)]
     points = [("blocks", 1), ("blocks", 3), *distilled, ("write", 0)]
 
     def stop(point):
@@ -117,7 +121,7 @@ def test_resumed_runs_have_the_same_bytes(pairs, artifacts, text, name, tmp_path
     # What was measured is not measured again.
     monkeypatch.setattr(PrinMix, "planner", None)
     monkeypatch.setattr(Adaptive, "planner", None)
-    monkeypatch.setattr(pipeline, "distill_scales", None)
+    monkeypatch.setattr(pipeline, "distill", None)
     again = run(pairs["llama-tied"], tmp_path / "a", name, text, resume=True)
     assert tree(again.path) == tree(artifacts[name].path)
 
@@ -168,13 +172,43 @@ def test_distillation_finds_scales_that_were_lost(pairs, artifacts, text):
     before = artifacts["bitdelta"]
     names = [n for n, record in before.manifest.records.items() if record.sign_scales]
     signs = {name: before.signs(name) for name in names}
-    halved = {name: replace(term, scale=term.scale / 2) for name, term in signs.items()}
     rows, weights = calibration_rows(text, tuned, **QUICK, seed=0), weights_of(base)
-    found = distill_scales(tuned, halved, weights.__getitem__, rows, steps=80, seed=0)
-    ratios = torch.cat([found[name] / signs[name].scale for name in names])
+    halved = {
+        name: Trained(Packed(signs=replace(term, scale=term.scale / 2)), partial(weights.get, name))
+        for name, term in signs.items()
+    }
+    load = partial(AutoModelForCausalLM.from_pretrained, tuned, dtype=torch.float32)
+    how = {"loss": squared_distance, "rate": 0.01, "batch": 4, "seed": 0}
+    found = distill(load, halved, rows, steps=80, **how)
+    ratios = torch.cat([found[name].signs.scale / signs[name].scale for name in names])
     assert (ratios > 0.6).float().mean() > 0.8
-    with pytest.raises(CheckpointError, match="LlamaForCausalLM has no parameter other"):
-        distill_scales(tuned, {"other": signs[names[0]]}, weights.get, rows, steps=1, seed=0)
+    with pytest.raises(CheckpointError, match=r"^LlamaForCausalLM has no parameter other"):
+        distill(load, {"other": halved[names[0]]}, rows, steps=1, **how)
+
+
+@pytest.mark.parametrize("method", ["adaptive", "delta-come"])
+def test_distilled_singular_values_bring_the_answers_closer(pairs, artifacts, text, method):
+    base, tuned = pairs["llama-tied"]
+    names = {"adaptive": ("adaptive-start", "adaptive")}.get(
+        method, (method, f"{method}-distilled")
+    )
+    rows = calibration_rows(text, tuned, **QUICK, seed=0)
+    ids = torch.tensor([row for row in rows if len(row) == QUICK["seq_len"]])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    found = []
+    with torch.no_grad():
+        wanted = dense(input_ids=ids).logits.flatten(0, 1)
+        for name in names:
+            with attach(model, artifacts[name]):
+                got = model(input_ids=ids).logits.flatten(0, 1)
+            found.append(float(divergence(got, wanted).mean()))
+    assert found[1] < 0.98 * found[0]
+    for name, record in artifacts[names[0]].manifest.records.items():
+        if record.plan:
+            for one, other in zip(*(artifacts[n].bands(name) for n in names), strict=True):
+                assert torch.equal(one.u.dequantize(), other.u.dequantize())
+                assert torch.equal(one.v.dequantize(), other.v.dequantize())
 
 
 def test_rows_added_to_the_vocabulary_are_exact_beside_signs(pairs, text, tmp_path):
@@ -200,6 +234,7 @@ def test_rows_added_to_the_vocabulary_are_exact_beside_signs(pairs, text, tmp_pa
         ("residual", {"ratio": 17}, "cannot be met, the largest possible is about 1[0-6]"),
         ("low-rank", {"calibration": "self"}, "low-rank .* looks at no text"),
         ("bitdelta-distilled", {"calibration": "none"}, "needs text to distil"),
+        ("adaptive", {"calibration": "none"}, "distill 0 goes without"),
     ],
 )
 def test_refusals(pairs, text, name, options, reason, tmp_path):

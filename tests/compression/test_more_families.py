@@ -13,7 +13,9 @@ import torch
 from families import FAMILIES, RATIOS, STREAMED, load, logits, make_pair
 from tiny_pairs import text_lines, weights_of
 
-from deltacome import Artifact, attach, compress, merge
+from deltacome import Artifact, DeltaCome, attach, compress, merge
+from deltacome.compression.data import calibration_rows
+from deltacome.compression.distill import divergence
 from deltacome.errors import UnsupportedError
 from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.format.codec import dense
@@ -111,6 +113,33 @@ def test_scales_of_stacked_experts_are_not_distilled(pairs, tmp_path):
             method=BitDelta(distill=2),
             calibration=str(source),
         )
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlavaForConditionalGeneration"])
+def test_singular_values_are_distilled_where_weights_lie_otherwise(name, pairs, tmp_path):
+    """GPT-2 holds its linears as (in, out), LLaVA its language model beside a tower."""
+    base, tuned = pairs[name]
+    source = tmp_path / "c.txt"
+    source.write_text("\n".join(text_lines(8)))
+    options = {"ratio": RATIOS[name], "calibration": str(source), "samples": 6, "seq_len": 16}
+    model, dense = load(base), load(tuned)
+    ids = torch.tensor(
+        [
+            r
+            for r in calibration_rows(str(source), tuned, samples=6, seq_len=16, seed=0)
+            if len(r) == 16
+        ]
+    )
+    found = []
+    with torch.no_grad():
+        wanted = dense(input_ids=ids).logits.flatten(0, 1)
+        for steps in (0, 20):
+            method = DeltaCome(distill=steps)
+            artifact = compress(base, tuned, tmp_path / str(steps), method=method, **options)
+            with attach(model, artifact):
+                got = model(input_ids=ids).logits.flatten(0, 1)
+            found.append(float(divergence(got, wanted).mean()))
+    assert found[1] < 0.98 * found[0]
 
 
 @pytest.mark.parametrize("name", STREAMED)

@@ -40,13 +40,18 @@ def whole(folder, stream, first=lambda row: 0):
         ]
         log_p = model(input_ids=batch.ids).logits.float()[counts].log_softmax(-1)
         p = log_p.detach().exp()
-        log_p.gather(1, torch.multinomial(p, 1, generator=draw)).sum().backward()
+        # Each row weighs one, however many of its tokens count.
+        shares = torch.cat([torch.full((int(n),), 1 / int(n)) for n in counts.sum(1)])[:, None]
+        drawn = log_p.gather(1, torch.multinomial(p, 1, generator=draw))
+        (drawn * shares.sqrt()).sum().backward()
         for handle in handles:
             handle.remove()
         for name, (x, y) in kept.items():
             at_head = name == layout.head.removesuffix(".weight")
             xs.setdefault(name, []).append(x.detach()[counts if at_head else valid])
-            gs.setdefault(name, []).append((p - p * p).sqrt() if at_head else y.grad[valid])
+            gs.setdefault(name, []).append(
+                ((p - p * p) * shares).sqrt() if at_head else y.grad[valid]
+            )
         ids.append(batch.ids[valid])
     xs, gs = ({name: torch.cat(parts) for name, parts in of.items()} for of in (xs, gs))
     return layout, table, xs, gs, torch.cat(ids)

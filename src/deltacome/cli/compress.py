@@ -48,7 +48,11 @@ def compress(
     ] = None,
     scales: Annotated[str | None, typer.Option(help="Of signs: matrix (one each) or rows.")] = None,
     distill: Annotated[
-        int | None, typer.Option(min=0, help="Steps that fit bitdelta's scales to the logits.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Steps that fit scales or singular values to the tuned logits. adaptive: 100.",
+        ),
     ] = None,
     refit: Annotated[
         bool | None, typer.Option("--refit/--no-refit", help="Off: prinmix keeps U (ablation).")
@@ -146,12 +150,12 @@ def compress(
 
 
 _TAKES = {
-    "delta-come": {"plan", "precision", "gptq"},
+    "delta-come": {"plan", "precision", "gptq", "distill"},
     "low-rank": {"directions"},
     "bitdelta": {"scales", "distill"},
     "residual": {"plan", "scales"},
     "prinmix": {"refit"},
-    "adaptive": {"diagonal"},
+    "adaptive": {"diagonal", "distill"},
 }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltacome.errors import CalibrationError
@@ -82,6 +83,12 @@ def answers_from(tuned: Path) -> Callable[[list[int]], int]:
         return 0
 
     return first
+
+
+def row_shares(counts_BL: Tensor) -> Tensor:
+    """What each token that counts weighs, (T,), so that every row weighs 1 in all."""
+    in_row_B1 = counts_BL.sum(1, keepdim=True)
+    return (1.0 / in_row_B1).expand(counts_BL.shape)[counts_BL]
 
 
 def _tokenizer(tuned: Path) -> Any:
@@ -166,11 +173,18 @@ def _read_hub(source: str, tokenizer: Any, samples: int) -> list[Text]:
 def _cut(
     texts: list[Text], tokenizer: Any, samples: int, seq_len: int, seed: int
 ) -> list[list[int]]:
-    """Texts into rows of at most `seq_len` tokens, of which `samples` are drawn."""
+    """Texts into rows of at most `seq_len` tokens, of which `samples` are drawn.
+
+    What cutting leaves over of a text is dropped where it is short: a row counts like any other, and a
+    few tokens without what came before them say little.
+    """
     rows = []
     for text, is_chat in texts:
         ids = list(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])
-        rows += [ids[i : i + seq_len] for i in range(0, len(ids), seq_len)]
+        pieces = [ids[i : i + seq_len] for i in range(0, len(ids), seq_len)]
+        if len(pieces) > 1 and len(pieces[-1]) < seq_len / 4:
+            pieces.pop()
+        rows += pieces
     if len(rows) <= samples:
         return rows
     return random.Random(seed).sample(rows, samples)

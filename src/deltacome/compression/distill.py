@@ -1,114 +1,213 @@
-"""Distils the scales of signs against the tuned model's logits, and nothing but the scales.
+"""Distils a few scalars of packed terms against the tuned model's logits, and nothing but them.
 
 BitDelta (arXiv 2402.10193, section 3.1): with base and signs frozen, the scales are what minimises the
 squared distance of the logits to those of the tuned model on a little text (equation 4). There are a
 few hundred numbers to find, so a short run of Adam over some hundred rows does.
 
-A scale is trained by its logarithm, ours: scales of one model differ by orders of magnitude, and one
-rate then suits all, where the paper's rate of 1e-4 is for scales of about that size.
+Ours: the same for bands, whose scalars are the singular values. What is cut off at 1/64 of the bytes is
+cut off in every layer, and no layer's own error tells how these losses add up in the answer. A few
+thousand scalars are enough to make up for much of that, and too few to learn the text by heart.
+
+A scalar is trained by its logarithm: those of one model differ by orders of magnitude, and one rate
+then suits all, where the paper's rate of 1e-4 is for scales of about that size.
+
+Legend: O out, I in, R directions, B rows, L positions, T tokens that count, V vocabulary.
 """
 
 from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
 
+from deltacome.compression.data import row_shares
 from deltacome.errors import CheckpointError
-from deltacome.format.codec import SignTensors
+from deltacome.format.codec import BandTensors, Packed, SignTensors
 
-BATCH = 4
-RATE = 0.01
+SLOTS = 1024
+"""Rows times the longest of them in one pass; what a step draws runs in as many as that takes."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Logits that are had and wanted, (T, V) each → what each token costs, (T,)."""
 
 
-def distill_scales(
-    tuned: Path,
-    signs: Mapping[str, SignTensors],
-    base: Callable[[str], Tensor],
+def squared_distance(got_TV: Tensor, wanted_TV: Tensor) -> Tensor:
+    """BitDelta's equation 4."""
+    return (got_TV - wanted_TV).square().mean(1)
+
+
+def divergence(got_TV: Tensor, wanted_TV: Tensor) -> Tensor:
+    """KL from the tuned model's answers to those that are had, in nats."""
+    got_TV, wanted_TV = got_TV.log_softmax(-1), wanted_TV.log_softmax(-1)
+    return nn.functional.kl_div(got_TV, wanted_TV, reduction="none", log_target=True).sum(1)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A matrix whose scalars are to be found."""
+
+    packed: Packed
+    base: Callable[[], Tensor]
+    """Reads what the base has of it, (O, I): the rows that the terms cover."""
+    transposed: bool = False
+    """Whether the model holds it as (I, O)."""
+
+
+@torch.enable_grad()
+def distill(
+    load: Callable[[], nn.Module],
+    terms: Mapping[str, Trained],
     rows: list[list[int]],
     *,
+    loss: Loss,
+    rate: float,
+    batch: int,
     steps: int,
     seed: int,
+    first: Callable[[list[int]], int] = lambda row: 0,
     device: str = "cpu",
     on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Tensor]:
-    """Scales with which base and signs come closest to the tuned model's logits.
+) -> dict[str, Packed]:
+    """Terms with the scalars that bring base and delta closest to the tuned model's logits.
 
-    Holds the tuned model, the base's matrices and the signs in float32 at once.
+    Holds the tuned model, the base's matrices and what they are with the delta, and the latter's
+    gradients at once: four times the tuned model.
 
     Args:
-        tuned: checkpoint of the tuned model.
-        signs: by the name of a parameter, with the scales to start from.
-        base: reads what the base has of a matrix, the rows that signs cover.
+        load: the tuned model, which is called with token ids and answers with logits.
+        terms: by the name of a parameter, with the scalars to start from.
         rows: token ids.
-        steps: of four rows each, in an order that the seed draws; the rate falls linearly to 0.
-
-    Returns:
-        Scales by name, float32, of the shape they had.
+        loss: of logits at the positions that count; rows weigh alike, however long they are.
+        rate: of Adam; it falls linearly to 0.
+        batch: rows of a step, in an order that the seed draws.
+        steps: of Adam.
+        first: the position of a row from which on its predictions count.
 
     Raises:
-        CheckpointError: the tuned model cannot be loaded, or lacks a parameter.
+        CheckpointError: the tuned model lacks a parameter.
     """
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{tuned}: expected a causal language model: {error}") from error
-    model = model.to(device).eval().requires_grad_(False)
+    model = load().to(device).eval().requires_grad_(False)
     everywhere = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if strange := sorted(signs.keys() - everywhere):
-        raise CheckpointError(f"{tuned}: {type(model).__name__} has no parameter {strange[0]}")
+    if strange := sorted(terms.keys() - everywhere):
+        raise CheckpointError(f"{type(model).__name__} has no parameter {strange[0]}")
     # What a model ties to another weight goes along with that one.
-    names = [name for name, _ in model.named_parameters() if name in signs]
-    parts = {name: _parts(model, name, signs[name], base(name)) for name in names}
-    logs = {name: torch.zeros_like(signs[name].scale, device=device) for name in names}
-    for log in logs.values():
-        log.requires_grad_()
-    optimizer = torch.optim.Adam(list(logs.values()), lr=RATE)
+    weights = {n: _Weight(p, terms[n]) for n, p in model.named_parameters() if n in terms}
+    optimizer = torch.optim.Adam([w.logs for w in weights.values()], lr=rate, betas=(0.9, 0.95))
     draw, order = random.Random(seed), []
     for step in range(steps):
-        if len(order) < BATCH:
-            order = draw.sample(range(len(rows)), len(rows)) * (1 + BATCH // len(rows))
-        batch, order = [rows[i] for i in order[:BATCH]], order[BATCH:]
-        ids_BL, valid_BL = (tensor.to(device) for tensor in _padded(batch))
-        with torch.no_grad():
-            wanted_TV = model(input_ids=ids_BL, use_cache=False).logits[valid_BL]
-        weights = {
-            n: fixed + logs[n].exp()[:, None] * signed for n, (fixed, signed) in parts.items()
-        }
-        inputs = {"input_ids": ids_BL, "use_cache": False}
-        got_TV = functional_call(model, weights, (), inputs).logits[valid_BL]
-        loss = torch.nn.functional.mse_loss(got_TV, wanted_TV)
+        while len(order) < batch:
+            order += draw.sample(range(len(rows)), len(rows))
+        drawn, order = sorted((rows[i] for i in order[:batch]), key=len), order[batch:]
         optimizer.zero_grad()
-        loss.backward()
+        values = {name: weight() for name, weight in weights.items()}
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        for some in _passes(drawn):
+            (_cost(model, leaves, some, first, loss, device) / batch).backward()
+        reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
+        torch.autograd.backward(
+            [values[name] for name in reached], [leaves[name].grad for name in reached]
+        )
         for group in optimizer.param_groups:
-            group["lr"] = RATE * (1 - step / steps)
+            group["lr"] = rate * (1 - step / steps)
         optimizer.step()
         on_step(step + 1, steps)
-    found = {n: signs[n].scale * logs[n].detach().exp().cpu() for n in names}
-    del model, parts
+    found = {name: weight.packed() for name, weight in weights.items()}
+    del model, weights
     gc.collect()
-    return {name: found.get(name, term.scale) for name, term in signs.items()}
+    return {name: found.get(name, term.packed) for name, term in terms.items()}
 
 
-def _parts(model: Any, name: str, signs: SignTensors, base_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """What of a weight is fixed, and what its scales multiply; rows that the base lacks are tuned."""
-    fixed = model.get_parameter(name).clone()
-    fixed[: len(base_OI)] = base_OI.to(fixed)
-    signed = torch.zeros_like(fixed)
-    signed[: len(base_OI)] = signs.dense().to(fixed)
-    return fixed, signed
+class _Weight:
+    """A weight as a function of the logarithms of what its scalars are multiplied by."""
+
+    def __init__(self, whole: Tensor, term: Trained) -> None:
+        self._term, packed = term, term.packed
+        tuned_OI = whole.T if term.transposed else whole
+        self._base_OI = term.base().to(whole)
+        # Rows that the base lacks are the tuned model's.
+        self._rest = tuned_OI[len(self._base_OI) :]
+        self._parts = [_of_bands(packed.bands, whole.device)] if packed.bands else []
+        self._parts += [_of_signs(packed.signs, whole.device)] if packed.signs else []
+        self._sizes = [len(scalars) for scalars, _ in self._parts]
+        self.logs = torch.zeros(sum(self._sizes), device=whole.device, requires_grad=True)
+
+    def __call__(self) -> Tensor:
+        """The weight as the model holds it."""
+        value_OI = self._base_OI
+        for (scalars, make), log in self._logs():
+            value_OI = value_OI + make(scalars * log.exp()).to(value_OI.dtype)
+        value_OI = torch.cat([value_OI, self._rest]) if len(self._rest) else value_OI
+        return value_OI.T if self._term.transposed else value_OI
+
+    def packed(self) -> Packed:
+        """The terms with the scalars that were found."""
+        packed = self._term.packed
+        found = [(scalars * log.exp()).detach().cpu() for (scalars, _), log in self._logs()]
+        bands, signs = packed.bands, packed.signs
+        if bands:
+            parts = found[0].split([len(band.s) for band in bands])
+            bands = [replace(band, s=s) for band, s in zip(bands, parts, strict=True)]
+        return Packed(bands, signs and replace(signs, scale=found[-1]))
+
+    def _logs(self) -> Any:
+        return zip(self._parts, self.logs.split(self._sizes), strict=True)
 
 
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Rows padded on the right, where a causal model looks at nothing, and what is not padding."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+def _of_bands(
+    bands: Sequence[BandTensors], device: torch.device
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Singular values, and the delta that they make."""
+    u_RO, v_RI, s_R = (
+        torch.cat(parts).to(device)
+        for parts in zip(
+            *((b.u.dequantize(), b.v.dequantize(), b.s.float()) for b in bands), strict=True
+        )
+    )
+    return s_R, lambda s_R: u_RO.T @ (s_R[:, None] * v_RI)
+
+
+def _of_signs(
+    signs: SignTensors, device: torch.device
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Scales, and the delta that they make."""
+    signs_OI = replace(signs, scale=torch.ones(1)).dense().to(device)
+    return signs.scale.to(device), lambda scale: scale[:, None] * signs_OI
+
+
+def _passes(rows: list[list[int]]) -> list[list[list[int]]]:
+    """Rows, sorted by length, so cut that slots allow it and no pass is mostly padding."""
+    passes: list[list[list[int]]] = [[]]
+    for row in rows:
+        some = passes[-1]
+        if some and ((len(some) + 1) * len(row) > SLOTS or len(row) > 2 * len(some[0])):
+            passes.append([])
+        passes[-1].append(row)
+    return passes
+
+
+def _cost(
+    model: Any,
+    weights: Mapping[str, Tensor],
+    rows: list[list[int]],
+    first: Callable[[list[int]], int],
+    loss: Loss,
+    device: str,
+) -> Tensor:
+    """Sum over rows of the mean over their tokens that count."""
+    # Rows are padded on the right, where a causal model looks at nothing.
+    ids_BL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    counts_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+    for counts_L, row in zip(counts_BL, rows, strict=True):
+        counts_L[first(row) : len(row)] = True
+    inputs = {"input_ids": ids_BL, "use_cache": False}
+    with torch.no_grad():
+        wanted_TV = model(**inputs).logits[counts_BL].float()
+    got_TV = functional_call(model, dict(weights), (), inputs).logits[counts_BL].float()
+    return (loss(got_TV, wanted_TV) * row_shares(counts_BL)).sum()

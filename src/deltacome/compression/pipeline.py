@@ -39,15 +39,21 @@ from deltacome.compression.budget import make_plans
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.carried import carried_files
 from deltacome.compression.data import answers_from, calibration_rows
-from deltacome.compression.distill import distill_scales
+from deltacome.compression.distill import Trained, distill, divergence, squared_distance
 from deltacome.compression.sensitivity import Weights, measure, measured, sweep
 from deltacome.compression.survey import survey
 from deltacome.compression.workers import side_by_side
-from deltacome.errors import CalibrationError, DeltaError, PlanError, UnsupportedError
+from deltacome.errors import (
+    CalibrationError,
+    CheckpointError,
+    DeltaError,
+    PlanError,
+    UnsupportedError,
+)
 from deltacome.format.artifact import Artifact, ArtifactWriter, Unit, file_infos
 from deltacome.format.canary import CANARY_FILE, Canary, canary_ids
 from deltacome.format.card import model_card
-from deltacome.format.codec import Packed, SignTensors, read_bands, read_signs, write_signs
+from deltacome.format.codec import Packed, read_bands, read_signs
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
@@ -209,8 +215,8 @@ def compress(
         if workers > 1:
             _compress_side_by_side(run, writer, workers)
         names = _compress_units(run, writer, rows if streams else None)
-        if isinstance(method, BitDelta) and rows is not None:
-            _distill(run, writer, names, rows, method.distill, seed)
+        if rows is not None and (steps := method.options().get("distill")):
+            _distill(run, writer, names, rows, steps, seed)
         carried.pop(CANARY_FILE)
         if canary := _canary(run, writer, names):
             carried[CANARY_FILE] = canary.to_json()
@@ -286,11 +292,11 @@ def _check_streamed(run: Run) -> None:
     Raises:
         UnsupportedError: says what the model is and how to go on.
     """
-    for name in run.plans if isinstance(run.method, BitDelta) else ():
-        if run.records[name].transposed or run.where[name].expert is not None:
+    for name in run.plans if run.method.options().get("distill") else ():
+        if run.where[name].expert is not None:
             raise UnsupportedError(
-                f"{name}: {type(run.model).__name__} holds it transposed or stacked with others, and its "
-                "scales cannot be distilled there: compress it with calibration none"
+                f"{name}: {type(run.model).__name__} holds it stacked with others, and its terms cannot "
+                "be distilled there: compress it without distillation, or with calibration none"
             )
     if not is_causal(run.model):
         raise UnsupportedError(
@@ -446,47 +452,71 @@ def _compress_group(
 def _distill(
     run: Run, writer: ArtifactWriter, names: list[str], rows: list[list[int]], steps: int, seed: int
 ) -> None:
-    """Replaces the scales of all signs; found once, so that a run cut off while writing them goes on."""
+    """Replaces the scalars of all terms; found once, so that a run cut off while writing them goes on."""
     units = {name: unit for name in names if (unit := writer.load(name)) is not None}
-    records = {r.name: r for unit in units.values() for r in unit.records if r.sign_scales}
+    records = {r.name: r for unit in units.values() for r in unit.records if r.packed}
     entries = {k: blob for unit in units.values() for k, blob in unit.entries.items()}
-
-    stored = {run.where[name].parameter: name for name in records}
-
-    def term(name: str) -> SignTensors:
-        record = records[name]
-        assert record.sign_scales is not None
-        return read_signs(entries[f"{name}.signs"], record.bands_shape, record.sign_scales)
-
-    def base(parameter: str) -> Tensor:
-        record = records[stored[parameter]]
-        assert record.base_name is not None
-        return run.base.read(record.base_name)[: record.bands_shape[0]]
+    terms = {
+        run.where[name].parameter: Trained(
+            _stored_terms(record, entries), partial(_base_rows, run, record), record.transposed
+        )
+        for name, record in records.items()
+    }
+    if isinstance(run.method, BitDelta):
+        how = {"loss": squared_distance, "rate": 0.01, "batch": 4}
+    else:
+        first = answers_from(run.tuned.path)
+        how = {"loss": divergence, "rate": 0.02, "batch": 16, "first": first}
 
     def found() -> dict[str, Tensor]:
-        return distill_scales(
-            run.tuned.path,
-            {parameter: term(name) for parameter, name in stored.items()},
-            base,
+        distilled = distill(
+            partial(_load_whole, run),
+            terms,
             rows,
             steps=steps,
             seed=seed,
             device=run.device,
             on_step=lambda done, total: run.report(Progress("distill", done, total)),
+            **how,
         )
+        return {
+            f"{name}.{kind}": blob
+            for name in records
+            for kind, blob in distilled[run.where[name].parameter].blobs().items()
+        }
 
-    scales = _kept(writer.partial / "scales.safetensors", found)
+    blobs = _kept(writer.partial / "distilled.safetensors", found)
     for unit_name, unit in units.items():
-        changed_records, changed = [], dict(unit.entries)
+        changed = []
         for record in unit.records:
             if record.name in records:
-                signs = replace(term(record.name), scale=scales[run.where[record.name].parameter])
-                changed[f"{record.name}.signs"] = write_signs(signs)
-                delta = _delta(run, record.name)
-                error = relative_error(delta, signs.dense().to(run.device), None)
+                gram = None
+                if run.weights is not None:
+                    gram = _of_common_rows(
+                        run, record.name, measured(run.weights, record.name)
+                    ).inputs
+                delta_hat = _stored_delta(record, blobs).to(run.device)
+                error = relative_error(_delta(run, record.name), delta_hat, gram)
                 record = replace(record, error=error)
-            changed_records.append(record)
-        writer.save(unit_name, Unit(tuple(changed_records), changed))
+            changed.append(record)
+        kept = {name: blobs.get(name, blob) for name, blob in unit.entries.items()}
+        writer.save(unit_name, Unit(tuple(changed), kept))
+
+
+def _load_whole(run: Run) -> torch.nn.Module:
+    kind: Any = type(run.model)
+    try:
+        return kind.from_pretrained(run.tuned.path, dtype=run.dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run.tuned.path}: expected a {kind.__name__}: {error}") from error
+
+
+def _base_rows(run: Run, record: Record) -> Tensor:
+    """What the base has of a matrix, (out, in): the rows that its terms cover."""
+    assert record.base_name is not None
+    base = run.base.read(record.base_name)
+    base_OI = base.T if record.transposed else base
+    return base_OI[: record.bands_shape[0]]
 
 
 def _canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | None:
@@ -559,12 +589,18 @@ def _delta(run: Run, name: str) -> Tensor:
 
 def _stored_delta(record: Record, entries: dict[str, Tensor]) -> Tensor:
     """The delta that stored terms stand for, float32 (out, in)."""
+    return (
+        _stored_terms(record, entries).dense() if record.packed else torch.zeros(record.bands_shape)
+    )
+
+
+def _stored_terms(record: Record, entries: dict[str, Tensor]) -> Packed:
     shape, bands, signs = record.bands_shape, (), None
     if record.plan:
         bands = read_bands(entries[f"{record.name}.bands"], shape, record.plan)
     if record.sign_scales:
         signs = read_signs(entries[f"{record.name}.signs"], shape, record.sign_scales)
-    return Packed(bands, signs).dense() if record.packed else torch.zeros(shape)
+    return Packed(bands, signs)
 
 
 def _restored(run: Run, record: Record, entries: dict[str, Tensor]) -> Tensor:
@@ -736,14 +772,16 @@ def _calibration(
 
 
 def _calibration_source(method: Method, source: str | None) -> str:
-    distill = isinstance(method, BitDelta) and method.distill > 0
-    wants_text, name = method.calibrates or distill, method.options()["name"]
+    distill, name = bool(method.options().get("distill")), method.options()["name"]
+    wants_text = method.calibrates or distill
     if source is None:
         return "self" if wants_text else "none"
     if source != "none" and not wants_text:
         raise PlanError(f"calibration: {name} with these options looks at no text, got {source!r}")
     if source == "none" and distill:
-        raise PlanError(f"calibration: {name} needs text to distil its scales on, got none")
+        raise PlanError(
+            f"calibration: {name} needs text to distil its scalars on, got none: distill 0 goes without"
+        )
     return source
 
 

@@ -11,7 +11,8 @@ labels (Kunstner et al. 2019, arXiv 1905.12558, on why not those of the data).
 Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
 does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
 each layer. In a chat only the last answer's tokens are drawn, since what a model would have said in the
-user's place is nobody's concern.
+user's place is nobody's concern; and every row weighs alike, or a few pages of text would outweigh the
+answers of all questions.
 
 A tied embedding counts for both of its uses: as the head at each row by how uncertain the model is of
 its token, as the embedding at each row by the gradients that meet its token.
@@ -32,12 +33,14 @@ from torch.utils.hooks import RemovableHandle
 
 from deltacome.arch.layout import linears_of
 from deltacome.compression.capture import Batch, Stream, drop_weights
+from deltacome.compression.data import row_shares
 from deltacome.errors import UnsupportedError
 from deltacome.numerics.gram import Gram
 
 
 class Weights(NamedTuple):
-    """How much the errors of a matrix weigh; half of tr(G E C Eᵀ) is the KL summed over tokens."""
+    """How much the errors of a matrix weigh; half of tr(G E C Eᵀ) is in proportion to the KL,
+    the mean over rows of the mean over their tokens that count."""
 
     inputs: Tensor
     """C, float32 (I, I), summed over tokens, each weighted by its ‖g‖² relative to the mean."""
@@ -131,17 +134,19 @@ def _head(
     with stream.outside_weights(head=used):
         for batch in stream.batches:
             counts = _counting(batch, first).to(stream.device)
+            share_T1 = row_shares(counts)[:, None]
             hidden = batch.hidden.detach().requires_grad_()
             with torch.enable_grad():
                 log_p_TV = stream.answer(batch, hidden)[counts].float().log_softmax(-1)
                 p_TV = log_p_TV.detach().exp()
                 drawn_T1 = torch.multinomial(p_TV, 1, generator=draw)
-                (gradient,) = torch.autograd.grad(log_p_TV.gather(1, drawn_T1).sum(), hidden)
+                drawn = (log_p_TV.gather(1, drawn_T1) * share_T1.sqrt()).sum()
+                (gradient,) = torch.autograd.grad(drawn, hidden)
             gradients.append(gradient)
             # The variance of a token's log-odds: what an error of its logit costs.
             spread_TV = p_TV - p_TV.square()
             x_TH = inputs.pop().detach()[counts]
-            sums.add(x_TH, spread_TV.sqrt())
+            sums.add(x_TH, (spread_TV * share_T1).sqrt())
     handle.remove()
     return sums.weights(stream.tokens), gradients
 

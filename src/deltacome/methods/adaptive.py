@@ -11,6 +11,7 @@ What it does otherwise than Delta-CoMe (arXiv 2406.08903):
   PrinMix does) and quantised by GPTQ against G, along the outputs: after weighting, directions hardly
   disturb each other, while outputs do.
 - Grids are those of least squared error instead of min–max.
+- The singular values are distilled at the end (`compression.distill`, which has the why).
 
 Without calibration there is no C and no G: a plain SVD with one price for all matrices.
 
@@ -46,16 +47,24 @@ class Adaptive:
 
     Attributes:
         damping: share of the mean diagonal that is added to C and G.
+        distill: steps that fit the singular values to the tuned model's logits; they need four times the
+            tuned model in memory.
         diagonal: use the diagonal of G alone. C and G of all layers lie on disk while a run works, 4
             bytes an entry: for a 7B model 70 GB, and 28 GB with diagonals.
     """
 
     damping: float = 0.01
+    distill: int = 100
     diagonal: bool = False
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
-        return {"name": "adaptive", "damping": self.damping, "diagonal": self.diagonal}
+        return {
+            "name": "adaptive",
+            "damping": self.damping,
+            "distill": self.distill,
+            "diagonal": self.diagonal,
+        }
 
     @property
     def adapts(self) -> bool:

@@ -32,12 +32,15 @@ class DeltaCome:
         damping: share of the mean diagonal that GPTQ adds to a gram's diagonal.
         act_order: whether GPTQ goes through inputs by falling activation.
         gptq: False rounds to nearest instead, the ablation of the paper's section 5.
+        distill: steps that fit the singular values to the tuned model's logits, which the paper does
+            not do (`compression.distill`).
     """
 
     template: Template = TRIPLE
     damping: float = 0.01
     act_order: bool = True
     gptq: bool = True
+    distill: int = 0
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
@@ -47,6 +50,7 @@ class DeltaCome:
             "damping": self.damping,
             "act_order": self.act_order,
             "gptq": self.gptq,
+            "distill": self.distill,
         }
 
     @property
