@@ -189,7 +189,7 @@ def declare(files: Files, draw: Random) -> None:
     if isinstance(value, list) and value and draw.random() < 0.7:
         _edit(value, draw)
     else:
-        record[key] = draw.choice(ODD)
+        record[key] = copy.deepcopy(draw.choice(ODD))
     if draw.random() < 0.3:
         document["group_size"] = draw.choice([0, 1, 32, 41, 64, 128, 2**20, 2**20 + 1, -40])
     files[MANIFEST] = json.dumps(document).encode()
@@ -309,16 +309,17 @@ def _edit(document: Any, draw: Random) -> None:
     if not keys:
         return
     key = draw.choice(keys)
-    value = copy.deepcopy(container[key])  # or a document could come to hold itself
+    # Copies, or a document could come to hold itself, and later mutants depend on earlier ones.
+    value, odd = copy.deepcopy(container[key]), copy.deepcopy(draw.choice(ODD))
     match draw.randrange(6):
         case 0:
-            container[key] = draw.choice(ODD)
+            container[key] = odd
         case 1:
             del container[key]
         case 2 if isinstance(container, dict):
             container[draw.choice([*keys, "x", "", "\ud800", "a.exact"])] = container.pop(key)
         case 3 if isinstance(container, list):
-            container.insert(draw.choice(keys), draw.choice([value, draw.choice(ODD)]))
+            container.insert(draw.choice(keys), draw.choice([value, odd]))
         case 4 if type(value) is int:
             container[key] = draw.choice([value + 1, value - 1, 2 * value, -value, value << 33])
         case _:

@@ -6,7 +6,7 @@ tensor equals the base's is not known without reading both; here every tensor co
 
 Memory is a sum of what is alive at once, checked by `benchmarks/scale.py`. Time is that of a probe, one
 matrix of a few thousand rows compressed now, on this machine and under its load, scaled by the arithmetic
-of each shape. Expect it within a factor of 1.5.
+of each shape. How far off it was is measured too (`docs/results/scale.md`): by a factor of about two.
 """
 
 from __future__ import annotations
