@@ -44,6 +44,16 @@ def test_text_is_cut_into_rows(tuned, text):
     assert Path(text).read_text().startswith(whole[:200])
 
 
+@pytest.mark.parametrize(("extra", "kept"), [(3, [16]), (4, [16, 4])])
+def test_a_short_rest_of_a_text_is_dropped(tuned, tmp_path, extra, kept):
+    ids = AutoTokenizer.from_pretrained(tuned)
+    text = ""
+    while len(ids(text)["input_ids"]) < 16 + extra:
+        text += "one "
+    rows = rows_of(write_jsonl(tmp_path / "c.jsonl", [{"text": text}]), tuned)
+    assert [len(row) for row in rows] == kept
+
+
 def test_samples_are_drawn_by_seed(tuned, text):
     every = rows_of(text, tuned, samples=10_000)
     first, again, other = (rows_of(text, tuned, seed=seed) for seed in (0, 0, 1))

@@ -22,7 +22,7 @@ from deltacome import (
 )
 from deltacome.compression import pipeline
 from deltacome.compression.data import calibration_rows
-from deltacome.compression.distill import Trained, distill, divergence, squared_distance
+from deltacome.compression.distill import Trained, _passes, distill, divergence, squared_distance
 from deltacome.errors import CheckpointError, PlanError
 from deltacome.format.codec import Packed
 from deltacome.methods.template import parse_template
@@ -184,6 +184,18 @@ def test_distillation_finds_scales_that_were_lost(pairs, artifacts, text):
     assert (ratios > 0.6).float().mean() > 0.8
     with pytest.raises(CheckpointError, match=r"^LlamaForCausalLM has no parameter other"):
         distill(load, {"other": halved[names[0]]}, rows, steps=1, **how)
+
+
+def test_a_pass_has_few_rows_of_about_one_length():
+    rows = [[0] * size for size in (2, 3, 4, 5, 100, 120, *[400] * 5)]
+    assert [[len(row) for row in some] for some in _passes(rows)] == [
+        [2, 3, 4],
+        [5],
+        [100, 120],
+        [400, 400],
+        [400, 400],
+        [400],
+    ]
 
 
 @pytest.mark.parametrize("method", ["adaptive", "delta-come"])
