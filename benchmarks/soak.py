@@ -6,8 +6,10 @@ Forty tenants of random codes with Zipf popularity, twelve slots, twenty held on
 short greedy answers, some of the base and streamed; beside them others load tenants under new names,
 load other weights in the place of running ones, unload them, and ask for what cannot be had. Each
 answer is held against the engine's own first answer to that prompt and those weights, and those against
-transformers on base + terms in float32 where the base is small (`--checked` tenants). The server runs
-float32: in bfloat16 a tie between two tokens may fall either way from one batch to the next.
+transformers on base + terms in float32 where the base is small (`--checked` tenants). A request whose
+name got other weights while it was on its way must have the whole answer of the old ones or of the new.
+The server runs float32: in bfloat16 a tie between two tokens may fall either way from one batch to the
+next.
 
 Memory is what all of the server's processes have allocated, after the first fifth of the requests and at
 the end.
@@ -50,13 +52,18 @@ class Soak:
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[int, int]] = field(default_factory=list)
-    movers: dict[str, str] = field(default_factory=dict)
-    """Names that move → whose weights they have now; empty while they change."""
+    movers: dict[str, list[str]] = field(default_factory=dict)
+    """Names that move → whose weights they have had; the last are those that they have or are to get."""
+    ready: set[str] = field(default_factory=set)
+    """Names that move and are loaded."""
+    doubtful: list[tuple[str, list[str], int, list[int]]] = field(default_factory=list)
+    """(name, weights, prompt, answer): asked for while the name had these weights, one after another."""
     turns: collections.Counter[str] = field(default_factory=collections.Counter)
     """How often a name was unloaded: a request on its way meanwhile is refused, and rightly so."""
 
-    async def ask(self, http: aiohttp.ClientSession, name: str, weights: str, prompt: int) -> None:
+    async def ask(self, http: aiohttp.ClientSession, name: str, prompt: int) -> None:
         """One request, streamed or not, whose tokens must be those said before."""
+        before = len(self.movers.get(name, ())) - 1
         stream = prompt % 2 == 1
         body = {"model": name, "prompt": self.prompts[prompt], "max_tokens": self.tokens}
         body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "stream": stream}
@@ -84,9 +91,28 @@ class Soak:
                 said = (await answer.json())["choices"][0]["token_ids"]
         self.counts["requests"] += 1
         self.counts["tokens"] += len(said)
-        first = self.answers.setdefault((weights, prompt), tuple(said))
+        weights = self.movers[name][before:] if name in self.movers else [name]
+        if len(weights) > 1:
+            self.counts["answers while their name got other weights"] += 1
+            self.doubtful.append((name, weights, prompt, said))
+            return
+        first = self.answers.setdefault((weights[0], prompt), tuple(said))
         if tuple(said) != first or len(said) != self.tokens:
-            self.wrong.append(f"{name} ({weights}), prompt {prompt}: {said} is not {list(first)}")
+            self.wrong.append(
+                f"{name} ({weights[0]}), prompt {prompt}: {said} is not {list(first)}"
+            )
+
+    async def settle(self, http: aiohttp.ClientSession) -> None:
+        """Holds what was doubtful against the answers of all the weights that it could have been of."""
+        doubtful, self.doubtful = self.doubtful, []
+        for name, weights, prompt, said in doubtful:
+            for one in weights:
+                if (one, prompt) not in self.answers:
+                    await self.ask(http, one, prompt)
+            if tuple(said) not in {self.answers.get((one, prompt)) for one in weights}:
+                self.wrong.append(
+                    f"{name}, prompt {prompt}: {said} is the answer of none of {weights}"
+                )
 
     async def post(self, http: aiohttp.ClientSession, path: str, **body: Any) -> int:
         async with http.post(f"{self.url}/v1/{path}", json=body) as answer:
@@ -102,10 +128,9 @@ async def client(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, t
         prompt = draw.randrange(PROMPTS)
         chance = draw.random()
         if chance < 0.1:
-            await soak.ask(http, "base", "base", prompt)
-        elif chance < 0.25 and (ready := [n for n, w in soak.movers.items() if w]):
-            name = draw.choice(ready)
-            await soak.ask(http, name, soak.movers[name], prompt)
+            await soak.ask(http, "base", prompt)
+        elif chance < 0.25 and (ready := sorted(soak.ready)):
+            await soak.ask(http, draw.choice(ready), prompt)
         elif chance < 0.27:
             body = {"model": "nobody", "prompt": [5], "max_tokens": 1}
             status = await soak.post(http, "completions", **body)
@@ -114,7 +139,7 @@ async def client(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, t
                 soak.wrong.append(f"nobody: {status}")
         else:
             (name,) = draw.choices(names, weights)
-            await soak.ask(http, name, name, prompt)
+            await soak.ask(http, name, prompt)
 
 
 async def mover(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, name: str) -> None:
@@ -122,16 +147,17 @@ async def mover(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, na
     while True:
         for turn in range(3):
             weights = draw.choice(list(soak.made))
-            soak.movers[name] = ""  # nobody asks for it while it changes, as it may be either
+            soak.ready.discard(name)
+            soak.movers[name].append(weights)
             path = str(soak.made[weights])
             body = {"lora_name": name, "lora_path": path, "load_inplace": turn > 0}
             status = await soak.post(http, "load_lora_adapter", **body)
             soak.counts["loads" if turn == 0 else "reloads"] += 1
             if status != 200:
                 soak.wrong.append(f"{name}: load: {status}")
-            soak.movers[name] = weights
+            soak.ready.add(name)
             await asyncio.sleep(draw.uniform(1, 4))
-        soak.movers[name] = ""
+        soak.ready.discard(name)
         soak.turns[name] += 1
         status = await soak.post(http, "unload_lora_adapter", lora_name=name)
         soak.counts["unloads"] += 1
@@ -159,7 +185,7 @@ async def run(soak: Soak, server: Server, requests: int, clients: int, seconds: 
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         others = [asyncio.create_task(watch(soak, server))]
         for i in range(MOVERS):
-            soak.movers[f"mover-{i}"] = ""
+            soak.movers[f"mover-{i}"] = []
             one = mover(soak, http, random.Random(100 + i), f"mover-{i}")
             others.append(asyncio.create_task(one))
         mine = [client(soak, http, random.Random(draw.random()), bounded) for _ in range(clients)]
@@ -167,6 +193,7 @@ async def run(soak: Soak, server: Server, requests: int, clients: int, seconds: 
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await soak.settle(http)
 
 
 def main() -> None:

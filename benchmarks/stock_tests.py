@@ -4,7 +4,7 @@
 
 The tests are those of the installed version's source distribution, which is downloaded; what they import
 beyond vLLM goes into a folder of its own. Taken are those that run on a CPU; of them those that want a
-model from the Hub or a GPU fail or are skipped either way where there is none.
+model from the Hub or a GPU fail either way where there is none, and the page counts their reasons.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def sources(work: Path) -> Path:
     return folder
 
 
-def outcomes(folder: Path, needs: Path, *, plugin: bool) -> dict[str, str]:
-    """Test → `passed`, `failed`, `error` or `skipped`."""
+def outcomes(
+    folder: Path, needs: Path, *, plugin: bool
+) -> tuple[dict[str, str], collections.Counter[str]]:
+    """Test → `passed`, `failed`, `error` or `skipped`; and why those in the middle did not pass."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(needs)]),
         "HF_HUB_OFFLINE": "1",
@@ -71,7 +73,7 @@ def outcomes(folder: Path, needs: Path, *, plugin: bool) -> dict[str, str]:
     }
     if not plugin:
         environment["VLLM_PLUGINS"] = ""
-    options = ["-vv", "-p", "no:cacheprovider", "--timeout", "300", "--tb", "no"]
+    options = ["-vv", "-p", "no:cacheprovider", "--timeout", "300", "--tb", "no", "-rfE"]
     command = [sys.executable, "-c", RUN, *FILES, *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     found = re.findall(
@@ -79,7 +81,8 @@ def outcomes(folder: Path, needs: Path, *, plugin: bool) -> dict[str, str]:
     )
     if not found:
         raise SystemExit(f"no test ran:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return {test: outcome.lower() for test, outcome in found}
+    reasons = re.findall(r"^(?:FAILED|ERROR) \S+.*? - ([^\n:]{1,60})", done.stdout, re.MULTILINE)
+    return {test: outcome.lower() for test, outcome in found}, collections.Counter(reasons)
 
 
 def main() -> None:
@@ -92,15 +95,16 @@ def main() -> None:
     folder, needs = sources(work), work / "needs"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*install, "--target", str(needs), "--upgrade", *NEEDS], check=True)
-    stock = outcomes(folder, needs, plugin=False)
-    ours = outcomes(folder, needs, plugin=True)
+    stock, why = outcomes(folder, needs, plugin=False)
+    ours, _ = outcomes(folder, needs, plugin=True)
     worse = sorted(test for test in stock if stock[test] == "passed" != ours.get(test))
     pairs = collections.Counter((stock[test], ours.get(test, "missing")) for test in stock)
     lines = ["# vLLM's own tests of adapters\n", f"{origin()} {folder.name}.\n"]
     lines += ["| without the plugin | with it | tests |", "|---|---|---|"]
     lines += [f"| {a} | {b} | {count} |" for (a, b), count in sorted(pairs.items())]
     lines += [f"\nPassed without the plugin and not with it: {', '.join(worse) or 'none'}."]
-    lines += ["\nThose that fail or end in an error either way want a model from the Hub or a GPU."]
+    reasons = (f"`{reason}` ({count})" for reason, count in why.most_common())
+    lines += [f"\nWhat did not pass without it: {', '.join(reasons) or 'nothing'}."]
     lines += ["\n```bash\npython benchmarks/stock_tests.py\n```"]
     print("\n".join(lines))
     if options.output:
