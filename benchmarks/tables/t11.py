@@ -43,6 +43,7 @@ def _draw(task: str, found: dict[str, list[dict[str, Any]]], tuned: dict[str, An
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.axhline(100 * tuned["score"], color="grey", linestyle=":", label="tuned")
     markers = "osD^vP*"
+    sizes = [cell["bytes"] / 1e6 for cell in next(iter(found.values()))]
     for (name, cells), marker in zip(found.items(), markers, strict=False):
         megabytes = [cell["bytes"] / 1e6 for cell in cells]
         left.plot(megabytes, [100 * c["score"] for c in cells], marker=marker, label=name)
@@ -50,6 +51,8 @@ def _draw(task: str, found: dict[str, list[dict[str, Any]]], tuned: dict[str, An
         right.plot(megabytes, kls, marker=marker, label=name)
     for axes, label in ((left, "exact match, %"), (right, "KL to the tuned model, nats a token")):
         axes.set(xscale="log", xlabel="MB on disk", ylabel=label)
+        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     right.set_yscale("log")
     left.legend(frameon=False)
