@@ -255,6 +255,18 @@ def test_refusals(pairs, text, name, options, reason, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_distilled_where_nothing_changed(pairs, text, tmp_path):
+    base, _ = pairs["llama-tied"]
+    artifact = compress(
+        *(base, copy_of(base, tmp_path / "same"), tmp_path / "a"),
+        method=Adaptive(),
+        ratio=8,
+        calibration=text,
+        **QUICK,
+    )
+    assert {record.kind for record in artifact.manifest.records.values()} == {"same"}
+
+
 def test_an_artifact_opens_again(artifacts):
     for artifact in artifacts.values():
         assert Artifact.open(artifact.path).manifest == artifact.manifest

@@ -455,6 +455,8 @@ def _distill(
     """Replaces the scalars of all terms; found once, so that a run cut off while writing them goes on."""
     units = {name: unit for name in names if (unit := writer.load(name)) is not None}
     records = {r.name: r for unit in units.values() for r in unit.records if r.packed}
+    if not records:
+        return  # nothing was changed, or nothing pays for its bytes
     entries = {k: blob for unit in units.values() for k, blob in unit.entries.items()}
     terms = {
         run.where[name].parameter: Trained(

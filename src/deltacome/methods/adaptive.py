@@ -13,7 +13,8 @@ What it does otherwise than Delta-CoMe (arXiv 2406.08903):
 - Grids are those of least squared error instead of min–max.
 - The singular values are distilled at the end (`compression.distill`, which has the why).
 
-Without calibration there is no C and no G: a plain SVD with one price for all matrices.
+Without calibration, and with `distill=0`, there is no C and no G: a plain SVD with one price for all
+matrices.
 
 Legend: O out, I in, R directions.
 """
