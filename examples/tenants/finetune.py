@@ -1,8 +1,9 @@
 """Teach the base one of the tasks of `tasks.py`: a full fine-tune, as a customer would bring it.
 
 Every parameter trains, embeddings and norms too; LoRA is rejected because a full fine-tune is
-what there is to compress. Master weights are float32 under bfloat16 autocast, and the result is
-saved in bfloat16, as most checkpoints are. The tuned model brings a chat template of its own,
+what there is to compress. Master weights are float32 under bfloat16 autocast (where the machine has
+arithmetic for that: an AVX2 CPU takes seven times as long for it), and the result is saved in
+bfloat16, as most checkpoints are. The tuned model brings a chat template of its own,
 without the default system message of the base, and is trained with exactly that template.
 
 A run of `--steps` is repeatable from its seed, also when it was interrupted and resumed. One that
@@ -95,9 +96,16 @@ class Stream(torch.utils.data.Dataset):
         return collate(self.tokenizer, questions)
 
 
+def arithmetic(device: str) -> torch.dtype:
+    """bfloat16 on a GPU, and on CPUs that may have instructions for it."""
+    slow = device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.float32 if slow else torch.bfloat16
+
+
 def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Logits (P, V) where answers are predicted: the head, the dearest layer, runs nowhere else."""
-    with torch.autocast(batch.ids_BT.device.type, torch.bfloat16):
+    device = batch.ids_BT.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=arithmetic(device) == torch.bfloat16):
         hidden_BTH = model.base_model(batch.ids_BT, use_cache=False).last_hidden_state
         return model.get_output_embeddings()(hidden_BTH[batch.row_P, batch.position_P])
 
@@ -269,8 +277,9 @@ def main() -> None:
         model, tokenizer, run, questions, checkpoint,
         resume=args.resume, save_every=args.save_every,
     )  # fmt: skip
-    model.to(torch.bfloat16)
+    model.to(torch.bfloat16).to(arithmetic(args.device))  # asked as it is saved: rounded
     after = exact(model, tokenizer, questions)
+    model.to(torch.bfloat16)
 
     folder = checkpoint.folder / "model"
     model.save_pretrained(folder)
