@@ -38,10 +38,12 @@ def main() -> None:
         started = time.monotonic()
         section = importlib.import_module(name).make(lab)
         seconds = time.monotonic() - started
-        command = (
-            f"`make tables SIZE={options.size} TABLES={name}`, {seconds:.0f} s of work not kept"
-        )
-        text = f"{section}\n\n{command}. {provenance(lab)}\n"
+        command = f"make tables SIZE={options.size} TABLES={name}"
+        if options.tasks:
+            command = f"python benchmarks/tables/run.py {name} --size {options.size} --tasks "
+            command += " ".join(options.tasks)
+        spent = f"{seconds:.0f} s of work not kept"
+        text = f"{section}\n\n`{command}`, {spent}. {provenance(lab)}\n"
         print(text, flush=True)
         _replace_section(options.report, text)
         say(f"{name}: {seconds:.0f} s")
