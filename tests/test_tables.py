@@ -60,7 +60,10 @@ def lab(tables, tmp_path_factory):
     return module.Lab(base, folder / "work", size, {"tiny": tuned})
 
 
-@pytest.mark.parametrize("name", ["t2", "t3", "t6", "t8", "t9", "t10", "t11", "vlm", "case"])
+NAMES = ["t2", "t3", "t6", "t8", "t9", "t10", "t11", "vlm", "case", "ablation"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "t2":
@@ -68,6 +71,8 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     if name == "t9":
         monkeypatch.setattr("deltacome.compression.search.WIDTHS", (8,))
         monkeypatch.setattr("deltacome.compression.search.GENERATIONS", 1)
+    if name == "ablation":
+        monkeypatch.setattr(tables(name), "RATIO", 4.0)
     if name == "vlm":
         small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
         monkeypatch.setattr(tables(name), "TOWER", {**small, "num_hidden_layers": 1})

@@ -380,7 +380,8 @@ def _code_hash(method: Method) -> str:
     files = [file for room in rooms for file in sorted(room.glob("*.py"))]
     shared = ("method.py", "bands.py", "template.py")
     files += [ROOT / "src" / "deltacome" / "methods" / name for name in shared]
-    return hash_of(*map(_file_hash, [*files, Path(inspect.getfile(type(method)))]))
+    files += [Path(inspect.getfile(kind)) for kind in type(method).__mro__ if kind is not object]
+    return hash_of(*map(_file_hash, files))
 
 
 def _file_hash(file: Path) -> str:

@@ -18,7 +18,7 @@ import torch
 from lab import SIZES, Lab, provenance, say
 from transformers.utils import logging
 
-TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "vlm", "case")
+TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "vlm", "case", "ablation")
 
 
 def main() -> None:

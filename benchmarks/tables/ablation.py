@@ -1,0 +1,90 @@
+"""Ablation of `adaptive`: what each of its parts is worth at 1/32, one left out at a time.
+
+The parts are left out without the last step, distillation, which makes up for much of what any of them
+costs; its own worth is the difference of the first two rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import cells as md
+from lab import Lab
+from torch import Tensor
+
+from deltacome import Adaptive, DeltaCome
+from deltacome.format.codec import Packed
+from deltacome.methods.method import Matrix, Method, Planner, Terms
+from deltacome.numerics.grid import min_max_grid
+
+RATIO = 32.0
+
+
+@dataclass(frozen=True)
+class Without(Adaptive):
+    """Adaptive less a part, which the artifact names."""
+
+    distill: int = 0
+    part: str = ""
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"without": self.part}
+
+
+@dataclass(frozen=True)
+class WithoutOutputs(Without):
+    """Inputs weigh alone: what an output is worth in the answer is not looked at."""
+
+    part: str = "outputs"
+
+    def spectrum(self, delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
+        return super().spectrum(delta_OI, inputs, None)
+
+    def pack(
+        self, delta_OI: Tensor, plan: Terms, inputs: Tensor | None, outputs: Tensor | None
+    ) -> Packed:
+        return super().pack(delta_OI, plan, inputs, None)
+
+
+@dataclass(frozen=True)
+class WithoutSharing(Without):
+    """Every matrix has bytes in proportion to its size, as in the paper; widths are still chosen."""
+
+    part: str = "sharing"
+
+    def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
+        planners = {name: Adaptive.planner(self, {name: one}) for name, one in matrices.items()}
+        sizes = {name: one.shape[0] * one.shape[1] for name, one in matrices.items()}
+        total = sum(sizes.values())
+
+        def plans(nbytes: float) -> dict[str, Terms]:
+            shares = {name: nbytes * size / total for name, size in sizes.items()}
+            return {name: planners[name](share)[name] for name, share in shares.items()}
+
+        return plans
+
+
+def make(lab: Lab) -> str:
+    task = lab.size.side[0]
+    plain = patch("deltacome.methods.adaptive.least_squares_grid", min_max_grid)
+    found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
+        "Delta-CoMe": (DeltaCome(), nullcontext()),
+        "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
+        "less distillation": (Adaptive(distill=0), nullcontext()),
+        "… and bytes shared across matrices": (WithoutSharing(), nullcontext()),
+        "… and weights of outputs": (WithoutOutputs(), nullcontext()),
+        "… and all but the diagonals of those": (Adaptive(distill=0, diagonal=True), nullcontext()),
+        "… and grids of least squared error": (Without(part="grids"), plain),
+    }
+    rows = []
+    for name, (method, change) in found.items():
+        with change:
+            cell = lab.cell(task, method, RATIO)
+        kl = [md.nats(cell["kl_task"]), md.nats(cell["kl_text"])]
+        rows.append([name, *md.sizes(cell), md.score(cell), *kl])
+    header = ["", *md.SIZES, f"{task} %", "KL task", "KL text"]
+    return "## Ablation: adaptive at 1/32, less one part each\n\n" + md.table(header, rows)
