@@ -1,4 +1,9 @@
-"""Two workers, tenants found by name in a remote place, and a server that is killed and started again."""
+"""Two workers, tenants found by name in a remote place, and a server that is killed and started again,
+as two engines that share the requests."""
+
+import re
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -38,7 +43,16 @@ def server(wide, tmp_path, monkeypatch):
     running.kill()
 
 
-def test_found_after_a_restart_on_two_workers(wide, server):
+def answered_by_engine(server):
+    """Requests that each engine has finished, by vLLM's own count."""
+    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=30).read().decode()
+    found = {}
+    for engine, count in re.findall(r'success_total\{engine="(\d)".* ([\d.]+)\n', text):
+        found[engine] = found.get(engine, 0) + float(count)
+    return found
+
+
+def test_found_on_two_workers_and_after_a_restart_on_two_engines(wide, server):
     ids = some_ids(7, 1, VOCAB)
     for name in ("base", "one", "two"):
         assert server.say(name, ids) == greedy(wide.models[name], ids, 8), name
@@ -47,6 +61,13 @@ def test_found_after_a_restart_on_two_workers(wide, server):
     server.kill()
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         list(stream)  # it was killed within an answer
+    server.command[server.command.index("--tensor-parallel-size")] = "--data-parallel-size"
     server.start()
-    for name in ("two", "three", "one", "base"):
-        assert server.say(name, ids) == greedy(wide.models[name], ids, 8), name
+    names = ("two", "three", "one", "base") * 4
+    with ThreadPoolExecutor(4) as threads:  # at once, so that both engines get some
+        said = list(threads.map(lambda name: server.say(name, ids), names))
+    for name, tokens in zip(names, said, strict=True):
+        assert tokens == greedy(wide.models[name], ids, 8), name
+    counts = answered_by_engine(server)
+    assert len(counts) == 2
+    assert min(counts.values()) > 3  # more than the canary of each tenant
