@@ -1,6 +1,7 @@
 """Reading dense checkpoints, their refusals, fingerprints, and pairing."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -162,6 +163,25 @@ def test_a_sample_does_not_change_with_a_wider_dtype(shape):
 def test_a_sample_of_a_rounded_base_is_that_of_the_base():
     wide = draw(200, 300)
     assert sample_digest(wide) == sample_digest(wide.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "bfloat16", "float16", "int64", "uint8", "bool"]
+)
+def test_a_sample_of_a_file_is_that_of_its_tensor(tmp_path, dtype):
+    shapes = {"none": (0, 4), "one": (1,), "all": (512,), "more": (9, 57), "many": (100, 100)}
+    tensors = {name: (3 * draw(*shape)).to(getattr(torch, dtype)) for name, shape in shapes.items()}
+    checkpoint = single(tmp_path / "m", **tensors)
+    for name, tensor in tensors.items():
+        assert checkpoint.sample(name) == sample_digest(tensor), name
+
+
+def test_a_sample_of_a_file_cut_off_since_it_was_opened(tmp_path):
+    checkpoint = single(tmp_path / "m", a=draw(100, 100))
+    file = tmp_path / "m" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match="a: expected 2048 bytes of sampled values, got 1948"):
+        checkpoint.sample("a")
 
 
 def test_a_sample_sees_shape_start_end_and_scale():
