@@ -71,10 +71,12 @@ class WithoutSharing(Without):
 def make(lab: Lab) -> str:
     task = lab.size.side[0]
     plain = patch("deltacome.methods.adaptive.least_squares_grid", min_max_grid)
+    alike = patch("deltacome.compression.sensitivity.ANSWER", 1.0)
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
         "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
         "less distillation": (Adaptive(distill=0), nullcontext()),
+        "… and that answers weigh more than text": (Without(part="answers"), alike),
         "… and bytes shared across matrices": (WithoutSharing(), nullcontext()),
         "… and weights of outputs": (WithoutOutputs(), nullcontext()),
         "… and all but the diagonals of those": (Adaptive(distill=0, diagonal=True), nullcontext()),

@@ -55,8 +55,8 @@ class Size:
     kl_questions: int = 500
     steps: int = 400
     """Of fine-tuning, 24 questions each."""
-    rows: int = 128
-    """Calibration rows: half questions of the task, half general text."""
+    rows: int = 256
+    """Calibration rows: three quarters questions of the task, the rest general text."""
     row_tokens: int = 128
     distill: int = 150
     """Steps that find BitDelta's scales, of four rows."""
@@ -137,12 +137,12 @@ class Lab:
         from tasks import TASKS, training
 
         held = {question.prompt for question in self.questions(task)}
-        half = self.size.rows // 2
-        made = training(TASKS[task], 1000 + seed, 0, half, held)
+        count = self.size.rows // 4
+        made = training(TASKS[task], 1000 + seed, 0, self.size.rows - count, held)
         text = _general_text()
         step = 4 * self.size.row_tokens  # characters, of which about four make a token
-        start = (seed * half * step) % (len(text) // 2)
-        cuts = [text[start + i * step : start + (i + 1) * step] for i in range(half)]
+        start = (seed * count * step) % (len(text) // 2)
+        cuts = [text[start + i * step : start + (i + 1) * step] for i in range(count)]
         lines = [{"prompt": q.prompt, "answer": q.answer} for q in made]
         lines += [{"text": cut} for cut in cuts]
         content = "".join(json.dumps(line) + "\n" for line in lines)

@@ -8,7 +8,7 @@ from test_stream import load, some_rows, stream_of
 from transformers import AutoModelForCausalLM
 
 from deltacome.arch.layout import find_layout, linears_of
-from deltacome.compression.sensitivity import measure, measured, sweep
+from deltacome.compression.sensitivity import ANSWER, measure, measured, sweep
 
 SEED = 3
 
@@ -40,8 +40,14 @@ def whole(folder, stream, first=lambda row: 0):
         ]
         log_p = model(input_ids=batch.ids).logits.float()[counts].log_softmax(-1)
         p = log_p.detach().exp()
-        # Each row weighs one, however many of its tokens count.
-        shares = torch.cat([torch.full((int(n),), 1 / int(n)) for n in counts.sum(1)])[:, None]
+        # A row of text weighs one, however many of its tokens count, an answer more.
+        weights = [
+            ANSWER if first(one[real].tolist()) else 1.0
+            for one, real in zip(batch.ids, valid, strict=True)
+        ]
+        shares = torch.cat(
+            [torch.full((int(n),), w / int(n)) for n, w in zip(counts.sum(1), weights, strict=True)]
+        )[:, None]
         drawn = log_p.gather(1, torch.multinomial(p, 1, generator=draw))
         (drawn * shares.sqrt()).sum().backward()
         for handle in handles:
@@ -67,7 +73,8 @@ def close(got, expected):
 
 
 def late(row):
-    return len(row) // 2
+    """Some rows are text, the others half question, half answer."""
+    return 0 if row[0] % 2 else len(row) // 2
 
 
 @pytest.mark.parametrize("first", [lambda row: 0, late], ids=["all", "late"])

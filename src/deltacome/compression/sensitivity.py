@@ -11,8 +11,9 @@ labels (Kunstner et al. 2019, arXiv 1905.12558, on why not those of the data).
 Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
 does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
 each layer. In a chat only the last answer's tokens are drawn, since what a model would have said in the
-user's place is nobody's concern; and every row weighs alike, or a few pages of text would outweigh the
-answers of all questions.
+user's place is nobody's concern. Rows weigh alike however long they are, but an answer weighs `ANSWER`
+times a text: the model is unsure of most words of a text and of few of an answer, so that errors of
+texts would decide nearly everything.
 
 A tied embedding counts for both of its uses: as the head at each row by how uncertain the model is of
 its token, as the embedding at each row by the gradients that meet its token.
@@ -36,6 +37,9 @@ from deltacome.compression.capture import Batch, Stream, drop_weights
 from deltacome.compression.data import row_shares
 from deltacome.errors import UnsupportedError
 from deltacome.numerics.gram import Gram
+
+ANSWER = 30.0
+"""Rows of text that an answer weighs; `benchmarks/tables/ablation.py` shows what that brings."""
 
 
 class Weights(NamedTuple):
@@ -133,8 +137,8 @@ def _head(
     used = str(stream.layout.embedding if tied else stream.layout.head)
     with stream.outside_weights(head=used):
         for batch in stream.batches:
-            counts = _counting(batch, first).to(stream.device)
-            share_T1 = row_shares(counts)[:, None]
+            counts, weights_B1 = (x.to(stream.device) for x in _counting(batch, first))
+            share_T1 = (row_shares(counts) * weights_B1.expand(counts.shape)[counts])[:, None]
             hidden = batch.hidden.detach().requires_grad_()
             with torch.enable_grad():
                 log_p_TV = stream.answer(batch, hidden)[counts].float().log_softmax(-1)
@@ -151,12 +155,14 @@ def _head(
     return sums.weights(stream.tokens), gradients
 
 
-def _counting(batch: Batch, first: Callable[[list[int]], int]) -> Tensor:
-    """Positions of a batch whose predictions count, bool (B, L)."""
-    counts = batch.valid.clone()
-    for row, ids, valid in zip(counts, batch.ids, batch.valid, strict=True):
-        row[: first(ids[valid].tolist())] = False
-    return counts
+def _counting(batch: Batch, first: Callable[[list[int]], int]) -> tuple[Tensor, Tensor]:
+    """Positions of a batch whose predictions count, bool (B, L), and what each row weighs, (B, 1)."""
+    counts, weights_B1 = batch.valid.clone(), torch.ones(len(batch.valid), 1)
+    for i, (ids, valid) in enumerate(zip(batch.ids, batch.valid, strict=True)):
+        if start := first(ids[valid].tolist()):
+            counts[i, :start] = False
+            weights_B1[i] = ANSWER
+    return counts, weights_B1
 
 
 def _backward(
