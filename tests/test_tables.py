@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,17 @@ def test_other_weights_are_another_cell(tables, lab, tmp_path):
     assert lab.artifact("tiny", method, 5.0).path != lab.artifact("tiny", method, 4.0).path
     seeds = [lab.artifact("tiny", method, 4.0, seed).path for seed in (0, 1)]
     assert seeds[0] != seeds[1]
+
+
+def test_of_a_table_that_was_cut_off_the_cells_that_are_there(tables, lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    curve = tables("t11")
+    monkeypatch.setattr(curve, "curves", lambda size: [("Delta-CoMe", DeltaCome())])
+    lab.cell("tiny", DeltaCome(), 4.0)
+    size = replace(lab.size, ratios=(4, 7))
+    part = tables("lab").Lab(lab.base, lab.work, size, lab.given, only_kept=True)
+    rows = [line for line in curve.make(part).splitlines() if line.startswith("| Delta-CoMe")]
+    assert len(rows) == 1
 
 
 def test_sections_stay_in_order(tables, tmp_path):

@@ -105,10 +105,19 @@ class Lab:
         work: where all that is made is kept.
         size: how much is measured.
         tenants: task → folder of a fine-tune that exists already; others are trained.
+        only_kept: see `wanted`.
     """
 
-    def __init__(self, base: Path, work: Path, size: Size, tenants: dict[str, Path]) -> None:
+    def __init__(
+        self,
+        base: Path,
+        work: Path,
+        size: Size,
+        tenants: dict[str, Path],
+        only_kept: bool = False,
+    ) -> None:
         self.base, self.work, self.size, self.given = base, work, size, tenants
+        self.only_kept = only_kept
         self._exams: dict[str, Exam] = {}
         self._agreement: dict[str, float] = {}
 
@@ -153,19 +162,13 @@ class Lab:
 
     def artifact(self, task: str, method: Method, ratio: float | None, seed: int = 0) -> Artifact:
         """A tenant's delta by a method; data-free ones get no text."""
-        tuned, options = self.tenant(task), method.options()
-        reads = method.calibrates or options.get("distill")
-        text = self.calibration(task, seed) if reads else None
-        identity = [self._weights_hash(self.base), self._weights_hash(tuned), options, ratio, seed]
-        identity += [_code_hash(method), self.size.row_tokens, None if text is None else text.name]
-        name = f"{task}-{options['name']}-{hash_of(*identity)}"
-        folder = self.work / "artifacts" / name
+        folder, text = self._artifact_folder(task, method, ratio, seed)
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            say(f"compressing {name}, ratio {ratio}")
+            say(f"compressing {folder.name}, ratio {ratio}")
             deltacome.compress(
                 self.base,
-                tuned,
+                self.tenant(task),
                 folder,
                 method=method,
                 ratio=ratio,
@@ -176,6 +179,22 @@ class Lab:
                 resume=True,
             )
         return Artifact.open(folder)
+
+    def wanted(self, task: str, method: Method, ratio: float | None) -> bool:
+        """Whether a cell belongs into the table: all do, or those alone that are there already."""
+        return not self.only_kept or self._artifact_folder(task, method, ratio, 0)[0].exists()
+
+    def _artifact_folder(
+        self, task: str, method: Method, ratio: float | None, seed: int
+    ) -> tuple[Path, Path | None]:
+        """Where an artifact is kept, by all that it depends on, and its calibration text."""
+        options, ratio = method.options(), None if ratio is None else float(ratio)
+        reads = method.calibrates or options.get("distill")
+        text = self.calibration(task, seed) if reads else None
+        hashes = [self._weights_hash(folder) for folder in (self.base, self.tenant(task))]
+        identity = [*hashes, options, ratio, seed, _code_hash(method), self.size.row_tokens]
+        name = f"{task}-{options['name']}-{hash_of(*identity, None if text is None else text.name)}"
+        return self.work / "artifacts" / name, text
 
     # --- what is measured ------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def main() -> None:
     if options.tasks:
         tasks = tuple(options.tasks)
         size = replace(size, tasks=tasks, side=tasks[:1])
-    lab = Lab(options.base, options.work, size, tenants)
+    lab = Lab(options.base, options.work, size, tenants, options.only_kept)
     usual = [name for name in TABLES if options.size == "full" or name != "t5"]
     for name in options.tables or usual:
         started = time.monotonic()
@@ -42,6 +42,8 @@ def main() -> None:
         if options.tasks:
             command = f"python benchmarks/tables/run.py {name} --size {options.size} --tasks "
             command += " ".join(options.tasks)
+        if options.only_kept:
+            command += " --only-kept"
         spent = f"{seconds:.0f} s of work not kept"
         text = f"{section}\n\n`{command}`, {spent}. {provenance(lab)}\n"
         print(text, flush=True)
@@ -76,6 +78,11 @@ def _parse() -> argparse.Namespace:
         "--tenant", action="append", default=[], help="TASK=FOLDER, trained already"
     )
     parser.add_argument("--tasks", nargs="+", help="instead of sums, code and chat")
+    parser.add_argument(
+        "--only-kept",
+        action="store_true",
+        help="of a t11 that was cut off, the cells that are there",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", type=Path, default=Path("docs/results/tables.md"))
     return parser.parse_args()

@@ -21,7 +21,7 @@ SMALLEST_KL = 1e-6
 def make(lab: Lab) -> str:
     task = lab.size.side[0]
     found = {
-        name: [lab.cell(task, method, ratio) for ratio in lab.size.ratios]
+        name: [lab.cell(task, method, r) for r in lab.size.ratios if lab.wanted(task, method, r)]
         for name, method in curves(lab.size)
     }
     found["BitDelta"] = [lab.cell(task, BitDelta(distill=lab.size.distill), None)]
