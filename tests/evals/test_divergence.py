@@ -35,7 +35,8 @@ class Constant(torch.nn.Module):
 
 
 def test_a_model_does_not_differ_from_itself(model):
-    assert divergence(model, record(model, ROWS, batch_size=2)) == pytest.approx(0.0, abs=1e-9)
+    # Rows that share a pass round differently on some machines.
+    assert divergence(model, record(model, ROWS, batch_size=2)) == pytest.approx(0.0, abs=1e-7)
 
 
 def test_batches_do_not_change_the_mean(model):
