@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,13 @@ def test_a_sample_of_a_file_cut_off_since_it_was_opened(tmp_path):
     file = tmp_path / "m" / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
     with pytest.raises(CheckpointError, match="a: expected 2048 bytes of sampled values, got 1948"):
+        checkpoint.sample("a")
+
+
+def test_a_sample_of_a_dtype_that_torch_lacks(tmp_path):
+    checkpoint = single(tmp_path / "m", a=draw(4))
+    checkpoint.tensors["a"] = replace(checkpoint.tensors["a"], dtype="unknown")
+    with pytest.raises(CheckpointError, match="a: expected one of torch's dtypes, got another"):
         checkpoint.sample("a")
 
 

@@ -107,7 +107,9 @@ class Checkpoint:
         if info is None:
             raise CheckpointError(f"{self.path}: no tensor named {name}")
         if info.dtype not in DTYPES:
-            raise CheckpointError(f"{info.file}: {name} has a dtype that torch does not have")
+            raise CheckpointError(
+                f"{info.file}: {name}: expected one of torch's dtypes, got another"
+            )
         dtype, size = DTYPES[info.dtype], DTYPES[info.dtype].itemsize
         try:
             with info.file.open("rb", buffering=0) as file:

@@ -45,28 +45,6 @@ def weighted_svd(
         CalibrationError: a weight is not positive definite even after damping.
         MismatchError: the sizes do not fit.
     """
-    c_II, g_OO = _roots(delta_OI, inputs, outputs, damping)
-    u_RO, s_R, v_RI = svd(_weighted(delta_OI, c_II, g_OO).float(), rank)
-    return _back(u_RO, g_OO), s_R, _back(v_RI, c_II)
-
-
-def weighted_spectrum(
-    delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None, damping: float = 0.01
-) -> Tensor:
-    """All s² of `weighted_svd`, falling, float32 (R,): what a plan needs, without vectors.
-
-    Raises:
-        CalibrationError, MismatchError: as there.
-    """
-    weighted_OI = _weighted(delta_OI, *_roots(delta_OI, inputs, outputs, damping))
-    wide = weighted_OI if len(weighted_OI) <= weighted_OI.shape[1] else weighted_OI.T
-    return torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp(min=0).float()
-
-
-def _roots(
-    delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None, damping: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """The factors L_C and L_G."""
     out_size, in_size = delta_OI.shape
     for name, weight, size in (("inputs", inputs, in_size), ("outputs", outputs, out_size)):
         if weight is not None and set(weight.shape) != {size}:
@@ -74,20 +52,15 @@ def _roots(
                 f"a delta of shape {(out_size, in_size)} needs weights of {size} {name}, got "
                 f"{tuple(weight.shape)}"
             )
-    return (
-        None if inputs is None else _root("inputs", inputs, damping),
-        None if outputs is None else _root("outputs", outputs, damping),
-    )
-
-
-def _weighted(delta_OI: Tensor, c_II: Tensor | None, g_OO: Tensor | None) -> Tensor:
-    """L_Gᵀ D L_C, float64."""
+    c_II = None if inputs is None else _root("inputs", inputs, damping)
+    g_OO = None if outputs is None else _root("outputs", outputs, damping)
     weighted_OI = delta_OI.double()
     if c_II is not None:
         weighted_OI = weighted_OI @ c_II
     if g_OO is not None:
         weighted_OI = g_OO[:, None] * weighted_OI if g_OO.ndim == 1 else g_OO.T @ weighted_OI
-    return weighted_OI
+    u_RO, s_R, v_RI = svd(weighted_OI.float(), rank)
+    return _back(u_RO, g_OO), s_R, _back(v_RI, c_II)
 
 
 def _root(name: str, weight: Tensor, damping: float) -> Tensor:
