@@ -5,7 +5,7 @@ import torch
 
 from deltacome.errors import CalibrationError, MismatchError
 from deltacome.numerics.svd import svd
-from deltacome.numerics.weigh import weighted_svd
+from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 
 
 def gram(size, seed, tokens=400):
@@ -56,6 +56,21 @@ def test_no_other_matrix_of_that_rank_is_closer():
     one_side = weighted_svd(d, 5, inputs, None, damping=0.0)
     for u, s, v in (plain, one_side):
         assert best < 0.9 * weighted_error(u.T @ (s[:, None] * v) - d, inputs, outputs)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_the_spectrum_is_that_of_the_triples(weights, shape):
+    inputs, outputs = WEIGHTS[weights]
+    d = delta()
+    if shape == (40, 24):  # the tall side's weights with it
+        d, inputs, outputs = d.T, outputs, inputs
+        inputs = inputs.diag() if inputs is not None and inputs.ndim == 1 else inputs
+    _, s, _ = weighted_svd(d, 24, inputs, outputs)
+    found = weighted_spectrum(d, inputs, outputs)
+    assert found.dtype == torch.float32
+    assert (found[:-1] >= found[1:]).all()
+    torch.testing.assert_close(found, s.square(), rtol=1e-3, atol=1e-6 * float(s[0]) ** 2)
 
 
 def test_white_weights_change_nothing():

@@ -11,14 +11,18 @@ thousand scalars are enough to make up for much of that, and too few to learn th
 A scalar is trained by its logarithm: those of one model differ by orders of magnitude, and one rate
 then suits all, where the paper's rate of 1e-4 is for scales of about that size.
 
-Legend: O out, I in, R directions, B rows, L positions, T tokens that count, V vocabulary.
+Only tokens that count reach the head, the dearest layer of a small model; and the tuned model's hidden
+states there are kept, so that each row runs through its blocks once however often it is drawn.
+
+Legend: O out, I in, R directions, B rows, L positions, T tokens that count, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +82,7 @@ def distill(
     """Terms with the scalars that bring base and delta closest to the tuned model's logits.
 
     Holds the tuned model, the base's matrices and what they are with the delta, and the latter's
-    gradients at once: four times the tuned model.
+    gradients at once: four times the tuned model. A hidden state for each token that counts comes on top.
 
     Args:
         load: the tuned model, which is called with token ids and answers with logits.
@@ -100,6 +104,7 @@ def distill(
     # What a model ties to another weight goes along with that one.
     weights = {n: _Weight(p, terms[n]) for n, p in model.named_parameters() if n in terms}
     optimizer = torch.optim.Adam([w.logs for w in weights.values()], lr=rate, betas=(0.9, 0.95))
+    tuned = _Tuned(model, first, device)
     draw, order = random.Random(seed), []
     for step in range(steps):
         while len(order) < batch:
@@ -109,7 +114,12 @@ def distill(
         values = {name: weight() for name, weight in weights.items()}
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         for some in _passes(drawn):
-            (_cost(model, leaves, some, first, loss, device) / batch).backward()
+            wanted_TV = tuned.logits(some)
+            ids_BL, counts_BL = _padded(some, first, device)
+            with _picking(model, counts_BL):
+                inputs = {"input_ids": ids_BL, "use_cache": False}
+                got_TV = functional_call(model, leaves, (), inputs).logits[0].float()
+            ((loss(got_TV, wanted_TV) * row_shares(counts_BL)).sum() / batch).backward()
         reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
         torch.autograd.backward(
             [values[name] for name in reached], [leaves[name].grad for name in reached]
@@ -119,7 +129,7 @@ def distill(
         optimizer.step()
         on_step(step + 1, steps)
     found = {name: weight.packed() for name, weight in weights.items()}
-    del model, weights
+    del model, tuned, weights
     gc.collect()
     return {name: found.get(name, term.packed) for name, term in terms.items()}
 
@@ -192,22 +202,63 @@ def _passes(rows: list[list[int]]) -> list[list[list[int]]]:
     return passes
 
 
-def _cost(
-    model: Any,
-    weights: Mapping[str, Tensor],
-    rows: list[list[int]],
-    first: Callable[[list[int]], int],
-    loss: Loss,
-    device: str,
-) -> Tensor:
-    """Sum over rows of the mean over their tokens that count."""
-    # Rows are padded on the right, where a causal model looks at nothing.
+def _padded(
+    rows: list[list[int]], first: Callable[[list[int]], int], device: str
+) -> tuple[Tensor, Tensor]:
+    """Token ids and whether what is predicted there counts, (B, L) each.
+
+    Rows are padded on the right, where a causal model looks at nothing."""
     ids_BL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
     counts_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
     for counts_L, row in zip(counts_BL, rows, strict=True):
         counts_L[first(row) : len(row)] = True
-    inputs = {"input_ids": ids_BL, "use_cache": False}
-    with torch.no_grad():
-        wanted_TV = model(**inputs).logits[counts_BL].float()
-    got_TV = functional_call(model, dict(weights), (), inputs).logits[counts_BL].float()
-    return (loss(got_TV, wanted_TV) * row_shares(counts_BL)).sum()
+    return ids_BL, counts_BL
+
+
+class _Tuned:
+    """What the tuned model says, of which the hidden states that its head is given are kept."""
+
+    def __init__(self, model: Any, first: Callable[[list[int]], int], device: str) -> None:
+        self._model, self._first, self._device = model, first, device
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+        self._output: Any = None
+
+    @torch.no_grad()
+    def logits(self, rows: list[list[int]]) -> Tensor:
+        """Of the tokens that count of some rows, (T, V) float32."""
+        keys = [tuple(row) for row in rows]
+        new = [row for row, key in zip(rows, keys, strict=True) if key not in self._kept]
+        if new:
+            ids_BL, counts_BL = _padded(new, self._first, self._device)
+            self._output = self._model.base_model(input_ids=ids_BL, use_cache=False)
+            found_TH = self._output.last_hidden_state[counts_BL]
+            parts = found_TH.split(counts_BL.sum(1).tolist())
+            self._kept |= {tuple(row): part for row, part in zip(new, parts, strict=True)}
+        self._output.last_hidden_state = torch.cat([self._kept[key] for key in keys])[None]
+        with _instead_of_blocks(self._model, lambda *args, **kwargs: self._output):
+            ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+            return self._model(input_ids=ids_11, use_cache=False).logits[0].float()
+
+
+@contextmanager
+def _picking(model: Any, counts_BL: Tensor) -> Iterator[None]:
+    """The head answers for the tokens that count alone, as if they were one row."""
+    blocks = model.base_model.forward
+
+    def pick(*args: Any, **kwargs: Any) -> Any:
+        output = blocks(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state[counts_BL][None]
+        return output
+
+    with _instead_of_blocks(model, pick):
+        yield
+
+
+@contextmanager
+def _instead_of_blocks(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """All that a model does before its head is done by another forward."""
+    model.base_model.forward = forward
+    try:
+        yield
+    finally:
+        del model.base_model.__dict__["forward"]

@@ -36,7 +36,7 @@ from deltacome.numerics.allocate import allocate
 from deltacome.numerics.gptq import Quantized, quantize_v
 from deltacome.numerics.grid import least_squares_grid, round_to_grid
 from deltacome.numerics.refit import refit_u
-from deltacome.numerics.weigh import weighted_svd
+from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 
 DISTORTION = {2: 0.16, 3: 0.045, 4: 0.013, 8: 0.0002}
 """Squared error of a direction whose two vectors are stored at a width, relative to its weight."""
@@ -79,11 +79,10 @@ class Adaptive:
 
     def spectrum(self, delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
         """σ² of a matrix's directions, twice the KL that each is worth: float32 (R,)."""
-        size = min(delta_OI.shape)
         if any(side is not None and not side.any() for side in (inputs, outputs)):
-            return torch.zeros(size)  # no answer hangs on it: an expert that was never asked, say
-        _, s_R, _ = weighted_svd(delta_OI, size, inputs, outputs, self.damping)
-        return s_R.square()
+            # No answer hangs on it: an expert that was never asked, say.
+            return torch.zeros(min(delta_OI.shape))
+        return weighted_spectrum(delta_OI, inputs, outputs, self.damping)
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """One price of a byte for all directions of all matrices."""
