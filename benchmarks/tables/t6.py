@@ -15,7 +15,6 @@ import torch
 from lab import TENANTS, Lab, Variant, device, hash_of, say
 from rows import RATIO, main_rows
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 
 BATCH, RATE = 24, 5e-4
 
@@ -81,8 +80,7 @@ def _lora(lab: Lab, task: str, nbytes: int) -> tuple[dict[str, Any], int]:
 
 def _train(lab: Lab, task: str, model: Any) -> None:
     """The loop of `examples/tenants/finetune.py`, with the same questions, for the adapter alone."""
-    from finetune import Run, answer_logits, collate, learning_rate
-    from tasks import TASKS, training
+    from finetune import CPU_PASSES, Run, Stream, backward, learning_rate
 
     assert (TENANTS / "finetune.py").exists()
     said = json.loads((lab.tenant(task) / "training.json").read_text())
@@ -92,15 +90,12 @@ def _train(lab: Lab, task: str, model: Any) -> None:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     inner = model.base_model.model
+    stream = Stream(run, tokenizer, held, CPU_PASSES if device() == "cpu" else 1)
     last = math.nan
     for step in range(steps):
-        questions = training(TASKS[task], said["seed"], step, said["batch"], held)
-        batch = collate(tokenizer, questions).to(torch.device(device()))
-        loss = cross_entropy(answer_logits(inner, batch).float(), batch.target_P)
-        loss.backward()
+        last = float(backward(inner, [part.to(torch.device(device())) for part in stream[step]]))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run, step, 0.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last = loss.item()
     say(f"LoRA on {task}: last loss {last:.3f}")
