@@ -64,14 +64,22 @@ def greedy(
     ids_BT = torch.tensor([[filler] * (width - len(r)) + list(r) for r in rows], device=device)
     mask_BT = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
-    places = "position_ids" in inspect.signature(model.forward).parameters
+    takes = inspect.signature(model.forward).parameters
     done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
     said: list[torch.Tensor] = []
     cache = None
     for _ in range(max_new_tokens):
-        extra = {"position_ids": _positions(mask_BT)[:, -ids_BT.shape[1] :]} if places else {}
+        # The head, the dearest layer of a small model, is asked about the last position alone.
+        extra = {
+            "position_ids": _positions(mask_BT)[:, -ids_BT.shape[1] :],
+            "logits_to_keep": 1,
+        }
         out = model(
-            input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **extra
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            past_key_values=cache,
+            use_cache=True,
+            **{name: value for name, value in extra.items() if name in takes},
         )
         cache = out.past_key_values
         next_B = out.logits[:, -1].argmax(-1)
