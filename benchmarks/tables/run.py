@@ -1,8 +1,8 @@
 """Makes the tables: `python benchmarks/tables/run.py --base work/base [t2 t3 …] [--size small]`.
 
 Without names all are made, in the small size all but t5, whose backbone is twice as large. Results go
-to `docs/results/tables.md`, a section for each table; those of other tables stay as they are. Tenants
-that exist can be given, others are trained.
+to `docs/results/tables.md`, a section for each table, or with `--tasks` for each table and tasks; other
+sections stay as they are. Tenants that exist can be given, others are trained.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def main() -> None:
     for name in options.tables or usual:
         started = time.monotonic()
         section = importlib.import_module(name).make(lab)
+        if options.tasks:  # a section of its own beside that of the usual tasks
+            section = section.replace(":", f" on {' and '.join(options.tasks)}:", 1)
         seconds = time.monotonic() - started
         command = f"make tables SIZE={options.size} TABLES={name}"
         if options.tasks:

@@ -13,7 +13,7 @@ from deltacome import BitDelta
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-PICTURE = Path("docs/results/tables_curve.png")
+PICTURES = Path("docs/results")
 SMALLEST_KL = 1e-6
 """What is below is drawn here: the scale is logarithmic."""
 
@@ -26,7 +26,8 @@ def make(lab: Lab) -> str:
     }
     found["BitDelta"] = [lab.cell(task, BitDelta(distill=lab.size.distill), None)]
     tuned = lab.measure(task, lab.dense(lab.tenant(task)))
-    _draw(task, found, tuned)
+    picture = PICTURES / f"curve_{task}.png"
+    _draw(picture, task, found, tuned)
     rows = [
         [name, *md.sizes(c), md.score(c), md.nats(c["kl_task"]),
          md.nats(c["kl_text"])]
@@ -34,12 +35,14 @@ def make(lab: Lab) -> str:
     ]  # fmt: skip
     header = ["method", *md.SIZES, f"{task} %", "KL task", "KL text"]
     return (
-        f"## T11: ratios\n\n![Score and KL against bytes, {task}]({PICTURE.name})\n\n"
+        f"## T11: ratios\n\n![Score and KL against bytes, {task}]({picture.name})\n\n"
         f"Tuned: {md.score(tuned)}.\n\n" + md.table(header, rows)
     )
 
 
-def _draw(task: str, found: dict[str, list[dict[str, Any]]], tuned: dict[str, Any]) -> None:
+def _draw(
+    picture: Path, task: str, found: dict[str, list[dict[str, Any]]], tuned: dict[str, Any]
+) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.axhline(100 * tuned["score"], color="grey", linestyle=":", label="tuned")
     markers = "osD^vP*"
@@ -57,6 +60,6 @@ def _draw(task: str, found: dict[str, list[dict[str, Any]]], tuned: dict[str, An
     right.set_yscale("log")
     left.legend(frameon=False)
     figure.suptitle(f"{task}: what a delta keeps, by its size")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=150)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
     plt.close(figure)
