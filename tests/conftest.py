@@ -4,13 +4,6 @@ import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items):
-    """Side by side run files, whose tests share fixtures; those that ask the one server stay together."""
-    for item in items:
-        group = "server" if "server" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """From before the first shared fixture on: small tensors are quicker so, and bytes of an artifact
