@@ -20,7 +20,7 @@ from deltacome import (
     compress,
     merge,
 )
-from deltacome.compression import pipeline
+from deltacome.compression import polish
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import Trained, _passes, distill, divergence, squared_distance
 from deltacome.errors import CheckpointError, PlanError
@@ -121,7 +121,7 @@ def test_resumed_runs_have_the_same_bytes(pairs, artifacts, text, name, tmp_path
     # What was measured is not measured again.
     monkeypatch.setattr(PrinMix, "planner", None)
     monkeypatch.setattr(Adaptive, "planner", None)
-    monkeypatch.setattr(pipeline, "distill", None)
+    monkeypatch.setattr(polish, "distill", None)
     again = run(pairs["llama-tied"], tmp_path / "a", name, text, resume=True)
     assert tree(again.path) == tree(artifacts[name].path)
 

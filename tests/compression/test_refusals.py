@@ -314,7 +314,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         ("deltacome.format.artifact.save_file", 0),  # the first block
         ("deltacome.format.artifact.save_file", 2),  # embedding and head
         ("deltacome.format.artifact.save_file", 3),  # the artifact itself
-        ("deltacome.compression.pipeline.save_file", 0),  # the calibration rows
+        ("deltacome.compression.run.save_file", 0),  # the calibration rows
     ],
 )
 def test_a_full_disk(pair, text, tmp_path, monkeypatch, place, fails_at):

@@ -1,5 +1,6 @@
 """From two checkpoints to an artifact."""
 
-from deltacome.compression.pipeline import Progress, compress
+from deltacome.compression.pipeline import compress
+from deltacome.compression.run import Progress
 
 __all__ = ["Progress", "compress"]

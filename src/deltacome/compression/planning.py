@@ -1,0 +1,153 @@
+"""From calibration text and a ratio to plans for all matrices.
+
+Both are kept beside the units, so that a resumed run goes by what the interrupted one went by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltacome.compression.budget import make_plans
+from deltacome.compression.data import answers_from, calibration_rows
+from deltacome.compression.run import Progress, Run, delta_of, made_once, of_common_rows, stream_of
+from deltacome.compression.sensitivity import Weights, measure, sweep
+from deltacome.errors import CalibrationError, PlanError, UnsupportedError
+from deltacome.format.artifact import ArtifactWriter
+from deltacome.format.folder import disk_errors, write_atomic
+from deltacome.format.manifest import Manifest
+from deltacome.format.spec import Band
+from deltacome.methods.adaptive import Adaptive
+from deltacome.methods.method import Matrix, Method, Terms
+from deltacome.skeleton import set_part
+
+SWEEP_TOKENS = 1024
+"""Tokens of a batch whose logits are held at once, with what is differentiated of them."""
+
+
+def plan_terms(
+    run: Run,
+    writer: ArtifactWriter,
+    manifest: Manifest,
+    ratio: float | None,
+    text: Callable[[], list[list[int]] | None],
+    seed: int,
+) -> dict[str, Terms]:
+    """Plans, kept beside the units: a resumed run need not measure what they were made from."""
+    file = writer.partial / "plans.json"
+    spectra: dict[str, Tensor] = {}
+    if isinstance(run.method, Adaptive) and (rows := text()) is not None:
+        run.weights = writer.partial / "weights"
+        if not file.exists():
+            spectra = _spectra(run, run.method, run.weights, rows, seed)
+    if not file.exists():
+
+        def matrix(name: str) -> Matrix:
+            shape = run.records[name].bands_shape
+            return Matrix(shape, lambda: delta_of(run, name), spectra.get(name))
+
+        plans = make_plans(manifest, run.method, {n: matrix(n) for n in run.plans}, ratio)
+        with disk_errors(file):
+            write_atomic(file, json.dumps({name: astuple(terms) for name, terms in plans.items()}))
+    return {
+        name: Terms(tuple(Band(*band) for band in bands), scales)
+        for name, (bands, scales) in json.loads(file.read_text()).items()
+    }
+
+
+def _spectra(
+    run: Run, method: Adaptive, folder: Path, rows: list[list[int]], seed: int
+) -> dict[str, Tensor]:
+    """What the directions of each matrix are worth, by a sweep through the tuned model.
+
+    Raises:
+        UnsupportedError: a matrix that the sweep does not reach (experts, a vision tower).
+    """
+    steps, total = itertools.count(1), 2 * len(run.layout.blocks)
+
+    def load(block: str) -> None:
+        for name, target in run.where.items():
+            if target.parameter.startswith(f"{block}.") and name in run.records:
+                value = run.tuned.read(name).to(run.device, run.dtype)
+                set_part(run.model, target, value)
+
+    def spectrum(name: str, weights: Weights) -> Tensor | None:
+        if name not in run.plans:
+            return None
+        return method.spectrum(delta_of(run, name), *of_common_rows(run, name, weights))
+
+    weights = sweep(
+        stream_of(run, rows, batch_tokens=SWEEP_TOKENS),
+        load,
+        seed=seed,
+        diagonal=method.diagonal,
+        tied=run.tied,
+        first=answers_from(run.tuned.path),
+        on_step=lambda: run.report(Progress("sweep", next(steps), total)),
+    )
+    with disk_errors(folder):
+        spectra = measure(
+            folder, ({run.names[n]: w for n, w in one.items()} for one in weights), spectrum
+        )
+    if missing := sorted(run.plans.keys() - spectra.keys()):
+        raise UnsupportedError(
+            f"adaptive: {len(missing)} matrices are not reached by text that runs through the decoder's "
+            f"blocks, {missing[0]} the first: use another method, or calibration none"
+        )
+    return spectra
+
+
+def calibration_text(
+    run: Run, writer: ArtifactWriter, source: str, samples: int, seq_len: int, seed: int
+) -> list[list[int]]:
+    """Calibration rows, kept beside the units so that a resumed run has the same."""
+
+    def make() -> dict[str, Tensor]:
+        rows = calibration_rows(
+            source,
+            run.tuned.path,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=run.device,
+            on_step=lambda done, total: run.report(Progress("calibration", done, total)),
+        )
+        embedding = run.names[str(run.layout.embedding)]
+        largest, size = max(map(max, rows)), run.records[embedding].shape[0]
+        if largest >= size:
+            raise CalibrationError(
+                f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
+                f"but {embedding} has {size} rows"
+            )
+        return {f"{i:06}": torch.tensor(row) for i, row in enumerate(rows)}
+
+    kept = made_once(writer.partial / "calibration.safetensors", make)
+    return [row.tolist() for _, row in sorted(kept.items())]
+
+
+def calibration_source(method: Method, source: str | None) -> str:
+    distill, name = bool(method.options().get("distill")), method.options()["name"]
+    wants_text = method.calibrates or distill
+    if source is None:
+        return "self" if wants_text else "none"
+    if source != "none" and not wants_text:
+        raise PlanError(f"calibration: {name} with these options looks at no text, got {source!r}")
+    if source == "none" and distill:
+        raise PlanError(
+            f"calibration: {name} needs text to distil its scalars on, got none: distill 0 goes without"
+        )
+    return source
+
+
+def source_identity(calibration: str) -> str:
+    file = Path(calibration)
+    if not file.is_file():
+        return calibration
+    return f"{calibration} {hashlib.sha256(file.read_bytes()).hexdigest()}"

@@ -1,0 +1,97 @@
+"""After the blocks: the scalars of all terms, fitted with the whole model at once (`distill`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltacome.compression.data import answers_from
+from deltacome.compression.distill import Trained, distill, divergence, squared_distance
+from deltacome.compression.run import (
+    Progress,
+    Run,
+    delta_of,
+    made_once,
+    measured_weights,
+    stored_delta,
+    stored_terms,
+)
+from deltacome.errors import CheckpointError
+from deltacome.format.artifact import ArtifactWriter, Unit
+from deltacome.format.manifest import Record
+from deltacome.methods.bitdelta import BitDelta
+from deltacome.numerics.gram import relative_error
+
+
+def distill_terms(
+    run: Run, writer: ArtifactWriter, names: list[str], rows: list[list[int]], steps: int, seed: int
+) -> None:
+    """Replaces the scalars of all terms; found once, so that a run cut off while writing them goes on."""
+    units = {name: unit for name in names if (unit := writer.load(name)) is not None}
+    records = {r.name: r for unit in units.values() for r in unit.records if r.packed}
+    if not records:
+        return  # nothing was changed, or nothing pays for its bytes
+    entries = {k: blob for unit in units.values() for k, blob in unit.entries.items()}
+    terms = {
+        run.where[name].parameter: Trained(
+            stored_terms(record, entries), partial(_base_rows, run, record), record.transposed
+        )
+        for name, record in records.items()
+    }
+    if isinstance(run.method, BitDelta):
+        how = {"loss": squared_distance, "rate": 0.01, "batch": 4}
+    else:
+        first = answers_from(run.tuned.path)
+        how = {"loss": divergence, "rate": 0.02, "batch": 16, "first": first}
+
+    def found() -> dict[str, Tensor]:
+        distilled = distill(
+            partial(_load_whole, run),
+            terms,
+            rows,
+            steps=steps,
+            seed=seed,
+            device=run.device,
+            on_step=lambda done, total: run.report(Progress("distill", done, total)),
+            **how,
+        )
+        return {
+            f"{name}.{kind}": blob
+            for name in records
+            for kind, blob in distilled[run.where[name].parameter].blobs().items()
+        }
+
+    blobs = made_once(writer.partial / "distilled.safetensors", found)
+    for unit_name, unit in units.items():
+        changed = []
+        for record in unit.records:
+            if record.name in records:
+                weights = measured_weights(run, record.name)
+                delta_hat = stored_delta(record, blobs).to(run.device)
+                error = relative_error(
+                    delta_of(run, record.name), delta_hat, weights and weights.inputs
+                )
+                record = replace(record, error=error)
+            changed.append(record)
+        kept = {name: blobs.get(name, blob) for name, blob in unit.entries.items()}
+        writer.save(unit_name, Unit(tuple(changed), kept))
+
+
+def _load_whole(run: Run) -> torch.nn.Module:
+    kind: Any = type(run.model)
+    try:
+        return kind.from_pretrained(run.tuned.path, dtype=run.dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run.tuned.path}: expected a {kind.__name__}: {error}") from error
+
+
+def _base_rows(run: Run, record: Record) -> Tensor:
+    """What the base has of a matrix, (out, in): the rows that its terms cover."""
+    assert record.base_name is not None
+    base = run.base.read(record.base_name)
+    base_OI = base.T if record.transposed else base
+    return base_OI[: record.bands_shape[0]]

@@ -1,0 +1,155 @@
+"""What the steps of one compression share: where they are, and what stands for a tensor so far.
+
+A unit is what is finished of a block, or of what lies outside of blocks: records and packed entries.
+Base and unit together give back a tensor as the finished artifact will.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deltacome.arch.checkpoint import Checkpoint
+from deltacome.arch.layout import Layout
+from deltacome.compression.capture import Stream
+from deltacome.compression.sensitivity import Weights, measured
+from deltacome.format.artifact import ArtifactWriter, Unit
+from deltacome.format.codec import Packed, read_bands, read_signs
+from deltacome.format.folder import disk_errors
+from deltacome.format.manifest import Record
+from deltacome.methods.method import Method, Terms
+from deltacome.skeleton import Target, set_part
+
+
+class Progress(NamedTuple):
+    """Where a run is: `done` of `total` steps of a phase, and what was just finished."""
+
+    phase: str
+    """`survey`, `calibration`, `sweep`, `blocks`, `distill`, `canary` or `write`."""
+    done: int
+    total: int
+    detail: str = ""
+    error: float | None = None
+    """Mean relative error of the matrices so far."""
+
+
+@dataclass
+class Run:
+    """What the steps of one compression share."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    layout: Layout
+    model: torch.nn.Module
+    where: dict[str, Target]
+    """Where each tensor of the tuned checkpoint goes in the model."""
+    names: dict[str, str]
+    """Any name of a parameter → the tensor that is all of it."""
+    tied: bool
+    """Whether the head is the input embedding."""
+    records: dict[str, Record]
+    plans: dict[str, Terms]
+    method: Method
+    device: str
+    dtype: torch.dtype
+    report: Callable[[Progress], None]
+    errors: list[float]
+    weights: Path | None = None
+    """Folder of what `sensitivity.measure` kept, where the method asked for it."""
+
+
+def stream_of(run: Run, rows: list[list[int]], **options: int) -> Stream:
+    """Rows at the first block of the model, which still has the tuned embedding."""
+    return Stream(
+        *(run.model, run.layout, lambda name: run.tuned.read(run.names[name]), rows),
+        device=run.device,
+        dtype=run.dtype,
+        **options,
+    )
+
+
+def measured_weights(run: Run, name: str) -> Weights | None:
+    """What a sweep measured of a matrix, or None where the method asked for none."""
+    return run.weights and of_common_rows(run, name, measured(run.weights, name))
+
+
+def of_common_rows(run: Run, name: str, weights: Weights) -> Weights:
+    """Weights for the rows that base and tuned have in common: vocabularies grow."""
+    outputs = weights.outputs
+    if outputs.ndim == 1:
+        outputs = outputs[: run.records[name].bands_shape[0]]
+    return Weights(weights.inputs.to(run.device), outputs.to(run.device))
+
+
+def load_block(run: Run, block: str, unit: Unit) -> None:
+    """Loads the compressed-so-far weights of a block: base + terms, or the tuned value itself."""
+    parameters = {f"{block}.{name}" for name, _ in run.layout.blocks[block].named_parameters()}
+    for record in unit.records:
+        target = run.where[record.name]
+        if target.parameter not in parameters:
+            continue  # a buffer that the checkpoint stores; the skeleton has its own
+        value = restored(run, record, unit.entries)
+        set_part(run.model, target, value.to(run.device, run.dtype))
+
+
+def restored(run: Run, record: Record, entries: dict[str, Tensor]) -> Tensor:
+    """What the artifact gives back for a tensor of a block, float32 or the tuned dtype.
+
+    A matrix that was not compressed yet has no terms in its record: it is the base's.
+    """
+    if record.name not in run.plans:
+        return run.tuned.read(record.name)
+    assert record.base_name is not None
+    base, delta = run.base.read(record.base_name).float(), stored_delta(record, entries)
+    return base + delta.T if record.transposed else base[: len(delta)] + delta
+
+
+def delta_of(run: Run, name: str) -> Tensor:
+    """tuned − base in float32, over the rows that both have."""
+    record = run.records[name]
+    assert record.base_name is not None
+    assert record.base_shape is not None
+    rows = min(record.shape[0], record.base_shape[0])
+    tuned = run.tuned.read(name)[:rows].to(run.device, torch.float32)
+    delta = tuned - run.base.read(record.base_name)[:rows].to(run.device, torch.float32)
+    return delta.T.contiguous() if record.transposed else delta
+
+
+def stored_delta(record: Record, entries: dict[str, Tensor]) -> Tensor:
+    """The delta that stored terms stand for, float32 (out, in)."""
+    return (
+        stored_terms(record, entries).dense() if record.packed else torch.zeros(record.bands_shape)
+    )
+
+
+def stored_terms(record: Record, entries: dict[str, Tensor]) -> Packed:
+    """The terms of a matrix as its entries hold them."""
+    shape, bands, signs = record.bands_shape, (), None
+    if record.plan:
+        bands = read_bands(entries[f"{record.name}.bands"], shape, record.plan)
+    if record.sign_scales:
+        signs = read_signs(entries[f"{record.name}.signs"], shape, record.sign_scales)
+    return Packed(bands, signs)
+
+
+def finished_unit(writer: ArtifactWriter, name: str) -> Unit:
+    """A unit that is known to be there."""
+    unit = writer.load(name)
+    assert unit is not None, name
+    return unit
+
+
+def made_once(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that an interrupted run made already, or makes now and keeps beside the units."""
+    if not file.exists():
+        tensors = make()
+        with disk_errors(file):
+            save_file(tensors, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+    return load_file(file)
