@@ -78,7 +78,7 @@ def compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | Non
 
 
 def compress_side_by_side(run: Run, writer: ArtifactWriter, workers: int) -> None:
-    """Leaves all units on disk, for `_compress_units` to find there."""
+    """Leaves all units on disk, for `compress_units` to find there."""
     units = {f"unit-{number:05}": names for number, names in enumerate(_units(run).values())}
     todo = {name: names for name, names in units.items() if not writer.has(name)}
     # Processes get no model: its modules say nothing that matters without inputs.

@@ -1,0 +1,56 @@
+"""Distillation looks at tokens that count alone: what they get is what the whole model says of them."""
+
+import families
+import pytest
+import tiny_pairs
+import torch
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from deltacome.compression.distill import _padded, _picking, _Tuned
+
+ROWS = [[5, 9, 33, 7], [8, 4, 6, 21, 90, 3, 17], [2, 40, 41, 42, 43]]
+STREAMED = families.STREAMED
+
+
+def first(row):
+    return len(row) // 2
+
+
+@pytest.fixture(params=[*tiny_pairs.FAMILIES, *STREAMED])
+def model(request, tmp_path):
+    """Each causal family, with its own scales, caps and windows on the way to its logits."""
+    if request.param in STREAMED:
+        config = families.FAMILIES[request.param]()
+        return families.load(families.make(request.param, config, tmp_path / "model"))
+    tiny_pairs.make_base(request.param, tmp_path / "model", torch.float32)
+    load = AutoModelForCausalLM.from_pretrained
+    return load(tmp_path / "model", dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_logits_of_tokens_that_count(model):
+    wanted = [model(input_ids=torch.tensor([row])).logits[0, first(row) :] for row in ROWS]
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    ids_BL, counts_BL = _padded(ROWS, first, "cpu")
+    with _picking(model, counts_BL):
+        inputs = {"input_ids": ids_BL, "use_cache": False}
+        got = functional_call(model, dict(model.named_parameters()), (), inputs).logits[0]
+    torch.testing.assert_close(got, torch.cat(wanted), **close)
+    tuned = _Tuned(model, first, "cpu")
+    torch.testing.assert_close(tuned.logits(ROWS[:2]), torch.cat(wanted[:2]), **close)
+    # One that is kept, one that is new, in another order.
+    torch.testing.assert_close(tuned.logits(ROWS[2:0:-1]), torch.cat(wanted[2:0:-1]), **close)
+    # The model is as it was.
+    torch.testing.assert_close(model(input_ids=ids_BL).logits[counts_BL], torch.cat(wanted), **close)
+
+
+def test_a_row_runs_through_the_blocks_once(tmp_path):
+    tiny_pairs.make_base("llama-tied", tmp_path / "model", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    runs = []
+    model.base_model.layers[0].register_forward_pre_hook(lambda *args: runs.append(1))
+    tuned = _Tuned(model, first, "cpu")
+    before = tuned.logits(ROWS)
+    assert torch.equal(tuned.logits(ROWS), before)
+    assert len(runs) == 1
