@@ -42,7 +42,9 @@ def test_logits_of_tokens_that_count(model):
     # One that is kept, one that is new, in another order.
     torch.testing.assert_close(tuned.logits(ROWS[2:0:-1]), torch.cat(wanted[2:0:-1]), **close)
     # The model is as it was.
-    torch.testing.assert_close(model(input_ids=ids_BL).logits[counts_BL], torch.cat(wanted), **close)
+    torch.testing.assert_close(
+        model(input_ids=ids_BL).logits[counts_BL], torch.cat(wanted), **close
+    )
 
 
 def test_a_row_runs_through_the_blocks_once(tmp_path):
