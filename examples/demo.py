@@ -43,10 +43,12 @@ def main() -> None:
         step("unpacking the base, SmolLM2-135M-Instruct")
         _run("base.py", "-o", base)
     if not tuned.exists():
-        step(f"fine-tuning all of its parameters on sums for {options.minutes:g} minutes")
+        amount = f"{options.steps} steps" if options.steps else f"{options.minutes:g} minutes"
+        step(f"fine-tuning all of its parameters on sums for {amount}")
+        how_long = ("--steps", options.steps) if options.steps else ("--minutes", options.minutes)
         _run(
             *("finetune.py", base, "-o", tuned, "--task", options.task, "--batch", 16),
-            *("--minutes", options.minutes, "--held-out", options.questions),
+            *(*how_long, "--held-out", options.questions),
         )
     if not delta.exists():
         step(f"compressing the fine-tune to 1/{options.ratio:g} of its bytes")
@@ -112,6 +114,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path, default=Path("work/demo"))
     parser.add_argument("--task", default="tiny", help="see tenants/tasks.py")
     parser.add_argument("--minutes", type=float, default=3.5, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, help="of fine-tuning, instead of minutes")
     parser.add_argument("--ratio", type=float, default=16)
     parser.add_argument("--questions", type=int, default=100)
     return parser.parse_args()
