@@ -181,7 +181,14 @@ def test_ctrl_c(tmp_path):
     waiting = tmp_path / "scores.json"
     os.mkfifo(waiting)
     command = [PROGRAM, "push", str(tmp_path), "org/name", "--scores", str(waiting)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore the signal, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     with waiting.open("w"):  # waits until the program reads
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
