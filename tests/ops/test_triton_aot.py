@@ -90,7 +90,7 @@ for size in (1024, 8192, 16384):
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory of a multiprocessor."""
 CASES = [("bf16", 90), ("fp16", 80), ("fp32", 80)]
-"""Each type and each capability once, the largest type where there is least memory: a case takes minutes."""
+"""Each type once, for minutes each; the largest where there is least memory."""
 
 
 def compile_all(case, folder):
