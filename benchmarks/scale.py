@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import deltacome
 from deltacome.arch.checkpoint import Checkpoint, full_digest, sample_digest
@@ -142,8 +143,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for folder in (output, partial_of(output)):
         shutil.rmtree(folder, ignore_errors=True)
     if options.tokenizer:
-        for file in options.tokenizer.glob("tokenizer*"):
-            shutil.copy(file, options.folder / "tuned")
+        # One of this kind whose words fit into the vocabulary.
+        texts = options.text.read_text().splitlines()
+        kind = AutoTokenizer.from_pretrained(options.tokenizer)
+        kind.train_new_from_iterator(texts, VOCAB).save_pretrained(options.folder / "tuned")
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
     start = last = time.monotonic()
@@ -254,7 +257,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--stop-after", type=int, default=0, help="blocks; 0: a whole run")
     parser.add_argument("--ratio", type=float, default=16)
     parser.add_argument("--text", type=Path, help="calibration text; without it there is none")
-    parser.add_argument("--tokenizer", type=Path, help="folder of one, for the text")
+    parser.add_argument("--tokenizer", type=Path, help="folder of one, to be trained anew")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--workers", type=int, default=1)
