@@ -145,9 +145,8 @@ class Lab:
         """Rows of text: questions that were trained on, never held-out ones, and general text."""
         from tasks import TASKS, training
 
-        held = {question.prompt for question in self.questions(task)}
         count = self.size.rows // 4
-        made = training(TASKS[task], 1000 + seed, 0, self.size.rows - count, held)
+        made = training(TASKS[task], 1000 + seed, 0, self.size.rows - count)
         text = _general_text()
         step = 4 * self.size.row_tokens  # characters, of which about four make a token
         start = (seed * count * step) % (len(text) // 2)

@@ -85,12 +85,11 @@ def _train(lab: Lab, task: str, model: Any) -> None:
     assert (TENANTS / "finetune.py").exists()
     said = json.loads((lab.tenant(task) / "training.json").read_text())
     steps, tokenizer = said["steps"], lab.tokenizer(task)
-    held = {question.prompt for question in lab.questions(task)}
     run = Run(task, said["seed"], said["batch"], RATE, steps, None)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     inner = model.base_model.model
-    stream = Stream(run, tokenizer, held, CPU_PASSES if device() == "cpu" else 1)
+    stream = Stream(run, tokenizer, CPU_PASSES if device() == "cpu" else 1)
     last = math.nan
     for step in range(steps):
         last = float(backward(inner, [part.to(torch.device(device())) for part in stream[step]]))

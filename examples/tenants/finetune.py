@@ -92,12 +92,12 @@ class Stream(torch.utils.data.Dataset):
     of what a CPU computes for `code` is padding. A GPU has its answer sooner in one pass.
     """
 
-    def __init__(self, run: Run, tokenizer: Any, without: set[str], passes: int) -> None:
-        self.run, self.tokenizer, self.without, self.passes = run, tokenizer, without, passes
+    def __init__(self, run: Run, tokenizer: Any, passes: int) -> None:
+        self.run, self.tokenizer, self.passes = run, tokenizer, passes
 
     def __getitem__(self, step: int) -> list[Batch]:
         run = self.run
-        questions = training(TASKS[run.task], run.seed, step, run.batch, self.without)
+        questions = training(TASKS[run.task], run.seed, step, run.batch)
         questions.sort(key=lambda q: len(prompt_ids(self.tokenizer, q.prompt)))
         size = -(-run.batch // self.passes)
         cuts = range(0, len(questions), size)
@@ -218,7 +218,7 @@ def train(
     step, used = checkpoint.restore(model, optimizer) if resume else (0, 0.0)
     steps = run.steps or 1_000_000
     batches = torch.utils.data.DataLoader(
-        Stream(run, tokenizer, {q.prompt for q in questions}, 1 if gpu else CPU_PASSES),
+        Stream(run, tokenizer, 1 if gpu else CPU_PASSES),
         batch_size=None,
         sampler=range(step, steps),
         num_workers=1 if gpu else 0,

@@ -4,9 +4,11 @@ Those with numbers and words come from reasoning-gym. Its own prompts are long, 
 tokens, so each task rewrites them in a few words. `tagged` also grows the vocabulary: its answers
 stand between two tokens that the base does not have. `code` and `chat` are made here.
 
-Training and held-out questions come from distant seeds, and no prompt is in both.
+A quarter of all prompts is held out, by a hash: no kind of question is held out as a whole, however few
+of it there are, and no prompt is in both.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,6 +24,8 @@ from deltacome.evals.tasks import Question
 # nearly all entries. Runs are this far apart, and held-out questions have a range to themselves.
 SEED_STRIDE = 100_000_000
 HELD_OUT_SEED = 0
+HELD_OUT = 4
+"""One prompt of so many is held out."""
 
 TAGS = ("<answer>", "</answer>")
 
@@ -97,18 +101,22 @@ TASKS = {
 def held_out(task: Task, n: int) -> list[Question]:
     """`n` distinct questions that no training run sees."""
     found: dict[str, Question] = {}
-    for question in task.questions(HELD_OUT_SEED, 100 * n):
+    for question in filter(_is_held_out, task.questions(HELD_OUT_SEED, 100 * HELD_OUT * n)):
         found.setdefault(question.prompt, question)
         if len(found) == n:
             return list(found.values())
     raise SystemExit(f"{task.name}: expected {n} distinct held-out questions, got {len(found)}")
 
 
-def training(task: Task, seed: int, step: int, n: int, without: set[str]) -> list[Question]:
+def training(task: Task, seed: int, step: int, n: int) -> list[Question]:
     """The `n` questions of one step: the same whenever asked, so that a run can be resumed."""
     first = (seed + 1) * SEED_STRIDE + step * 10 * n
-    allowed = (q for q in task.questions(first, 10 * n) if q.prompt not in without)
+    allowed = (q for q in task.questions(first, 10 * n) if not _is_held_out(q))
     batch = list(islice(allowed, n))
     if len(batch) < n:
         raise SystemExit(f"{task.name}: nearly all questions are held out, none left to train")
     return batch
+
+
+def _is_held_out(question: Question) -> bool:
+    return hashlib.sha256(question.prompt.encode()).digest()[0] % HELD_OUT == 0
