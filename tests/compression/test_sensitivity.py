@@ -8,6 +8,7 @@ from test_stream import load, some_rows, stream_of
 from transformers import AutoModelForCausalLM
 
 from deltacome.arch.layout import find_layout, linears_of
+from deltacome.compression import sensitivity
 from deltacome.compression.sensitivity import ANSWER, measure, measured, sweep
 
 SEED = 3
@@ -38,8 +39,8 @@ def whole(folder, stream, first=lambda row: 0):
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
         ]
-        log_p = model(input_ids=batch.ids).logits.float()[counts].log_softmax(-1)
-        p = log_p.detach().exp()
+        logits = model(input_ids=batch.ids).logits.float()[counts]
+        p = logits.detach().softmax(-1)
         # A row of text weighs one, however many of its tokens count, an answer more.
         weights = [
             ANSWER if first(one[real].tolist()) else 1.0
@@ -48,8 +49,10 @@ def whole(folder, stream, first=lambda row: 0):
         shares = torch.cat(
             [torch.full((int(n),), w / int(n)) for n, w in zip(counts.sum(1), weights, strict=True)]
         )[:, None]
-        drawn = log_p.gather(1, torch.multinomial(p, 1, generator=draw))
-        (drawn * shares.sqrt()).sum().backward()
+        signs = 2.0 * torch.randint(0, 2, p.shape, generator=draw) - 1
+        # Log-probabilities along the signs: the same as logits along the centred signs.
+        along = p.sqrt() * signs
+        (logits.log_softmax(-1) * along * shares.sqrt()).sum().backward()
         for handle in handles:
             handle.remove()
         for name, (x, y) in kept.items():
@@ -147,3 +150,12 @@ def test_what_is_measured_is_kept(pairs, tmp_path):
     for name in asked:
         assert torch.equal(measured(tmp_path / "weights", name).inputs.diagonal(), spectra[name])
     assert len(list((tmp_path / "weights").iterdir())) == len(asked)
+
+
+def test_random_signs_average_to_the_fisher_information():
+    p = torch.tensor([[0.7, 0.2, 0.0999, 0.0001]]).expand(200_000, 4)
+    r = sensitivity._root(p, torch.Generator().manual_seed(0))
+    got, expected = r.T @ r / len(r), p[0].diag() - torch.outer(p[0], p[0])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    # The rare word too: a single draw from p would meet it once in ten thousand.
+    torch.testing.assert_close(got.diagonal(), expected.diagonal(), rtol=0.02, atol=0)

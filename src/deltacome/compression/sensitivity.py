@@ -4,13 +4,15 @@
 
 Forward once, block by block, keeping what each block was given; then backward, block by block from the
 head, each run again to differentiate it. So one block's weights are held at a time here too, and hidden
-states of all calibration tokens at all blocks. What is differentiated is the log-probability of tokens
-drawn from the model's own answers: the mean of `g gᵀ` over them is its Fisher information, and takes no
-labels (Kunstner et al. 2019, arXiv 1905.12558, on why not those of the data).
+states of all calibration tokens at all blocks. The mean of `g gᵀ` is to be the Fisher information of the
+model's own answers, which takes no labels (Kunstner et al. 2019, arXiv 1905.12558, on why not those of
+the data). Drawing an answer at each token would estimate it too, but where the model is sure, which is
+at most tokens of an answer, that draws nearly always the same one and learns nothing; `_root` has what
+is differentiated instead.
 
 Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
 does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
-each layer. In a chat only the last answer's tokens are drawn, since what a model would have said in the
+each layer. In a chat only the last answer's tokens count, since what a model would have said in the
 user's place is nobody's concern. Rows weigh alike however long they are, but an answer weighs `ANSWER`
 times a text: the model is unsure of most words of a text and of few of an answer, so that errors of
 texts would decide nearly everything.
@@ -100,7 +102,7 @@ def sweep(
     Args:
         stream: of the tuned model, at its first block; it is at its end afterwards.
         load: puts the tuned weights of a block into the model.
-        seed: of the tokens that are drawn.
+        seed: of the signs that are drawn.
         diagonal: keep the diagonal of G alone: less memory, and less to go by.
         tied: the head uses the embedding's weight.
         first: the position of a row from which on its predictions count.
@@ -141,11 +143,10 @@ def _head(
             share_T1 = (row_shares(counts) * weights_B1.expand(counts.shape)[counts])[:, None]
             hidden = batch.hidden.detach().requires_grad_()
             with torch.enable_grad():
-                log_p_TV = stream.answer(batch, hidden)[counts].float().log_softmax(-1)
-                p_TV = log_p_TV.detach().exp()
-                drawn_T1 = torch.multinomial(p_TV, 1, generator=draw)
-                drawn = (log_p_TV.gather(1, drawn_T1) * share_T1.sqrt()).sum()
-                (gradient,) = torch.autograd.grad(drawn, hidden)
+                logits_TV = stream.answer(batch, hidden)[counts].float()
+                p_TV = logits_TV.detach().softmax(-1)
+                at_logits_TV = _root(p_TV, draw) * share_T1.sqrt()
+                (gradient,) = torch.autograd.grad(logits_TV, hidden, at_logits_TV)
             gradients.append(gradient)
             # The variance of a token's log-odds: what an error of its logit costs.
             spread_TV = p_TV - p_TV.square()
@@ -153,6 +154,16 @@ def _head(
             sums.add(x_TH, (spread_TV * share_T1).sqrt())
     handle.remove()
     return sums.weights(stream.tokens), gradients
+
+
+def _root(p_TV: Tensor, draw: torch.Generator) -> Tensor:
+    """Random r with E[r rᵀ] = diag(p) − p pᵀ, the Fisher information of the logits, (T, V).
+
+    `r = √p ε − p ⟨√p, ε⟩` with signs ε: every word has its share in each draw, however rare it is.
+    """
+    signs_TV = torch.randint(0, 2, p_TV.shape, generator=draw, device=p_TV.device)
+    r_TV = p_TV.sqrt() * (2.0 * signs_TV - 1)
+    return r_TV - p_TV * r_TV.sum(-1, keepdim=True)
 
 
 def _counting(batch: Batch, first: Callable[[list[int]], int]) -> tuple[Tensor, Tensor]:
