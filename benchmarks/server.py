@@ -208,19 +208,23 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def resident(self, kind: str = "Pss") -> int:
-        """Bytes of memory of all of its processes; pages they share count once (Pss).
+    def memory(self, kind: str = "Pss") -> dict[str, int]:
+        """Process → bytes of memory; pages that they share count once (Pss).
 
         `Pss_Anon` is what they allocated: libraries count for less while other processes use them too.
         """
         root = psutil.Process(self.process.pid)
-        total = 0
+        found = {}
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.Error, OSError):
                 lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-                found = [line.split()[1] for line in lines if line.startswith(f"{kind}:")]
-                total += 1024 * int(found[0])
-        return total
+                (size,) = [line.split()[1] for line in lines if line.startswith(f"{kind}:")]
+                found[f"{process.name()} {process.pid}"] = 1024 * int(size)
+        return found
+
+    def resident(self, kind: str = "Pss") -> int:
+        """Bytes of memory of all of its processes."""
+        return sum(self.memory(kind).values())
 
     def post(self, path: str, **body: object) -> dict:
         request = urllib.request.Request(

@@ -11,8 +11,8 @@ name got other weights while it was on its way must have the whole answer of the
 The server runs float32: in bfloat16 a tie between two tokens may fall either way from one batch to the
 next.
 
-Memory is what all of the server's processes have allocated, after the first fifth of the requests and at
-the end.
+Memory is what all of the server's processes have allocated: the means while the second fifth of the
+requests was answered and while the last was, at most two percent apart.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import asyncio
 import collections
 import json
 import random
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ PROMPTS = 6
 """Different prompts, so that answers repeat and can be compared."""
 MOVERS = 4
 """Names whose weights change while they are asked for."""
+GROWTH = 0.02
+"""Of memory, that passes for flat."""
 
 
 @dataclass
@@ -168,9 +171,10 @@ async def mover(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, na
 async def watch(soak: Soak, server: Server) -> None:
     """Notes memory as requests are answered."""
     while True:
-        anonymous = await asyncio.to_thread(server.resident, "Pss_Anon")
-        soak.memory.append((soak.counts["requests"], anonymous))
-        print(dict(soak.counts), f"{soak.memory[-1][1] / 2**20:.0f} MiB", file=sys.stderr)
+        found = await asyncio.to_thread(server.memory, "Pss_Anon")
+        soak.memory.append((soak.counts["requests"], sum(found.values())))
+        sizes = ", ".join(f"{name} {nbytes / 2**20:.0f} MiB" for name, nbytes in found.items())
+        print(dict(soak.counts), sizes, file=sys.stderr)
         await asyncio.sleep(10)
 
 
@@ -221,10 +225,12 @@ def main() -> None:
         start = time.monotonic()
         asyncio.run(run(soak, server, options.requests, options.clients, options.seconds))
         seconds = time.monotonic() - start
-    # The first answers took memory for what all later ones share.
-    early = [m for n, m in soak.memory if n >= soak.counts["requests"] / 5] or [0]
-    mib = [nbytes / 2**20 for nbytes in early]
     answered, tokens = soak.counts.pop("requests"), soak.counts.pop("tokens")
+    # The first answers took memory for what all later ones share.
+    second, last = (_mean_mib(soak.memory, answered, fifth) for fifth in (1, 4))
+    grown = last / second - 1
+    if not grown <= GROWTH:
+        soak.wrong.append(f"memory grew by {grown:.1%}, expected at most {GROWTH:.0%}")
     lines = [
         "# Soak\n",
         str(__doc__).strip().partition("\n\n")[2].partition("\n\n")[2] + "\n",
@@ -232,7 +238,7 @@ def main() -> None:
         f"- {answered} requests answered, {tokens} tokens, in {seconds:.0f} s",
         *(f"- {count} {what}" for what, count in soak.counts.items()),
         f"- {len(soak.wrong)} wrong answers or unexpected errors",
-        f"- memory, MiB: {mib[0]:.0f} after a fifth, {mib[-1]:.0f} at the end, {max(mib):.0f} at most",
+        f"- memory, MiB: {second:.0f} in the second fifth, {last:.0f} in the last ({grown:+.1%})",
         f"\n```bash\npython benchmarks/soak.py BASE {' '.join(sys.argv[2:])}\n```",
     ]
     print("\n".join(lines))
@@ -240,6 +246,12 @@ def main() -> None:
         options.output.write_text("\n".join(lines) + "\n")
     if soak.wrong:
         raise SystemExit("\n".join(soak.wrong[:20]))
+
+
+def _mean_mib(memory: list[tuple[int, int]], answered: int, fifth: int) -> float:
+    """Mean of what was seen while a fifth of the requests was answered."""
+    seen = [size for count, size in memory if fifth <= 5 * count / answered < fifth + 1]
+    return statistics.mean(seen) / 2**20
 
 
 if __name__ == "__main__":

@@ -353,11 +353,12 @@ def provenance(lab: Lab) -> str:
     versions = ", ".join(f"{n} {version(n)}" for n in ("deltacome", "torch", "transformers"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     worst = ", ".join(f"{name} {value:.1e}" for name, value in sorted(lab.agreement.items()))
+    compared = "Largest relative difference of logits, packed runtime against dense weights"
     return (
         f"Commit {git('rev-parse', '--short', 'HEAD')}{changed}; {versions}; Python "
         f"{platform.python_version()}, {torch.get_num_threads()} threads of {device}. "
-        f"Sizes: {asdict(lab.size)}. Seeds: training 0, calibration {list(lab.size.seeds)}. "
-        f"Largest relative difference of logits, packed runtime against dense weights: {worst}."
+        f"Sizes: {asdict(lab.size)}. Seeds: training 0, calibration {list(lab.size.seeds)}."
+        + (f" {compared}: {worst}." if worst else "")
     )
 
 

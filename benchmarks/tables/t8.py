@@ -38,11 +38,14 @@ def make(lab: Lab) -> str:
     for kind in ("all", "outliers"):
         header = [f"{kind}", *(where for where, which in columns if which == kind)]
         rows = [
-            [name, *(f"{errors[where, kind]:.5f}" for where, which in columns if which == kind)]
+            [
+                name,
+                *(f"{1e3 * errors[where, kind]:.3g}" for where, which in columns if which == kind),
+            ]
             for name, errors in found.items()
         ]
         sections.append(md.table(header, rows))
-    note = f"Relative squared errors on {QUESTIONS} held-out questions of {task}."
+    note = f"Relative squared errors, in thousandths, on {QUESTIONS} held-out questions of {task}."
     return "## T8: activation errors\n\n" + "\n\n".join(sections) + f"\n\n{note}"
 
 
