@@ -20,7 +20,7 @@ from deltacome import (
     compress,
     merge,
 )
-from deltacome.compression import polish
+from deltacome.compression import planning, polish
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import Trained, _passes, distill, divergence, squared_distance
 from deltacome.errors import CheckpointError, PlanError
@@ -124,6 +124,19 @@ def test_resumed_runs_have_the_same_bytes(pairs, artifacts, text, name, tmp_path
     monkeypatch.setattr(polish, "distill", None)
     again = run(pairs["llama-tied"], tmp_path / "a", name, text, resume=True)
     assert tree(again.path) == tree(artifacts[name].path)
+
+
+def test_a_kept_sweep_serves_other_ratios(pairs, artifacts, text, tmp_path, monkeypatch):
+    pair, kept = pairs["llama-tied"], {"sweeps": tmp_path / "sweeps"}
+    first = run(pair, tmp_path / "first", "adaptive-start", text, **kept)
+    assert tree(first.path) == tree(artifacts["adaptive-start"].path)
+    other = run(pair, tmp_path / "other", "adaptive-start", text, ratio=12)
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "sweep", None)
+        again = run(pair, tmp_path / "again", "adaptive-start", text, ratio=12, **kept)
+    assert tree(again.path) == tree(other.path)
+    run(pair, tmp_path / "seed", "adaptive-start", text, seed=1, **kept)
+    assert len(list((tmp_path / "sweeps").iterdir())) == 2
 
 
 def test_a_run_killed_while_it_writes_distilled_scales(
@@ -247,6 +260,8 @@ def test_rows_added_to_the_vocabulary_are_exact_beside_signs(pairs, text, tmp_pa
         ("low-rank", {"calibration": "self"}, "low-rank .* looks at no text"),
         ("bitdelta-distilled", {"calibration": "none"}, "needs text to distil"),
         ("adaptive", {"calibration": "none"}, "distill 0 goes without"),
+        ("adaptive-start", {"calibration": "none", "sweeps": "s"}, "expected adaptive and text"),
+        ("prinmix", {"sweeps": "s"}, "sweeps: expected adaptive and text, got prinmix"),
     ],
 )
 def test_refusals(pairs, text, name, options, reason, tmp_path):

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from deltacome.arch.layout import find_layout, linears_of
 from deltacome.compression import sensitivity
-from deltacome.compression.sensitivity import ANSWER, measure, measured, sweep
+from deltacome.compression.sensitivity import ANSWER, keep, measured, sweep
+from deltacome.errors import UnsupportedError
 
 SEED = 3
 
@@ -138,18 +139,23 @@ def test_a_diagonal_is_that_of_the_gram(pairs):
         torch.testing.assert_close(diagonal[name].outputs, got)
 
 
-def test_what_is_measured_is_kept(pairs, tmp_path):
-    weights = sweep_of(pairs["llama"][1], seed=0, diagonal=True)
+def test_what_a_sweep_finds_is_kept(pairs, tmp_path):
     asked = ("lm_head.weight", "model.layers.0.mlp.up_proj.weight")
-    spectra = measure(
-        tmp_path / "weights",
-        weights,
-        lambda name, one: one.inputs.diagonal() if name in asked else None,
-    )
-    assert set(spectra) == set(asked)
+    keep(tmp_path / "sweep", sweep_of(pairs["llama"][1], seed=0, diagonal=True), asked)
+    found = {
+        n: w for one in sweep_of(pairs["llama"][1], seed=0, diagonal=True) for n, w in one.items()
+    }
     for name in asked:
-        assert torch.equal(measured(tmp_path / "weights", name).inputs.diagonal(), spectra[name])
-    assert len(list((tmp_path / "weights").iterdir())) == len(asked)
+        for kept, value in zip(measured(tmp_path / "sweep", name), found[name], strict=True):
+            assert torch.equal(kept, value)
+    assert len(list((tmp_path / "sweep").iterdir())) == len(asked)
+
+
+def test_a_sweep_that_misses_a_matrix_is_not_kept(pairs, tmp_path):
+    weights = sweep_of(pairs["llama"][1], seed=0, diagonal=True)
+    with pytest.raises(UnsupportedError, match=r"1 matrices are not reached .*, tower\.weight"):
+        keep(tmp_path / "sweep", weights, ["tower.weight", "lm_head.weight"])
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_random_signs_average_to_the_fisher_information():

@@ -76,6 +76,12 @@ def compress(
     workers: Annotated[
         int, typer.Option(min=1, help="Processes; more than one only with --calibration none.")
     ] = 1,
+    sweeps: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder where adaptive's sweep is kept for other ratios of this tuned model."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compress TUNED against BASE."""
@@ -128,6 +134,7 @@ def compress(
                 dtype=dtype,
                 resume=resume,
                 workers=workers,
+                sweeps=sweeps,
                 progress=report,
             )
     except KeyboardInterrupt:

@@ -6,7 +6,9 @@ fit scalars where the method wants that (`polish`), record the canary, write.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +36,7 @@ from deltacome.format.artifact import Artifact, ArtifactWriter, file_infos
 from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.format.card import model_card
 from deltacome.format.manifest import Manifest
+from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Method, Terms
 from deltacome.skeleton import (
@@ -64,6 +67,7 @@ def compress(
     dtype: str = "auto",
     resume: bool = False,
     workers: int = 1,
+    sweeps: str | Path | None = None,
     base_revision: str | None = None,
     tuned_revision: str | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
@@ -88,6 +92,8 @@ def compress(
         workers: processes that compress blocks side by side; more than one only without calibration,
             where blocks are independent. On several GPUs (`cuda`) each has one in turn. They are spawned:
             a script needs its `if __name__ == "__main__"`.
+        sweeps: folder where the sweep of `adaptive`, which no ratio changes, is kept for other runs with
+            this text; it takes as much room as `Adaptive.diagonal` says.
         progress: called as the work goes on.
 
     Returns:
@@ -125,6 +131,7 @@ def compress(
         "torch": torch.__version__,
         "threads": threads,
     }
+    sweep_folder = None if sweeps is None else Path(sweeps) / _sweep_name(method, identity)
     writer = ArtifactWriter(output, identity, resume=resume)
     try:
         run = _prepare(base_checkpoint, tuned_checkpoint, method, device, compute, progress)
@@ -141,7 +148,7 @@ def compress(
                 return None
             return calibration_text(run, writer, calibration, samples, seq_len, seed)
 
-        run.plans.update(plan_terms(run, writer, manifest, ratio, text, seed))
+        run.plans.update(plan_terms(run, writer, manifest, ratio, text, seed, sweep_folder))
         rows = text()
         # What a sweep has measured already is not measured again block by block.
         streams = method.calibrates and run.weights is None
@@ -162,6 +169,19 @@ def compress(
     finally:
         writer.close()
     return Artifact.open(path)
+
+
+def _sweep_name(method: Method, identity: dict[str, Any]) -> str:
+    """A name that says all that a sweep depends on.
+
+    Raises:
+        PlanError: the method makes none.
+    """
+    if not isinstance(method, Adaptive) or identity["calibration"] == "none":
+        raise PlanError(f"sweeps: expected adaptive and text, got {method.options()['name']}")
+    version = importlib.metadata.version("deltacome")
+    of_sweep = identity | {"method": method.diagonal, "ratio": None, "version": version}
+    return hashlib.sha256(json.dumps(of_sweep).encode()).hexdigest()[:16]
 
 
 def _forget_if_empty(partial: Path) -> None:

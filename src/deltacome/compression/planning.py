@@ -17,9 +17,16 @@ from torch import Tensor
 
 from deltacome.compression.budget import make_plans
 from deltacome.compression.data import answers_from, calibration_rows
-from deltacome.compression.run import Progress, Run, delta_of, made_once, of_common_rows, stream_of
-from deltacome.compression.sensitivity import Weights, measure, sweep
-from deltacome.errors import CalibrationError, PlanError, UnsupportedError
+from deltacome.compression.run import (
+    Progress,
+    Run,
+    delta_of,
+    made_once,
+    measured_weights,
+    stream_of,
+)
+from deltacome.compression.sensitivity import keep, sweep
+from deltacome.errors import CalibrationError, PlanError
 from deltacome.format.artifact import ArtifactWriter
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest
@@ -39,19 +46,22 @@ def plan_terms(
     ratio: float | None,
     text: Callable[[], list[list[int]] | None],
     seed: int,
+    sweep_folder: Path | None,
 ) -> dict[str, Terms]:
     """Plans, kept beside the units: a resumed run need not measure what they were made from."""
     file = writer.partial / "plans.json"
-    spectra: dict[str, Tensor] = {}
-    if isinstance(run.method, Adaptive) and (rows := text()) is not None:
-        run.weights = writer.partial / "weights"
-        if not file.exists():
-            spectra = _spectra(run, run.method, run.weights, rows, seed)
+    method = run.method
+    if isinstance(method, Adaptive) and (rows := text()) is not None:
+        run.weights = sweep_folder or writer.partial / "sweep"
+        if not run.weights.exists():
+            _sweep(run, method, run.weights, rows, seed)
     if not file.exists():
 
         def matrix(name: str) -> Matrix:
-            shape = run.records[name].bands_shape
-            return Matrix(shape, lambda: delta_of(run, name), spectra.get(name))
+            shape, spectrum = run.records[name].bands_shape, None
+            if isinstance(method, Adaptive) and (weights := measured_weights(run, name)):
+                spectrum = method.spectrum(delta_of(run, name), *weights).cpu()
+            return Matrix(shape, lambda: delta_of(run, name), spectrum)
 
         plans = make_plans(manifest, run.method, {n: matrix(n) for n in run.plans}, ratio)
         with disk_errors(file):
@@ -62,10 +72,8 @@ def plan_terms(
     }
 
 
-def _spectra(
-    run: Run, method: Adaptive, folder: Path, rows: list[list[int]], seed: int
-) -> dict[str, Tensor]:
-    """What the directions of each matrix are worth, by a sweep through the tuned model.
+def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[list[int]], seed: int) -> None:
+    """Measures what an error in each matrix costs, by a sweep through the tuned model.
 
     Raises:
         UnsupportedError: a matrix that the sweep does not reach (experts, a vision tower).
@@ -78,11 +86,6 @@ def _spectra(
                 value = run.tuned.read(name).to(run.device, run.dtype)
                 set_part(run.model, target, value)
 
-    def spectrum(name: str, weights: Weights) -> Tensor | None:
-        if name not in run.plans:
-            return None
-        return method.spectrum(delta_of(run, name), *of_common_rows(run, name, weights))
-
     weights = sweep(
         stream_of(run, rows, batch_tokens=SWEEP_TOKENS),
         load,
@@ -93,15 +96,7 @@ def _spectra(
         on_step=lambda: run.report(Progress("sweep", next(steps), total)),
     )
     with disk_errors(folder):
-        spectra = measure(
-            folder, ({run.names[n]: w for n, w in one.items()} for one in weights), spectrum
-        )
-    if missing := sorted(run.plans.keys() - spectra.keys()):
-        raise UnsupportedError(
-            f"adaptive: {len(missing)} matrices are not reached by text that runs through the decoder's "
-            f"blocks, {missing[0]} the first: use another method, or calibration none"
-        )
-    return spectra
+        keep(folder, ({run.names[n]: w for n, w in one.items()} for one in weights), run.plans)
 
 
 def calibration_text(

@@ -61,7 +61,7 @@ class Run:
     report: Callable[[Progress], None]
     errors: list[float]
     weights: Path | None = None
-    """Folder of what `sensitivity.measure` kept, where the method asked for it."""
+    """Folder of what `sensitivity.keep` kept, where the method asked for it."""
 
 
 def stream_of(run: Run, rows: list[list[int]], **options: int) -> Stream:

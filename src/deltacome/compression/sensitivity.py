@@ -1,6 +1,6 @@
 """What an error in each matrix costs: a sweep through the tuned model and back.
 
-`measure` runs it and keeps what a method needs later beside the run's units.
+`keep` runs it and keeps what a method needs later, beside the run's units or where other runs find it.
 
 Forward once, block by block, keeping what each block was given; then backward, block by block from the
 head, each run again to differentiate it. So one block's weights are held at a time here too, and hidden
@@ -25,7 +25,8 @@ Legend: T tokens, I in, O out, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,32 +55,35 @@ class Weights(NamedTuple):
     """G, float32 (O, O) or its diagonal (O,), the mean over tokens."""
 
 
-def measure(
-    folder: Path,
-    weights: Iterator[dict[str, Weights]],
-    spectrum: Callable[[str, Weights], Tensor | None],
-) -> dict[str, Tensor]:
-    """Runs a sweep: what `spectrum` makes of each matrix is returned, the weights go to files.
+def keep(folder: Path, weights: Iterator[dict[str, Weights]], wanted: Collection[str]) -> None:
+    """Runs a sweep and keeps what it finds of some matrices, a file each; a folder that exists is whole.
 
     Args:
-        folder: made here; one file a matrix.
+        folder: made here.
         weights: of a sweep.
-        spectrum: (name, its weights) → float32 (R,), or None for a matrix that is not asked about.
+        wanted: names of the matrices.
+
+    Raises:
+        UnsupportedError: a matrix that the sweep does not reach (experts, a vision tower).
     """
-    folder.mkdir(exist_ok=True)
-    spectra = {}
+    partial, left = folder.with_name(f"{folder.name}.partial"), set(wanted)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     for found in weights:
-        for name, one in found.items():
-            if (values := spectrum(name, one)) is None:
-                continue
-            spectra[name] = values.cpu()
-            kept = {key: value.cpu() for key, value in one._asdict().items()}
-            save_file(kept, _file(folder, name))
-    return spectra
+        for name in found.keys() & left:
+            kept = {key: value.cpu() for key, value in found[name]._asdict().items()}
+            save_file(kept, _file(partial, name))
+        left -= found.keys()
+    if left:
+        raise UnsupportedError(
+            f"adaptive: {len(left)} matrices are not reached by text that runs through the decoder's "
+            f"blocks, {min(left)} the first: use another method, or calibration none"
+        )
+    partial.rename(folder)
 
 
 def measured(folder: Path, name: str) -> Weights:
-    """What `measure` kept of a matrix."""
+    """What `keep` kept of a matrix."""
     return Weights(**load_file(_file(folder, name)))
 
 
