@@ -14,7 +14,8 @@ next.
 Memory is what all of the server's processes have allocated: the means while the second fifth of the
 requests was answered and while the last was. vLLM keeps a oneDNN primitive of some 20 kB for each number
 of tokens that a layer has met, 128 at most, so it grows until none is new. As a control, stock vLLM
-without adapters then answers the same prompts from as many clients. The soak may grow by two percent more.
+without adapters then answers the same prompts from as many clients. The soak may grow by two percent
+more.
 """
 
 from __future__ import annotations
