@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 import deltacome
-from deltacome import Artifact, attach
+from deltacome import Adaptive, Artifact, attach
 from deltacome.arch.checkpoint import Checkpoint
+from deltacome.compression import sensitivity
 from deltacome.evals.divergence import question_rows, record, text_rows
 from deltacome.evals.prompts import answer_ids
 from deltacome.evals.run import Exam, kls, load_model, shared_tokenizer
@@ -175,9 +176,15 @@ class Lab:
                 samples=self.size.rows,
                 seq_len=self.size.row_tokens,
                 seed=seed,
+                sweeps=self._sweeps() if isinstance(method, Adaptive) else None,
                 resume=True,
             )
         return Artifact.open(folder)
+
+    def _sweeps(self) -> Path:
+        """Where sweeps of adaptive are kept, by the code that makes them and what it is patched to."""
+        key = hash_of(_hashes_of("numerics", "compression"), sensitivity.ANSWER)
+        return self.work / "sweeps" / key
 
     def wanted(self, task: str, method: Method, ratio: float | None) -> bool:
         """Whether a cell belongs into the table: all do, or those alone that are there already."""
@@ -395,12 +402,16 @@ def _general_text() -> str:
 
 def _code_hash(method: Method) -> str:
     """Of what turns weights into an artifact: shared rooms, and of methods the one in question."""
-    rooms = [ROOT / "src" / "deltacome" / room for room in ("format", "numerics", "compression")]
-    files = [file for room in rooms for file in sorted(room.glob("*.py"))]
     shared = ("method.py", "bands.py", "template.py")
-    files += [ROOT / "src" / "deltacome" / "methods" / name for name in shared]
+    files = [ROOT / "src" / "deltacome" / "methods" / name for name in shared]
     files += [Path(inspect.getfile(kind)) for kind in type(method).__mro__ if kind is not object]
-    return hash_of(*map(_file_hash, files))
+    return hash_of(*_hashes_of("format", "numerics", "compression"), *map(_file_hash, files))
+
+
+def _hashes_of(*rooms: str) -> list[str]:
+    """Of every file of some rooms."""
+    folders = [ROOT / "src" / "deltacome" / room for room in rooms]
+    return [_file_hash(file) for folder in folders for file in sorted(folder.glob("*.py"))]
 
 
 def _file_hash(file: Path) -> str:
