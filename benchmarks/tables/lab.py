@@ -73,6 +73,7 @@ class Size:
 SIZES = {
     "full": Size(),
     "small": Size(
+        tasks=("code",),
         side=("code",),
         kl_questions=64,
         steps=150,
