@@ -46,7 +46,7 @@ def _draw(
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.axhline(100 * tuned["score"], color="grey", linestyle=":", label="tuned")
     markers = "osD^vP*"
-    sizes = [cell["bytes"] / 1e6 for cell in next(iter(found.values()))]
+    sizes = [cell["bytes"] / 1e6 for cell in max(found.values(), key=len)]
     for (name, cells), marker in zip(found.items(), markers, strict=False):
         megabytes = [cell["bytes"] / 1e6 for cell in cells]
         left.plot(megabytes, [100 * c["score"] for c in cells], marker=marker, label=name)
