@@ -74,6 +74,7 @@ def make(lab: Lab) -> str:
     alike = patch("deltacome.compression.sensitivity.ANSWER", 1.0)
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
+        "Delta-CoMe, distilled too": (DeltaCome(distill=lab.size.fit), nullcontext()),
         "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
         "less distillation": (Adaptive(distill=0), nullcontext()),
         "… and that answers weigh more than text": (Without(part="answers"), alike),
