@@ -39,7 +39,7 @@ def make(lab: Lab) -> str:
     rows = [
         [
             name,
-            f"`{answers[i].strip()}`",
+            f"`{_line(answers[i])}`",
             "yes" if exact_match(answers[i], question.answer) else "no",
         ]
         for name, answers in said[task].items()
@@ -48,3 +48,8 @@ def make(lab: Lab) -> str:
         f"{title}Of `{task}`: `{question.prompt}` The right answer is `{question.answer}`.\n\n"
         + md.table(["model", "answer", "right"], rows)
     )
+
+
+def _line(answer: str) -> str:
+    """An answer as a cell can hold it: on one line, without what ends code or a cell."""
+    return answer.strip().replace("\n", "⏎").replace("`", "'").replace("|", "¦")
