@@ -87,7 +87,7 @@ def make(lab: Lab) -> str:
     for name, (method, change) in found.items():
         with change:
             cell = lab.cell(task, method, RATIO)
-        kl = [md.nats(cell["kl_task"]), md.nats(cell["kl_text"])]
+        kl = [md.kl(cell, "task"), md.kl(cell, "text")]
         rows.append([name, *md.sizes(cell), md.score(cell), *kl])
     header = ["", *md.SIZES, f"{task} %", "KL task", "KL text"]
     return "## Ablation: adaptive at 1/32, less one part each\n\n" + md.table(header, rows)

@@ -16,6 +16,12 @@ def score(cell: dict[str, Any]) -> str:
     return f"{100 * cell['score']:.1f} ({low:.1f}–{high:.1f})"
 
 
+def kl(cell: dict[str, Any], kind: str) -> str:
+    """`0.00025 ± 0.00003`: a KL in nats per token and its standard error, of `task` or `text`."""
+    value, error = cell[f"kl_{kind}"], cell[f"kl_{kind}_error"]
+    return "–" if value is None else nats(value) + (f" ± {nats(error)}" if value and error else "")
+
+
 def nats(value: float | None) -> str:
     """A KL in nats per token."""
     return "–" if value is None else f"{value:.5f}"

@@ -75,7 +75,6 @@ SIZES = {
     "small": Size(
         tasks=("code",),
         side=("code",),
-        kl_questions=64,
         steps=150,
         row_tokens=64,
         distill=24,
@@ -232,7 +231,7 @@ class Lab:
         """Score with interval, both KLs, and all answers."""
         tuned, size = self.dense(self.tenant(task)), self.size
         asked = [(q.prompt, q.answer) for q in self.questions(task)]
-        key = hash_of(variant.key, tuned.key, asked, size.kl_questions, "rounded answers")
+        key = hash_of(variant.key, tuned.key, asked, size.kl_questions, "rounded answers, errors")
 
         def ask() -> dict[str, Any]:
             exam = self._exam(task)

@@ -29,8 +29,7 @@ def make(lab: Lab) -> str:
     picture = PICTURES / f"curve_{task}.png"
     _draw(picture, task, found, tuned)
     rows = [
-        [name, *md.sizes(c), md.score(c), md.nats(c["kl_task"]),
-         md.nats(c["kl_text"])]
+        [name, *md.sizes(c), md.score(c), md.kl(c, "task"), md.kl(c, "text")]
         for name, cells in found.items() for c in cells
     ]  # fmt: skip
     header = ["method", *md.SIZES, f"{task} %", "KL task", "KL text"]

@@ -36,11 +36,17 @@ def _row(
         shares = [c["score"] / t["score"] for c, t in zip(cells, tuned, strict=True) if t["score"]]
         kept = f"{100 * sum(shares) / len(shares):.1f}" if shares else "–"
     text = [cell["kl_text"] for cell in cells]
+    of_text = md.kl(cells[0], "text") if len(cells) == 1 else md.nats(_mean(text))
     return [
         name,
         *md.sizes(cells[0]),
         *(md.score(cell) for cell in cells),
         kept,
-        *(md.nats(cell["kl_task"]) for cell in cells),
-        md.nats(None if None in text else sum(text) / len(text)),
+        *(md.kl(cell, "task") for cell in cells),
+        of_text,
     ]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None

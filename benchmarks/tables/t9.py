@@ -28,7 +28,7 @@ def make(lab: Lab) -> str:
     for name, (method, seconds, tried) in found.items():
         cell = lab.cell(task, method, RATIO)
         plan = method.options().get("template", "by matrix")
-        kl = [md.nats(cell["kl_task"]), md.nats(cell["kl_text"])]
+        kl = [md.kl(cell, "task"), md.kl(cell, "text")]
         rows.append([name, f"`{plan}`", seconds, tried, *md.sizes(cell), md.score(cell), *kl])
     header = ["plan by", "plan", "search s", "tried", *md.SIZES, f"{task} %"]
     note = f"Searches look at the linears of {BLOCKS} blocks; the program plans every matrix by itself."

@@ -28,7 +28,7 @@ from transformers import (
 
 import deltacome
 from deltacome import Artifact, attach, base_for
-from deltacome.evals.divergence import Row, question_rows
+from deltacome.evals.divergence import Row, over_rows, question_rows
 
 QUESTIONS = 64
 PATCH, SIDE = 8, 32
@@ -57,7 +57,8 @@ def make(lab: Lab) -> str:
         model = base.to(device()).eval()
         with attach(model, artifact):
             got = _log_probs(model, rows, images)
-        kl = [float((w.exp() * (w - g)).sum(-1).sum()) for w, g in zip(wanted, got, strict=True)]
+        kl = over_rows([(float((w.exp() * (w - g)).sum()), len(w))
+                        for w, g in zip(wanted, got, strict=True)])  # fmt: skip
         same = [int((w.argmax(-1) == g.argmax(-1)).sum())
                 for w, g in zip(wanted, got, strict=True)]  # fmt: skip
         positions = sum(map(len, wanted))
@@ -68,7 +69,10 @@ def make(lab: Lab) -> str:
         }
         kinds = [r for r in artifact.manifest.records.values() if r.base_name is None]
         exact = f"{sum(r.nbytes() for r in kinds):,}"
-        figures = [f"{100 * sum(same) / positions:.1f}", md.nats(sum(kl) / positions)]
+        figures = [
+            f"{100 * sum(same) / positions:.1f}",
+            f"{md.nats(kl.nats)} ± {md.nats(kl.error)}",
+        ]
         table.append([name, *md.sizes(size), exact, *figures])
     header = ["", *md.SIZES, "of it tower and projector", "same next token %", "KL"]
     return (

@@ -9,6 +9,7 @@ from deltacome.errors import DeltaError
 from deltacome.evals.divergence import (
     Row,
     divergence,
+    over_rows,
     question_rows,
     record,
     text_rows,
@@ -36,14 +37,16 @@ class Constant(torch.nn.Module):
 
 def test_a_model_does_not_differ_from_itself(model):
     # Rows that share a pass round differently on some machines.
-    assert divergence(model, record(model, ROWS, batch_size=2)) == pytest.approx(0.0, abs=1e-7)
+    assert divergence(model, record(model, ROWS, batch_size=2)).nats == pytest.approx(0.0, abs=1e-7)
 
 
 def test_batches_do_not_change_the_mean(model):
     other = make_model(vocabulary(model), seed=1)
-    small = divergence(other, record(model, ROWS, batch_size=1))
+    small = divergence(other, record(model, ROWS, batch_size=1)).nats
     assert small > 0.01
-    assert divergence(other, record(model, ROWS, batch_size=3)) == pytest.approx(small, rel=1e-4)
+    assert divergence(other, record(model, ROWS, batch_size=3)).nats == pytest.approx(
+        small, rel=1e-4
+    )
 
 
 def test_mean_is_over_the_compared_positions_only(model):
@@ -57,30 +60,50 @@ def test_mean_is_over_the_compared_positions_only(model):
         kls += (p.exp() * (p - q)).sum(-1)[row.first :].tolist()
     assert len(kls) == 5 + 1 + 4
     expected = sum(kls) / len(kls)
-    assert divergence(other, record(model, ROWS)) == pytest.approx(expected, rel=1e-4)
+    assert divergence(other, record(model, ROWS)).nats == pytest.approx(expected, rel=1e-4)
 
 
 def test_known_value_and_direction():
     p, q = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
     rows = [Row((0, 1, 2))]
     expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-    assert divergence(Constant(q), record(Constant(p), rows)) == pytest.approx(expected, rel=1e-5)
+    assert divergence(Constant(q), record(Constant(p), rows)).nats == pytest.approx(
+        expected, rel=1e-5
+    )
     skewed = record(Constant([0.9, 0.05, 0.05]), rows)
-    assert divergence(Constant([1 / 3] * 3), skewed) == pytest.approx(
+    assert divergence(Constant([1 / 3] * 3), skewed).nats == pytest.approx(
         math.log(3) + 0.9 * math.log(0.9) + 0.1 * math.log(0.05), rel=1e-5
     )
+
+
+def test_error_is_that_of_a_mean_over_rows_of_different_length():
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 6, (400, 200), generator=draw)
+    # A row has a level of its own, which all its tokens share.
+    levels = torch.rand(400, 200, generator=draw).square()
+    found = [
+        over_rows([(float(kl * n), int(n)) for kl, n in zip(*sample, strict=True)])
+        for sample in zip(levels, lengths, strict=True)
+    ]
+    spread = torch.tensor([one.nats for one in found]).std()
+    claimed = torch.tensor([one.error for one in found]).mean()
+    assert claimed == pytest.approx(float(spread), rel=0.1)
+
+
+def test_one_row_tells_no_error():
+    assert over_rows([(0.5, 2)]) == (0.25, None)
 
 
 @pytest.mark.parametrize("larger_first", [True, False])
 def test_larger_vocabulary_is_restricted_and_renormalised(larger_first):
     large, small = Constant([0.3, 0.1, 0.4, 0.2]), Constant([0.75, 0.25])
     one, two = (large, small) if larger_first else (small, large)
-    assert divergence(two, record(one, [Row((0, 1))])) == pytest.approx(0.0, abs=1e-6)
+    assert divergence(two, record(one, [Row((0, 1))])).nats == pytest.approx(0.0, abs=1e-6)
     uneven = Constant([0.2, 0.2, 0.4, 0.2])
     one, two = (uneven, small) if larger_first else (small, uneven)
     p, q = ([0.5, 0.5], [0.75, 0.25]) if larger_first else ([0.75, 0.25], [0.5, 0.5])
     expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert divergence(two, record(one, [Row((0, 1))])) == pytest.approx(expected, rel=1e-5)
+    assert divergence(two, record(one, [Row((0, 1))])).nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_ids_that_the_other_model_lacks_are_refused():

@@ -83,7 +83,8 @@ def test_table_of_base_tuned_and_deltas(tmp_path):
     assert (result["task"], result["n"]) == (task, 3)
     rows = {m["name"]: m for m in result["models"]}
     assert list(rows) == ["base", "tuned", "same", "other"]
-    figures = ["score", "score_low", "score_high", "kl_task", "kl_text"]
+    kls = ["kl_task", "kl_task_error", "kl_text", "kl_text_error"]
+    figures = ["score", "score_low", "score_high", *kls]
     for name, row in rows.items():
         size = [] if name in ("base", "tuned") else ["artifact", "method", "bytes", "ratio"]
         assert list(row) == ["name", *size, *figures]
@@ -93,6 +94,7 @@ def test_table_of_base_tuned_and_deltas(tmp_path):
         assert rows["same"][kl] == pytest.approx(0.0, abs=1e-8)
         assert rows["base"][kl] > 0.01
         assert rows["other"][kl] > 0.01
+        assert 0 < rows["other"][f"{kl}_error"] < rows["other"][kl]
     said = [rows["other"][key] for key in ("artifact", "method", "bytes", "ratio")]
     assert said == ["abc", "swap", 1000, 16.0]
     # The base comes before the deltas, and must not see them; the last delta, not the first.
@@ -188,12 +190,20 @@ def test_report_shows_every_figure():
             {"name": "base", "score": None, "score_low": None, "score_high": None}
             | {"kl_task": None, "kl_text": 0.25},
             {"name": "small", "score": 0.5, "score_low": 0.15, "score_high": 0.85}
-            | {"kl_task": 0.00002, "kl_text": 0.00123},
+            | {"kl_task": 0.00002, "kl_text": 0.00123, "kl_text_error": 0.00004},
         ],
     }
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(result, {"small": (16_900_000, 15.9)}))
     text = console.export_text()
-    for shown in ("sums, 4 questions", "50.0", "15.0 to 85.0", "2e-05", "0.00123", "16.9", "15.9"):
+    for shown in (
+        "sums, 4 questions",
+        "50.0",
+        "15.0 to 85.0",
+        "2e-05",
+        "0.00123 ± 0.00004",
+        "16.9",
+        "15.9",
+    ):
         assert shown in text
     assert "MB" not in [column.header for column in table(result).columns]

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,14 @@ class Reference:
     rows: tuple[Row, ...]
     log_probs_PV: np.ndarray
     batch_size: int
+
+
+class Divergence(NamedTuple):
+    """Mean KL in nats per token, and how far off a mean over so many rows may be."""
+
+    nats: float
+    error: float | None
+    """Standard error; rows are taken as independent, tokens of one row are not. None of one row."""
 
 
 def question_rows(tokenizer: Any, questions: Sequence[Question]) -> list[Row]:
@@ -92,7 +100,7 @@ def record(model: Any, rows: Sequence[Row], *, batch_size: int = 8) -> Reference
     return Reference(tuple(rows), log_probs, batch_size)
 
 
-def divergence(model: Any, reference: Reference) -> float:
+def divergence(model: Any, reference: Reference) -> Divergence:
     """Mean KL(tuned ‖ model) in nats per token, computed in float32.
 
     Where one vocabulary is larger (a fine-tune that added tokens), both distributions are
@@ -104,17 +112,29 @@ def divergence(model: Any, reference: Reference) -> float:
         raise DeltaError(
             f"divergence: the rows hold token ids beyond the {vocabulary(model)} that the model has"
         )
-    total, done = 0.0, 0
+    by_row, done = [], 0
     for logits_NV in _logits(model, reference.rows, reference.batch_size):
         part = torch.from_numpy(reference.log_probs_PV[done : done + len(logits_NV)])
         done += len(logits_NV)
         common = min(part.shape[-1], logits_NV.shape[-1])
         p_NC = torch.log_softmax(part[:, :common].to(logits_NV.device), -1)
         q_NC = torch.log_softmax(logits_NV[:, :common], -1)
-        total += float(torch.nn.functional.kl_div(q_NC, p_NC, reduction="sum", log_target=True))
+        kl = torch.nn.functional.kl_div(q_NC, p_NC, reduction="sum", log_target=True)
+        by_row.append((float(kl), len(logits_NV)))
+    return over_rows(by_row)
+
+
+def over_rows(by_row: Sequence[tuple[float, int]]) -> Divergence:
+    """(KL of a row, its tokens) → the mean over tokens. Raises DeltaError if it is not finite."""
+    total, tokens, rows = math.fsum(kl for kl, _ in by_row), sum(n for _, n in by_row), len(by_row)
     if not math.isfinite(total):
         raise DeltaError(f"divergence: expected finite logits, got a sum of {total}")
-    return max(0.0, total / done)
+    mean = total / tokens
+    if rows == 1:
+        return Divergence(max(0.0, mean), None)
+    # Of a ratio of two sums over rows, both of which are random: rows differ in length.
+    squares = math.fsum((kl - mean * n) ** 2 for kl, n in by_row)
+    return Divergence(max(0.0, mean), math.sqrt(squares * rows / (rows - 1)) / tokens)
 
 
 @torch.inference_mode()

@@ -7,7 +7,8 @@ from rich.table import Table
 
 
 def table(result: dict[str, Any], sizes: Mapping[str, tuple[int, float]] | None = None) -> Table:
-    """Columns: score with its 95 % interval, KL on the task and on general text in nats per token.
+    """Columns: score with its 95 % interval, KL on the task and on general text in nats per token, with
+    standard errors.
 
     `sizes` maps the names of models to (bytes on disk, ratio), which are added for those it has.
     A dash stands for what was not measured.
@@ -20,7 +21,8 @@ def table(result: dict[str, Any], sizes: Mapping[str, tuple[int, float]] | None 
         low, high = model["score_low"], model["score_high"]
         interval = "-" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
         cells = ["-" if model["score"] is None else f"{100 * model['score']:.1f}", interval]
-        cells += [_nats(model["kl_task"]), _nats(model["kl_text"])]
+        for kl in ("kl_task", "kl_text"):
+            cells.append(nats(model[kl], model.get(f"{kl}_error")))
         if sizes:
             size, ratio = sizes.get(model["name"], (None, None))
             cells.append("-" if size is None else f"{size / 1e6:.1f}")
@@ -43,5 +45,9 @@ def harness_table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}" if value < 1e-4 else f"{value:.5f}"
+def nats(value: float | None, error: float | None = None) -> str:
+    """A KL with its standard error, to five decimals or to two digits where it is below 0.0001."""
+    if value is None:
+        return "-"
+    shown = [f"{x:.2g}" if value < 1e-4 else f"{x:.5f}" for x in (value, error) if x]
+    return " ± ".join(shown) or "0"

@@ -31,6 +31,7 @@ from deltacome.evals.tasks import Question, load_questions
 from deltacome.format.artifact import Artifact, opened
 from deltacome.format.hub import split_name
 
+KLS = ("kl_task", "kl_task_error", "kl_text", "kl_text_error")
 TOKENIZER_FILES = (
     "tokenizer*",
     "chat_template*",
@@ -65,10 +66,11 @@ def evaluate(
     carry, else the base's.
 
     Returns `{"task", "n", "models": [{"name", "score", "score_low", "score_high", "kl_task",
-    "kl_text"}]}`: scores in 0..1 with a 95 % interval, KL(tuned ‖ model) in nats per token; deltas
-    have what `account` says too. A KL is None without a tuned model. Any figure is
-    None where a model lacks the tokens to read what it should: `kl_task` of a base if the answers
-    use tokens that the fine-tune added, its score too if the chat template does.
+    "kl_task_error", "kl_text", "kl_text_error"}]}`: scores in 0..1 with a 95 % interval, KL(tuned ‖
+    model) in nats per token with its standard error; deltas have what `account` says too. A KL is
+    None without a tuned model. Any figure is None where a model lacks the tokens to read what it
+    should: `kl_task` of a base if the answers use tokens that the fine-tune added, its score too if
+    the chat template does.
     """
     device = pick_device(device)
     questions = load_questions(task, n, seed, task_args)
@@ -78,7 +80,7 @@ def evaluate(
     of_tuned = []
     if tuned is not None:
         model = load_model(tuned, device, dtype)
-        of_tuned = [{"name": "tuned", **scores(model, exam), "kl_task": 0.0, "kl_text": 0.0}]
+        of_tuned = [{"name": "tuned", **scores(model, exam), **dict.fromkeys(KLS, 0.0)}]
         rows = question_rows(tokenizer, questions), text_rows(tokenizer, text)
         references = tuple(record(model, r, batch_size=batch_size) for r in rows)
         exam = replace(exam, references=references)
@@ -125,11 +127,12 @@ def scores(model: Any, exam: Exam) -> dict[str, float | None]:
 
 
 def kls(model: Any, exam: Exam) -> dict[str, float | None]:
-    """KL(tuned ‖ model) per reference; None without one, or if the model lacks its tokens."""
-    found: dict[str, float | None] = {"kl_task": None, "kl_text": None}
-    for name, reference in zip(found, exam.references, strict=False):
+    """KL(tuned ‖ model) per reference and its standard error; None without one, or if the model lacks
+    its tokens."""
+    found: dict[str, float | None] = dict.fromkeys(KLS)
+    for name, reference in zip(("kl_task", "kl_text"), exam.references, strict=False):
         if readable(model, (row.ids for row in reference.rows)):
-            found[name] = divergence(model, reference)
+            found[name], found[f"{name}_error"] = divergence(model, reference)
     return found
 
 
