@@ -19,7 +19,6 @@ from torch import Tensor
 from deltacome import Adaptive, DeltaCome
 from deltacome.format.codec import Packed
 from deltacome.methods.method import Matrix, Method, Planner, Terms
-from deltacome.numerics.grid import min_max_grid
 
 RATIO = 32.0
 
@@ -70,7 +69,6 @@ class WithoutSharing(Without):
 
 def make(lab: Lab) -> str:
     task = lab.size.side[0]
-    plain = patch("deltacome.methods.adaptive.least_squares_grid", min_max_grid)
     alike = patch("deltacome.compression.sensitivity.ANSWER", 1.0)
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
@@ -81,13 +79,27 @@ def make(lab: Lab) -> str:
         "… and bytes shared across matrices": (WithoutSharing(), nullcontext()),
         "… and weights of outputs": (WithoutOutputs(), nullcontext()),
         "… and all but the diagonals of those": (Adaptive(distill=0, diagonal=True), nullcontext()),
-        "… and grids of least squared error": (Without(part="grids"), plain),
     }
-    rows = []
+    rows, cells = [], {}
     for name, (method, change) in found.items():
+        if not lab.wanted(task, method, RATIO):
+            continue
         with change:
-            cell = lab.cell(task, method, RATIO)
-        kl = [md.kl(cell, "task"), md.kl(cell, "text")]
+            cell = cells[name] = lab.cell(task, method, RATIO)
+        kl = [text for k in ("task", "text") for text in (md.kl(cell, k), _against(cells, name, k))]
         rows.append([name, *md.sizes(cell), md.score(cell), *kl])
-    header = ["", *md.SIZES, f"{task} %", "KL task", "KL text"]
-    return "## Ablation: adaptive at 1/32, less one part each\n\n" + md.table(header, rows)
+    header = ["", *md.SIZES, f"{task} %", "KL task", "difference", "KL text", "difference"]
+    return (
+        "## Ablation: adaptive at 1/32, less one part each\n\n"
+        + md.table(header, rows)
+        + "\n\nDifferences, row by row: to `less distillation` where a part is left out,"
+        " else to Delta-CoMe."
+    )
+
+
+def _against(cells: dict[str, dict[str, Any]], name: str, kind: str) -> str:
+    """The difference to the row that it is to be compared with."""
+    other = "less distillation" if name.startswith("…") else "Delta-CoMe"
+    return (
+        "–" if name == other or other not in cells else md.farther(cells[name], cells[other], kind)
+    )

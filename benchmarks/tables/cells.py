@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from deltacome.evals.divergence import over_rows
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are figures."""
@@ -20,6 +22,17 @@ def kl(cell: dict[str, Any], kind: str) -> str:
     """`0.00025 ± 0.00003`: a KL in nats per token and its standard error, of `task` or `text`."""
     value, error = cell[f"kl_{kind}"], cell[f"kl_{kind}_error"]
     return "–" if value is None else nats(value) + (f" ± {nats(error)}" if value and error else "")
+
+
+def farther(cell: dict[str, Any], than: dict[str, Any], kind: str) -> str:
+    """`+0.00038 ± 0.00018`: how much farther from the tuned model a cell is than another.
+
+    Both were asked the same, so the error is that of differences, row by row: much smaller than those
+    of the two KLs where both find the same rows hard.
+    """
+    pairs = zip(cell[f"rows_{kind}"], than[f"rows_{kind}"], strict=True)
+    found = over_rows([(a - b, tokens) for (a, tokens), (b, _) in pairs])
+    return f"{found.nats:+.5f} ± {nats(found.error)}"
 
 
 def nats(value: float | None) -> str:

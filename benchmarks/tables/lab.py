@@ -33,9 +33,9 @@ import deltacome
 from deltacome import Adaptive, Artifact, attach
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import sensitivity
-from deltacome.evals.divergence import question_rows, record, text_rows
+from deltacome.evals.divergence import by_row, over_rows, question_rows, record, text_rows
 from deltacome.evals.prompts import answer_ids
-from deltacome.evals.run import Exam, kls, load_model, shared_tokenizer
+from deltacome.evals.run import Exam, load_model, shared_tokenizer
 from deltacome.evals.score import exact_match, generate, wilson
 from deltacome.evals.tasks import Question, read_questions
 from deltacome.methods.method import Method
@@ -228,16 +228,19 @@ class Lab:
         )
 
     def measure(self, task: str, variant: Variant) -> dict[str, Any]:
-        """Score with interval, both KLs, and all answers."""
+        """Score with interval, both KLs, by row too, and all answers."""
         tuned, size = self.dense(self.tenant(task)), self.size
         asked = [(q.prompt, q.answer) for q in self.questions(task)]
-        key = hash_of(variant.key, tuned.key, asked, size.kl_questions, "rounded answers, errors")
+        key = hash_of(variant.key, tuned.key, asked, size.kl_questions, "rounded answers, rows")
 
         def ask() -> dict[str, Any]:
             exam = self._exam(task)
             say(f"measuring {task}, {len(exam.questions)} questions")
             with self.weights(variant) as model:
-                found = kls(model, exam)
+                rows = [by_row(model, reference) for reference in exam.references]
+                found: dict[str, Any] = {"rows_task": rows[0], "rows_text": rows[1]}
+                for kind, of in zip(("task", "text"), rows, strict=True):
+                    found[f"kl_{kind}"], found[f"kl_{kind}_error"] = over_rows(of)
                 with torch.no_grad():
                     pairs = zip(self.rounded.parameters(), model.parameters(), strict=True)
                     for rounded, parameter in pairs:

@@ -58,10 +58,11 @@ def plan_terms(
     if not file.exists():
 
         def matrix(name: str) -> Matrix:
-            shape, spectrum = run.records[name].bands_shape, None
+            shape, spectrum, shaped = run.records[name].bands_shape, None, False
             if isinstance(method, Adaptive) and (weights := measured_weights(run, name)):
                 spectrum = method.spectrum(delta_of(run, name), *weights).cpu()
-            return Matrix(shape, lambda: delta_of(run, name), spectrum)
+                shaped = weights.outputs.ndim == 2
+            return Matrix(shape, lambda: delta_of(run, name), spectrum, shaped)
 
         plans = make_plans(manifest, run.method, {n: matrix(n) for n in run.plans}, ratio)
         with disk_errors(file):

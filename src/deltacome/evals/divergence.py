@@ -101,18 +101,28 @@ def record(model: Any, rows: Sequence[Row], *, batch_size: int = 8) -> Reference
 
 
 def divergence(model: Any, reference: Reference) -> Divergence:
-    """Mean KL(tuned ‖ model) in nats per token, computed in float32.
+    """Mean KL(tuned ‖ model) in nats per token (`by_row`).
+
+    Raises DeltaError as `by_row` does, or if logits are not finite.
+    """
+    nats, error = over_rows(by_row(model, reference))
+    return Divergence(max(0.0, nats), error)
+
+
+def by_row(model: Any, reference: Reference) -> list[tuple[float, int]]:
+    """KL(tuned ‖ model) of each row, summed over its compared tokens, computed in float32; and their
+    number.
 
     Where one vocabulary is larger (a fine-tune that added tokens), both distributions are
     restricted to the ids they share, the first C, and renormalised: what the tuned model gives
     to tokens that the other cannot say does not count. Raises DeltaError if the rows hold ids
-    that `model` cannot read (`readable`), or if its logits are not finite.
+    that `model` cannot read (`readable`).
     """
     if not readable(model, (row.ids for row in reference.rows)):
         raise DeltaError(
             f"divergence: the rows hold token ids beyond the {vocabulary(model)} that the model has"
         )
-    by_row, done = [], 0
+    found, done = [], 0
     for logits_NV in _logits(model, reference.rows, reference.batch_size):
         part = torch.from_numpy(reference.log_probs_PV[done : done + len(logits_NV)])
         done += len(logits_NV)
@@ -120,21 +130,21 @@ def divergence(model: Any, reference: Reference) -> Divergence:
         p_NC = torch.log_softmax(part[:, :common].to(logits_NV.device), -1)
         q_NC = torch.log_softmax(logits_NV[:, :common], -1)
         kl = torch.nn.functional.kl_div(q_NC, p_NC, reduction="sum", log_target=True)
-        by_row.append((float(kl), len(logits_NV)))
-    return over_rows(by_row)
+        found.append((float(kl), len(logits_NV)))
+    return found
 
 
-def over_rows(by_row: Sequence[tuple[float, int]]) -> Divergence:
+def over_rows(rows: Sequence[tuple[float, int]]) -> Divergence:
     """(KL of a row, its tokens) → the mean over tokens. Raises DeltaError if it is not finite."""
-    total, tokens, rows = math.fsum(kl for kl, _ in by_row), sum(n for _, n in by_row), len(by_row)
+    total, tokens, count = math.fsum(kl for kl, _ in rows), sum(n for _, n in rows), len(rows)
     if not math.isfinite(total):
         raise DeltaError(f"divergence: expected finite logits, got a sum of {total}")
     mean = total / tokens
-    if rows == 1:
-        return Divergence(max(0.0, mean), None)
+    if count == 1:
+        return Divergence(mean, None)
     # Of a ratio of two sums over rows, both of which are random: rows differ in length.
-    squares = math.fsum((kl - mean * n) ** 2 for kl, n in by_row)
-    return Divergence(max(0.0, mean), math.sqrt(squares * rows / (rows - 1)) / tokens)
+    squares = math.fsum((kl - mean * n) ** 2 for kl, n in rows)
+    return Divergence(mean, math.sqrt(squares * count / (count - 1)) / tokens)
 
 
 @torch.inference_mode()

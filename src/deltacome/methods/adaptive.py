@@ -10,7 +10,6 @@ What it does otherwise than Delta-CoMe (arXiv 2406.08903):
 - V is quantised by GPTQ against C, as there. U is then refitted to what V became (`numerics.refit`, as
   PrinMix does) and quantised by GPTQ against G, along the outputs: after weighting, directions hardly
   disturb each other, while outputs do.
-- Grids are those of least squared error instead of min–max.
 - The singular values are distilled at the end (`compression.distill`, which has the why).
 
 Without calibration, and with `distill=0`, there is no C and no G: a plain SVD with one price for all
@@ -34,12 +33,20 @@ from deltacome.methods.bands import factor_of
 from deltacome.methods.method import Matrix, Planner, Shape, Terms
 from deltacome.numerics.allocate import allocate
 from deltacome.numerics.gptq import Quantized, quantize_v
-from deltacome.numerics.grid import least_squares_grid, round_to_grid
+from deltacome.numerics.grid import min_max_grid, round_to_grid
 from deltacome.numerics.refit import refit_u
 from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 
-DISTORTION = {2: 0.16, 3: 0.045, 4: 0.013, 8: 0.0002}
-"""Squared error of a direction whose two vectors are stored at a width, relative to its weight."""
+DISTORTION = {
+    True: {2: 0.031, 3: 0.0057, 4: 0.0013, 8: 0.00002},
+    False: {2: 0.25, 3: 0.075, 4: 0.011, 8: 0.00007},
+}
+"""Squared error of a direction whose two vectors are stored at a width, relative to its weight: where U
+is rounded against all of G, and where it is rounded to nearest (`benchmarks/distortion.py`)."""
+
+CUT = 3.0
+"""What leaving a direction out counts against as large an error of rounding: rounding errs at random, but
+what is left out is left out in every layer, and adds up (`benchmarks/tables/ablation.py`)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Adaptive:
             bytes an entry: for a 7B model 70 GB, and 28 GB with diagonals.
     """
 
-    damping: float = 0.01
+    damping: float = 0.1
     distill: int = 100
     diagonal: bool = False
 
@@ -99,7 +106,11 @@ class Adaptive:
 
         def plans(nbytes: float) -> dict[str, Terms]:
             counts = allocate(
-                spectra, lambda name, bits: _price(shapes[name], bits), DISTORTION, size, nbytes
+                spectra,
+                lambda name, bits: _price(shapes[name], bits),
+                lambda name: {b: d / CUT for b, d in DISTORTION[matrices[name].shaped].items()},
+                size,
+                nbytes,
             )
             return {name: _terms(counts[name]) for name in shapes}
 
@@ -147,10 +158,8 @@ class Adaptive:
     def _quantize(self, vectors_RN: Tensor, bits_R: Tensor, gram_NN: Tensor | None) -> Quantized:
         bits_R = bits_R.to(vectors_RN.device)
         if gram_NN is not None:
-            return quantize_v(
-                vectors_RN, gram_NN, bits_R, damping=self.damping, make_grid=least_squares_grid
-            )
-        grid = least_squares_grid(vectors_RN, bits_R)
+            return quantize_v(vectors_RN, gram_NN, bits_R, damping=self.damping)
+        grid = min_max_grid(vectors_RN, bits_R)
         return Quantized(round_to_grid(vectors_RN, *grid, bits_R), *grid)
 
 

@@ -42,10 +42,6 @@ Grid = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(place in the sweep, target_R) → step_R, and the lowest and highest number of steps, float32."""
 
 
-MakeGrid = Callable[[Tensor, Tensor | int, int], tuple[Tensor, Tensor]]
-"""`min_max_grid` or another with its arguments."""
-
-
 class Quantized(NamedTuple):
     """Codes of direction-major factors; a code means `(code − zero) · scale` (format.codec)."""
 
@@ -106,7 +102,6 @@ def quantize_v(
     group_size: int = GROUP,
     damping: float = 0.01,
     act_order: bool = True,
-    make_grid: MakeGrid = min_max_grid,
 ) -> Quantized:
     """Quantises directions over the inputs of a layer: minimises Σ_r e_r C e_rᵀ, e = V̂ − V.
 
@@ -116,11 +111,11 @@ def quantize_v(
     contiguous in the input whatever the order of the sweep.
 
     Returns codes (R, I), scale and zero (R, G). With C = I this is plain rounding. Raises
-    `CalibrationError` for a gram that cannot be used, and what `make_grid` raises.
+    `CalibrationError` for a gram that cannot be used, and what `min_max_grid` raises.
     """
     factor = _factor(gram_II, v_RI.shape[1], damping, act_order)
     v_RI = v_RI.float()
-    scale_RG, zero_RG = make_grid(v_RI, bits_R, group_size)
+    scale_RG, zero_RG = min_max_grid(v_RI, bits_R, group_size)
     step_GR = scale_RG.float().T.contiguous()
     low_GR = -zero_RG.float().T.contiguous()
     bits = torch.as_tensor(bits_R, device=v_RI.device)

@@ -7,9 +7,8 @@ zero point, and a code means `(code − zero) · scale` in float32. The scale is
 Min–max is the grid of GPTQ (Frantar et al. 2023, arXiv 2210.17323) and so of Delta-CoMe. The range
 always includes 0: the zero point is then a code, and zero weights (rows of an embedding that were
 never touched) come back as exact zeros. What that costs: a group far from 0 wastes levels, which
-singular vectors, being centred, do not have. `least_squares_grid` cuts the range down to where the
-squared error is least, which is not the paper's: at few bits clipping the largest entries costs less
-than spreading the codes over them.
+singular vectors, being centred, do not have. Rejected: a range cut down to where the squared error is
+least. It takes a third off the error that GPTQ leaves, and the model's answers get worse (DESIGN.md).
 
 R rows, N entries of a row, G = ⌈N / group_size⌉ groups of a row (the last may be short).
 """
@@ -50,33 +49,6 @@ def min_max_grid(
     scale_RG = torch.where(step_RG > 0, step_RG, 1.0).to(torch.float16)
     zero_RG = torch.minimum((-low_RG / scale_RG.float()).round_(), levels_R1)
     return scale_RG, zero_RG.to(torch.uint8)
-
-
-CLIPS = tuple(1 - 0.06 * step for step in range(12))
-"""Shares of the range of values that `least_squares_grid` tries."""
-
-
-def least_squares_grid(
-    w_RN: Tensor, bits: Tensor | int, group_size: int = GROUP
-) -> tuple[Tensor, Tensor]:
-    """As `min_max_grid`, over the part of each group's range that leaves the least squared error."""
-    n = w_RN.shape[1]
-    least_RG, scale_RG, zero_RG = None, *min_max_grid(w_RN, bits, group_size)
-    for clip in CLIPS:
-        grid = min_max_grid(w_RN * clip, bits, group_size)
-        codes_RN = round_to_grid(w_RN, *grid, bits, group_size)
-        values_RN = (codes_RN - spread(grid[1].float(), group_size, n)) * spread(
-            grid[0].float(), group_size, n
-        )
-        error_RG = _groups((values_RN - w_RN).square(), group_size).sum(-1)
-        if least_RG is None:
-            least_RG, scale_RG, zero_RG = error_RG, *grid
-            continue
-        better_RG = error_RG < least_RG
-        least_RG = torch.where(better_RG, error_RG, least_RG)
-        scale_RG = torch.where(better_RG, grid[0], scale_RG)
-        zero_RG = torch.where(better_RG, grid[1], zero_RG)
-    return scale_RG, zero_RG
 
 
 def round_to_grid(
