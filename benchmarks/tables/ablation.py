@@ -69,6 +69,7 @@ class WithoutSharing(Without):
 
 def make(lab: Lab) -> str:
     task = lab.size.side[0]
+    once = patch("deltacome.methods.adaptive.CUT", 1.0)
     alike = patch("deltacome.compression.sensitivity.ANSWER", 1.0)
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
@@ -76,6 +77,7 @@ def make(lab: Lab) -> str:
         "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
         "less distillation": (Adaptive(distill=0), nullcontext()),
         "… and that answers weigh more than text": (Without(part="answers"), alike),
+        "… and that what is cut counts thrice": (Without(part="cut"), once),
         "… and bytes shared across matrices": (WithoutSharing(), nullcontext()),
         "… and weights of outputs": (WithoutOutputs(), nullcontext()),
         "… and all but the diagonals of those": (Adaptive(distill=0, diagonal=True), nullcontext()),

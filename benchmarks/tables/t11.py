@@ -24,7 +24,10 @@ def make(lab: Lab) -> str:
         name: [lab.cell(task, method, r) for r in lab.size.ratios if lab.wanted(task, method, r)]
         for name, method in curves(lab.size)
     }
-    found["BitDelta"] = [lab.cell(task, BitDelta(distill=lab.size.distill), None)]
+    bitdelta = BitDelta(distill=lab.size.distill)
+    if lab.wanted(task, bitdelta, None):
+        found["BitDelta"] = [lab.cell(task, bitdelta, None)]
+    found = {name: cells for name, cells in found.items() if cells}
     tuned = lab.measure(task, lab.dense(lab.tenant(task)))
     picture = PICTURES / f"curve_{task}.png"
     _draw(picture, task, found, tuned)
