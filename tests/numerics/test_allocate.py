@@ -32,7 +32,7 @@ def test_nothing_of_the_same_bytes_is_better():
     weights = {"a": torch.tensor([9.0, 1.0, 0.2]), "b": torch.tensor([4.0, 3.0, 0.1])}
     every = list(itertools.product((0, 2, 3, 8), repeat=3))
     for budget in (60, 200, 400, 700):
-        got = allocate(weights, cost, lambda name: DISTORTION, nbytes, budget)
+        got = allocate(weights, cost, DISTORTION, nbytes, budget)
         spent = nbytes(got)
         assert spent <= budget
         for first, second in itertools.product(every, every):
@@ -54,7 +54,7 @@ def test_spends_what_it_may_whatever_the_unit(scale):
         name: scale * torch.rand(50, generator=generator).sort(descending=True).values ** 4
         for name in SIZE
     }
-    got = allocate(weights, cost, lambda name: DISTORTION, nbytes, 2000)
+    got = allocate(weights, cost, DISTORTION, nbytes, 2000)
     assert 0.9 * 2000 < nbytes(got) <= 2000
     assert all(list(of) == sorted(of, reverse=True) for of in got.values())
     assert all(n > 0 for of in got.values() for n in of.values())
@@ -62,15 +62,12 @@ def test_spends_what_it_may_whatever_the_unit(scale):
 
 def test_no_bytes_no_directions_and_bytes_for_all():
     weights = {"a": torch.ones(4), "b": torch.ones(4)}
-    assert allocate(weights, cost, lambda name: DISTORTION, nbytes, 5) == {"a": {}, "b": {}}
-    assert allocate(weights, cost, lambda name: DISTORTION, nbytes, 1e9) == {
-        "a": {8: 4},
-        "b": {8: 4},
-    }
+    assert allocate(weights, cost, DISTORTION, nbytes, 5) == {"a": {}, "b": {}}
+    assert allocate(weights, cost, DISTORTION, nbytes, 1e9) == {"a": {8: 4}, "b": {8: 4}}
 
 
 def test_a_matrix_that_hardly_matters_gets_hardly_any_bytes():
     weights = {"a": torch.full((20,), 1e-6), "b": torch.ones(20)}
-    got = allocate(weights, cost, lambda name: DISTORTION, nbytes, 35 * 3 * 20)
+    got = allocate(weights, cost, DISTORTION, nbytes, 35 * 3 * 20)
     assert not got["a"]
     assert sum(got["b"].values()) == 20

@@ -58,11 +58,10 @@ def plan_terms(
     if not file.exists():
 
         def matrix(name: str) -> Matrix:
-            shape, spectrum, shaped = run.records[name].bands_shape, None, False
+            shape, spectrum = run.records[name].bands_shape, None
             if isinstance(method, Adaptive) and (weights := measured_weights(run, name)):
                 spectrum = method.spectrum(delta_of(run, name), *weights).cpu()
-                shaped = weights.outputs.ndim == 2
-            return Matrix(shape, lambda: delta_of(run, name), spectrum, shaped)
+            return Matrix(shape, lambda: delta_of(run, name), spectrum)
 
         plans = make_plans(manifest, run.method, {n: matrix(n) for n in run.plans}, ratio)
         with disk_errors(file):

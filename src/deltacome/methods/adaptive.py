@@ -37,12 +37,10 @@ from deltacome.numerics.grid import min_max_grid, round_to_grid
 from deltacome.numerics.refit import refit_u
 from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 
-DISTORTION = {
-    True: {2: 0.031, 3: 0.0057, 4: 0.0013, 8: 0.00002},
-    False: {2: 0.25, 3: 0.075, 4: 0.011, 8: 0.00007},
-}
-"""Squared error of a direction whose two vectors are stored at a width, relative to its weight: where U
-is rounded against all of G, and where it is rounded to nearest (`benchmarks/distortion.py`)."""
+DISTORTION = {2: 0.031, 3: 0.0057, 4: 0.0013, 8: 0.00002}
+"""Squared error of a direction whose two vectors are stored at a width, relative to its weight, where both
+are rounded by GPTQ (`benchmarks/distortion.py`). A matrix whose G is a diagonal has up to eight times as
+much; plans that took that into account gave an embedding fewer bytes, and were worse."""
 
 CUT = 3.0
 """What leaving a direction out counts against as large an error of rounding: rounding errs at random, but
@@ -104,13 +102,11 @@ class Adaptive:
         def size(counts: Mapping[str, dict[int, int]]) -> float:
             return sum(_terms(counts[name]).nbytes(shape) for name, shape in shapes.items())
 
+        against_cut = {bits: error / CUT for bits, error in DISTORTION.items()}
+
         def plans(nbytes: float) -> dict[str, Terms]:
             counts = allocate(
-                spectra,
-                lambda name, bits: _price(shapes[name], bits),
-                lambda name: {b: d / CUT for b, d in DISTORTION[matrices[name].shaped].items()},
-                size,
-                nbytes,
+                spectra, lambda name, bits: _price(shapes[name], bits), against_cut, size, nbytes
             )
             return {name: _terms(counts[name]) for name in shapes}
 

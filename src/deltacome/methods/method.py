@@ -44,8 +44,6 @@ class Matrix:
     """Reads tuned − base, float32 (out, in): costs the reading of both."""
     spectrum: Tensor | None = None
     """What a sweep through the model measured of it, for a method that asks for one."""
-    shaped: bool = False
-    """Whether the sweep measured which errors of outputs go together, so that rounding can shape them."""
 
 
 Planner = Callable[[float], dict[str, Terms]]

@@ -23,7 +23,7 @@ STEPS = 80
 def allocate(
     weights: Mapping[str, Tensor],
     cost: Callable[[str, int], float],
-    distortion: Callable[[str], Mapping[int, float]],
+    distortion: Mapping[int, float],
     nbytes: Callable[[Mapping[str, dict[int, int]]], float],
     budget: float,
 ) -> dict[str, dict[int, int]]:
@@ -32,7 +32,7 @@ def allocate(
     Args:
         weights: σ² of each matrix's directions, falling, float (R,).
         cost: bytes of one direction of a matrix at a width.
-        distortion: of a matrix, width → d(b), without 0; of all matrices the same widths.
+        distortion: width → d(b), without 0.
         nbytes: bytes on disk of a whole allocation.
         budget: bytes that it may have.
 
@@ -40,19 +40,17 @@ def allocate(
         For each matrix widths → counts, wide ones first, none of them 0; the best that fits, or nothing
         at all where not even one direction does.
     """
-    widths = sorted(distortion(next(iter(weights))))
+    widths = sorted(distortion)
     flat = torch.cat([w.double() for w in weights.values()])
     sizes = [len(w) for w in weights.values()]
-    each = torch.tensor(sizes)
-
-    def of_each(figure: Callable[[str, int], float], bits: int) -> Tensor:
-        values = torch.tensor([figure(name, bits) for name in weights], dtype=torch.float64)
-        return values.repeat_interleave(each)
-
     # (widths + 1, all directions): errors and bytes, the first row for what is not stored.
-    left = (of_each(lambda name, bits: distortion(name)[bits], b) for b in widths)
-    errors = torch.stack([flat, *(flat * of_direction for of_direction in left)])
-    prices = torch.stack([torch.zeros_like(flat), *(of_each(cost, b) for b in widths)])
+    errors = torch.stack([flat, *(flat * distortion[b] for b in widths)])
+    rows = [[cost(name, b) for name in weights] for b in widths]
+    each = torch.tensor(sizes)
+    prices = torch.stack(
+        [torch.zeros_like(flat)]
+        + [torch.tensor(row, dtype=torch.float64).repeat_interleave(each) for row in rows]
+    )
 
     def at(log_price: float) -> dict[str, dict[int, int]]:
         choice = (errors + math.exp(log_price) * prices).argmin(0)
