@@ -38,9 +38,9 @@ from deltacome.numerics.refit import refit_u
 from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 
 DISTORTION = {2: 0.031, 3: 0.0057, 4: 0.0013, 8: 0.00002}
-"""Squared error of a direction whose two vectors are stored at a width, relative to its weight, where both
-are rounded by GPTQ (`benchmarks/distortion.py`). A matrix whose G is a diagonal has up to eight times as
-much; plans that took that into account gave an embedding fewer bytes, and were worse."""
+"""Squared error of a direction whose two vectors are stored at a width, relative to its weight, where
+both are rounded by GPTQ (`benchmarks/distortion.py`). A matrix whose G is a diagonal has up to eight
+times as much; plans that took that into account gave an embedding fewer bytes, and were worse."""
 
 CUT = 3.0
 """What leaving a direction out counts against as large an error of rounding: rounding errs at random, but
