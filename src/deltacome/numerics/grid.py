@@ -8,7 +8,7 @@ Min–max is the grid of GPTQ (Frantar et al. 2023, arXiv 2210.17323) and so of 
 always includes 0: the zero point is then a code, and zero weights (rows of an embedding that were
 never touched) come back as exact zeros. What that costs: a group far from 0 wastes levels, which
 singular vectors, being centred, do not have. Rejected: a range cut down to where the squared error is
-least. It takes a third off the error that GPTQ leaves, and the model's answers get worse (DESIGN.md).
+least: with GPTQ behind it the model's answers got worse (DESIGN.md).
 
 R rows, N entries of a row, G = ⌈N / group_size⌉ groups of a row (the last may be short).
 """
