@@ -40,7 +40,7 @@ from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 DISTORTION = {2: 0.031, 3: 0.0057, 4: 0.0013, 8: 0.00002}
 """Squared error of a direction whose two vectors are stored at a width, relative to its weight, where
 both are rounded by GPTQ: medians of `benchmarks/distortion.py --every 20`. Where G is a diagonal, as an
-embedding's is, has up to eight times as much at few bits, which plans do not look at."""
+embedding's is, it is up to sixteen times as large at few bits, which plans do not look at."""
 
 CUT = 3.0
 """What leaving a direction out counts against as large an error of rounding: rounding errs at random, but
