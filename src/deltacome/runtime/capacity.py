@@ -7,7 +7,9 @@ measures it, since arithmetic about memory is worth little until something has b
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,4 +178,7 @@ def _used(device: str) -> int:
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free
+    # glibc keeps what was freed and gives it out anew: memory taken from there would not be counted.
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     return psutil.Process().memory_info().rss
