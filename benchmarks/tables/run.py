@@ -38,7 +38,8 @@ def main() -> None:
     for name in options.tables or (SMALL if options.size == "small" else TABLES):
         started = time.monotonic()
         section = importlib.import_module(name).make(lab)
-        if size.tasks != SIZES["full"].tasks:  # a section of its own beside that of the usual tasks
+        other = size.tasks != SIZES["full"].tasks and " on " not in _name(section)
+        if other:  # a section of its own beside that of the usual tasks
             section = section.replace(":", f" on {' and '.join(size.tasks)}:", 1)
         seconds = time.monotonic() - started
         command = f"make tables SIZE={options.size} TABLES={name}"

@@ -17,4 +17,4 @@ def make(lab: Lab) -> str:
         )
     given = {TASK: lab.given[f"{BASE}-{TASK}"]} if f"{BASE}-{TASK}" in lab.given else {}
     second = Lab(base, lab.work, replace(lab.size, tasks=(TASK,)), given)
-    return "## T5: a second backbone, Gemma 3 270M\n\n" + methods_table(second)
+    return f"## T5 on {TASK}: a second backbone, Gemma 3 270M\n\n" + methods_table(second)
