@@ -122,6 +122,12 @@ class Lab:
         self._exams: dict[str, Exam] = {}
         self._agreement: dict[str, float] = {}
 
+    def second(self, base: Path, task: str, tenants: dict[str, Path]) -> Lab:
+        """A lab of another backbone and one task; its comparisons are printed with this one's."""
+        lab = Lab(base, self.work, replace(self.size, tasks=(task,), side=(task,)), tenants)
+        lab._agreement = self._agreement
+        return lab
+
     # --- what is made ----------------------------------------------------------------------------
 
     def tenant(self, task: str) -> Path:
@@ -295,11 +301,12 @@ class Lab:
 
     @property
     def agreement(self) -> dict[str, float]:
-        """Method → largest difference of logits, packed runtime against dense, over the largest."""
+        """Method and backbone → largest difference of logits, packed runtime against dense, over the
+        largest."""
         return dict(self._agreement)
 
     def _compare(self, task: str, artifact: Artifact) -> None:
-        name = artifact.manifest.method["name"]
+        name = f"{artifact.manifest.method['name']} on {self.base.name}"
         if name in self._agreement:
             return
 

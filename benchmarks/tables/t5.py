@@ -1,7 +1,5 @@
 """Table 5: a second backbone of another family, Gemma 3 270M, with the rows of table 3."""
 
-from dataclasses import replace
-
 from lab import Lab
 from t3 import methods_table
 
@@ -16,5 +14,5 @@ def make(lab: Lab) -> str:
             f"`python examples/tenants/base.py --model gemma3-270m -o {base}`"
         )
     given = {TASK: lab.given[f"{BASE}-{TASK}"]} if f"{BASE}-{TASK}" in lab.given else {}
-    second = Lab(base, lab.work, replace(lab.size, tasks=(TASK,)), given)
-    return f"## T5 on {TASK}: a second backbone, Gemma 3 270M\n\n" + methods_table(second)
+    table = methods_table(lab.second(base, TASK, given))
+    return f"## T5 on {TASK}: a second backbone, Gemma 3 270M\n\n" + table
