@@ -24,7 +24,7 @@ from ops_helpers import (
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.codec import BandTensors, Factor, write_bands
 from deltacome.format.spec import WIDTHS, Band, bands_nbytes
-from deltacome.ops.bands import band_rows, bands
+from deltacome.ops.bands import band_rows, bands, many
 from deltacome.ops.slots import BandTable, PlacedBands, Pool
 
 every_tile = pytest.mark.parametrize("tile", TILES)
@@ -94,6 +94,32 @@ def test_parts_and_dtypes(impl, outs, dtype, tile):
 def test_many_rows_of_a_few(impl):
     table, deltas = filled(140, [70, 90], PLANS)
     check([2] * 3 + [1] * 70 + [-1] + [0] * 64, table, deltas, impl, 64)
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [[0] * 5, [2] * 3 + [1, 0, 1] * 2 + [-1, 1] + [3] * 4, [0, 2] * 5 + [1]],
+    ids=["one", "in and out of one piece", "two in turn"],
+)
+def test_many_rows_in_bfloat16(impl, slots, monkeypatch):
+    """With instructions for it a CPU has another way; torch can go it without them too, slowly."""
+    called = []
+    decode = many._decode
+    monkeypatch.setattr(many, "MANY", 4)
+    monkeypatch.setattr(many, "PIECE", 70 * 64)  # so that both factors come in pieces
+    monkeypatch.setattr(many, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(many, "_decode", lambda *a: called.append(a[0]) or decode(*a))
+    used = {slot for slot in range(3) if slots.count(slot) >= 4}
+    x_TI, y_TO = (randn(len(slots), n, seed=n, dtype=torch.bfloat16) for n in (140, 261))
+    for group in (64, 100) if impl == "cpu" else (64,):
+        table, deltas = filled(140, [170, 1, 90], PLANS, group, slots=4)
+        got, expected = y_TO.clone(), expected_of(x_TI, slots, deltas)
+        bands(got, x_TI, rows_of(slots, table), table, impl=impl)
+        few = [i for i, slot in enumerate(slots) if slot not in used]
+        assert_added(got[few], y_TO[few], expected[few], exact_t=impl == "cpu")
+        error = (got.cpu().double() - y_TO.cpu().double() - expected).norm(dim=-1)
+        assert (error <= 2**-8 * (y_TO.cpu().double().norm(dim=-1) + expected.norm(dim=-1))).all()
+        assert set(called) == (used if impl == "cpu" else set())
 
 
 @every_tile

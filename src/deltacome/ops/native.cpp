@@ -58,6 +58,7 @@ constexpr int RAGGED = 0;                 // any width, where groups cut through
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 
 inline vf load(const float *from) {
   vf v;
@@ -91,6 +92,13 @@ inline uint16_t to_bf16(float f) {  // to nearest even
   std::memcpy(&bits, &f, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void store(uint16_t *to, vf v) {  // likewise
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const vh h = __builtin_convertvector(v == v ? rounded : vu{} + 0x7fc0, vh);
+  std::memcpy(to, &h, sizeof h);
 }
 
 inline float from_half(uint16_t h) {
@@ -404,6 +412,34 @@ NOINLINE void expand(const Factor f, int64_t count, int64_t b, const float *t, f
   for (int j = 0; j < TT; ++j)
     UNROLL
     for (int i = 0; i < NB * V; ++i) store(y + j * NB * BLOCK + i * LANES, acc[j][i]);
+}
+
+// Entries n … n1 of direction r, times a factor, as bfloat16; n is the first of a block.
+template <int BITS>
+NOINLINE void write(const Factor f, int64_t r, int64_t n, int64_t n1, float times, uint16_t *to) {
+  const int64_t per_group = blocks_of_group<BITS>(f);
+  for (int64_t b = n / BLOCK; b * BLOCK < n1; ++b, to += BLOCK) {
+    const Grids<BITS, 1> grids(f, r, b / per_group, b / per_group + 1);
+    vf v[V];
+    decode<BITS>(f, r, b, grids[b / per_group], v);
+    uint16_t part[BLOCK], *all = b * BLOCK + BLOCK <= n1 ? to : part;
+    UNROLL
+    for (int i = 0; i < V; ++i) store(all + i * LANES, v[i] * times);
+    if (all == part) std::copy(part, part + n1 - b * BLOCK, to);
+  }
+}
+
+void write_any(const Factor &f, int64_t r, int64_t n, int64_t n1, float times, uint16_t *to) {
+  const bool ragged = f.bits != 16 && f.group_size % BLOCK;
+  switch (ragged ? RAGGED : f.bits) {
+    case 1: return write<1>(f, r, n, n1, times, to);
+    case 2: return write<2>(f, r, n, n1, times, to);
+    case 3: return write<3>(f, r, n, n1, times, to);
+    case 4: return write<4>(f, r, n, n1, times, to);
+    case 8: return write<8>(f, r, n, n1, times, to);
+    case 16: return write<16>(f, r, n, n1, times, to);
+    default: return write<RAGGED>(f, r, n, n1, times, to);
+  }
 }
 
 // Σ_n ±x[j, n] over all blocks of a row of signs, for TT tokens.
@@ -802,6 +838,25 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
         expand_blocks(to, task.first, task.last, y, next);
       });
   return live;
+}
+
+// Writes directions r0 … r1 of a slot as bfloat16, a row each: entries n0 … n1 (n0 the first of a block)
+// of their U, or of their V times the singular value. Those of a U are of one part.
+int64_t deltacome_factor(uint16_t *to, int64_t of_u, int64_t r0, int64_t r1, int64_t n0, int64_t n1,
+                         int64_t slot, const uint8_t *blobs, int64_t slot_bytes,
+                         const int64_t *fields, int64_t slots, int64_t parts, int64_t max_bands,
+                         const int64_t *outs, int64_t in, int64_t group_size, int64_t threads) {
+  std::vector<Band> bands;
+  Table{blobs, slot_bytes, fields, slots, parts, max_bands, outs, in, group_size}.read(slot, bands);
+  const int64_t codes = (r1 - r0) * (n1 - n0);
+  const int team = int(std::max<int64_t>(1, std::min(threads, codes / THREAD_WORK)));
+#pragma omp parallel for num_threads(team) if (team > 1)
+  for (int64_t r = r0; r < r1; ++r)
+    for (const Band &band : bands)
+      if (const int64_t own = r - band.first; own >= 0 && own < band.count)
+        write_any(of_u ? band.u : band.v, own, n0, n1, of_u ? 1.f : band.singular(own),
+                  to + (r - r0) * (n1 - n0));
+  return codes;
 }
 
 // y (T, I) += scale · Σ Û[:, ids]ᵀ diag(s) V̂ with the bands of each row's slot. -1 if a slot is out of

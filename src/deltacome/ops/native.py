@@ -24,9 +24,10 @@ whole ones, with few their tasks are shared out. Sums are ordered alike for any 
 Activations of float32 and bfloat16 are read and written as they lie; other dtypes and outputs with
 gaps between columns are converted by torch and copied back, which a float16 model pays for.
 
-What it costs: each direction is decoded again for every four rows of a tenant, and sums are float32
-where the CPU may have bfloat16 products twice as fast. So with many rows a layer's delta takes longer
-than the layer itself in bfloat16 (`benchmarks/cpu_bands.py`).
+What it costs: each direction is decoded again for every four rows of a tenant, and products are of
+float32 where the CPU may have those of bfloat16 twice as fast. So from some rows of a tenant on a layer's
+delta takes longer than the layer itself in bfloat16 (`benchmarks/cpu_bands.py`); `bands/many.py` is for
+prompts, which have more.
 
 Legend: T tokens, N columns.
 """
@@ -49,6 +50,7 @@ _SLOTS = (_P, _I)
 _POOL = (_P, _I, _P, _I)
 _FUNCTIONS = {
     "bands": (*_MATRIX, *_MATRIX, *_SLOTS, *_POOL, _I, _I, _P, _I, _I, _I),
+    "factor": (_P, *(_I,) * 6, *_POOL, _I, _I, _P, _I, _I, _I),
     "band_rows": (*_MATRIX, _P, *_SLOTS, *_POOL, _I, _I, _I, _I, ctypes.c_float, _I),
     "signs": (*_MATRIX, *_MATRIX, *_SLOTS, *_POOL, _I, _P, _I, _I),
     "norm": (*_MATRIX, *_MATRIX, *_SLOTS, _P, _I, _I, ctypes.c_double),

@@ -41,7 +41,8 @@ def bands(
 
     `y[t] += Σ_g ((x[t] V̂_gᵀ) · s_g) Û_g` (Delta-CoMe, equation 5) with the bands of row t's slot, for
     each part into its own columns of y. Rows without a slot, and rows of an empty slot, keep every bit.
-    Sums are float32 and rounded to y's dtype once.
+    Sums are float32 and rounded to y's dtype once. (`cpu` rounds factors too where a tenant has many
+    rows of bfloat16: `bands/many.py`.)
 
     Args:
         y_TO: (T, O), float32, float16 or bfloat16 (the reference: any float dtype), any strides; O is

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltacome.ops import native
+from deltacome.ops.bands import many
 
 
 def bands(
@@ -22,8 +23,12 @@ def bands(
 ) -> None:
     """`y[t] += Σ_g ((x[t] V̂_gᵀ) · s_g) Û_g`, summed in float32, as `api.bands` says."""
     native.check("bands", y_TO, slot_T, blobs_SN, fields_SPBF)
-    y, x = native.readable(y_TO), native.readable(x_TI)
     slots, parts, max_bands, _ = fields_SPBF.shape
+    for slot, rows in many.tenants(y_TO, x_TI, slot_T, slots):
+        many.bands(y_TO, x_TI, slot, rows, blobs_SN, fields_SPBF, outs, group_size)
+        slot_T = slot_T.clone()
+        slot_T[rows] = -1
+    y, x = native.readable(y_TO), native.readable(x_TI)
     result = native.library(native.default_isa()).deltacome_bands(
         *(*native.matrix(y), *native.matrix(x), slot_T.data_ptr(), len(slot_T)),
         *(blobs_SN.data_ptr(), blobs_SN.stride(0), fields_SPBF.data_ptr(), slots),
