@@ -9,8 +9,8 @@ there, and the library that torch brings (oneDNN) has what the CPU has for those
 A delta's factors, and what lies between its two products, then have 8 significant bits, as the base's
 weights and activations have. Sums are float32 as ever.
 
-Legend: T tokens, I in, O out, R directions, N entries of a direction or bytes of a slot, S slots, P parts,
-B bands, F fields.
+Legend: T tokens, I in, O out, R directions, N entries of a direction (of a pool: bytes of a slot), S slots,
+P parts, B bands, F fields.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def bands(
 def _has_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16, and torch may use them."""
     able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16")) and native.default_isa() == "avx512"
+    return (
+        bool(able.get("avx512_bf16") or able.get("amx_bf16")) and native.default_isa() == "avx512"
+    )
 
 
 def _places(fields_PBF: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, int]]:
