@@ -49,6 +49,15 @@ def test_batches_do_not_change_the_mean(model):
     )
 
 
+def test_the_head_is_asked_about_what_is_compared_alone(model):
+    asked = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, out: asked.append(out.shape[1]))
+    record(model, ROWS[1:], batch_size=2)
+    hook.remove()
+    assert asked == [6]  # of seven positions: none is compared at the first
+
+
 def test_mean_is_over_the_compared_positions_only(model):
     other = make_model(vocabulary(model), seed=1)
     kls = []

@@ -10,6 +10,7 @@ Shapes: B rows in a batch, T tokens, P compared positions of all rows, V vocabul
 model, C tokens that both models have.
 """
 
+import inspect
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -164,19 +165,24 @@ def readable(model: Any, ids: Iterable[Sequence[int]]) -> bool:
 def _logits(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[torch.Tensor]:
     """Logits (N, V) of the compared positions of one row after the other, float32."""
     device = model.get_input_embeddings().weight.device
+    short = "logits_to_keep" in inspect.signature(model.forward).parameters
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         width = max(len(row.ids) for row in batch)
         # Right padding: positions count from zero in every kind of model, and no token sees it.
         ids = [list(row.ids) + [0] * (width - len(row.ids)) for row in batch]
         mask = [[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in batch]
+        # The head, the dearest layer of a small model, is not asked about what no row compares.
+        ends = {"logits_to_keep": width - min(row.first for row in batch)} if short else {}
         logits_BTV = model(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             use_cache=False,
+            **ends,
         ).logits
+        skipped = width - logits_BTV.shape[1]
         for i, row in enumerate(batch):
-            yield logits_BTV[i, row.first : len(row.ids)].float()
+            yield logits_BTV[i, row.first - skipped : len(row.ids) - skipped].float()
 
 
 def _help_topics() -> str:

@@ -9,8 +9,8 @@ there, and the library that torch brings (oneDNN) has what the CPU has for those
 A delta's factors, and what lies between its two products, then have 8 significant bits, as the base's
 weights and activations have. Sums are float32 as ever.
 
-Legend: T tokens, I in, O out, R directions, N entries of a direction (of a pool: bytes of a slot), S slots,
-P parts, B bands, F fields.
+Legend: T tokens, I in, O out, R directions, N entries of a direction (of a pool: bytes of a slot),
+S slots, P parts, B bands, F fields.
 """
 
 from __future__ import annotations
