@@ -124,7 +124,8 @@ class Lab:
 
     def second(self, base: Path, task: str, tenants: dict[str, Path]) -> Lab:
         """A lab of another backbone and one task; its comparisons are printed with this one's."""
-        lab = Lab(base, self.work, replace(self.size, tasks=(task,), side=(task,)), tenants)
+        size = replace(self.size, tasks=(task,), side=(task,))
+        lab = Lab(base, self.work, size, tenants, self.only_kept)
         lab._agreement = self._agreement
         return lab
 
