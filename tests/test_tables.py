@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
 from tiny_pairs import make_pair
 
-from deltacome import BitDelta, DeltaCome, LowRank, PrinMix
+from deltacome import Adaptive, BitDelta, DeltaCome, LowRank, PrinMix
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
@@ -21,6 +21,7 @@ ROWS = [
     ("Delta-CoMe", DeltaCome(), 4.0),
     ("PrinMix", PrinMix(), 4.0),
 ]
+VLM = ("adaptive", Adaptive(distill=2), 4.0)
 FOLDERS = [ROOT / "benchmarks" / "tables", ROOT / "examples" / "tenants"]
 MODULES = [file.stem for folder in FOLDERS for file in folder.glob("*.py")]
 
@@ -81,7 +82,7 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
         monkeypatch.setattr(tables(name), "TOWER", {**small, "num_hidden_layers": 1})
         monkeypatch.setattr(
-            tables(name), "main_rows", lambda size: [("l", LowRank(), 3.0), ROWS[2]]
+            tables(name), "main_rows", lambda size: [("l", LowRank(), 3.0), *ROWS[1:3], VLM]
         )
     text = tables(name).make(lab)
     assert text.startswith("## ")

@@ -116,7 +116,8 @@ def _model(lab: Lab, task: str) -> Path:
 def _artifact(
     lab: Lab, task: str, tuned: Path, name: str, method: Any, ratio: float | None
 ) -> Artifact:
-    text = lab.calibration(task) if method.calibrates else None
+    reads = method.calibrates or method.options().get("distill")
+    text = lab.calibration(task) if reads else None
     key = hash_of(tuned.name, method.options(), ratio, None if text is None else text.name)
     folder = lab.work / "vlm" / f"delta-{key}"
     if not folder.exists():
