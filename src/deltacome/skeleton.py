@@ -72,6 +72,26 @@ def parse_config(document: dict[str, Any]) -> PreTrainedConfig:
         raise CheckpointError(f"expected a model configuration: {error}") from error
 
 
+def model_class(config: PreTrainedConfig, where: str | Path) -> Any:
+    """The class of transformers that a configuration names, or `AutoModelForCausalLM` if it names none.
+
+    Raises:
+        CheckpointError: transformers lacks it, or it takes another configuration.
+    """
+    names = config.architectures or []
+    kind: Any = getattr(transformers, names[0], None) if names else AutoModelForCausalLM
+    if kind is None:
+        raise CheckpointError(
+            f"{where}: expected a model of transformers, got {names[0]}: code that comes with a "
+            "checkpoint is not run"
+        )
+    if not isinstance(config, getattr(kind, "config_class", None) or PreTrainedConfig):
+        raise CheckpointError(
+            f"{where}: expected a configuration of {names[0]}, got one of {config.model_type}"
+        )
+    return kind
+
+
 def make_skeleton(
     config: PreTrainedConfig, dtype: torch.dtype, where: str | Path
 ) -> PreTrainedModel:
@@ -85,17 +105,7 @@ def make_skeleton(
     Raises:
         CheckpointError: transformers lacks the class, or cannot build it from this configuration.
     """
-    names = config.architectures or []
-    kind: Any = getattr(transformers, names[0], None) if names else AutoModelForCausalLM
-    if kind is None:
-        raise CheckpointError(
-            f"{where}: expected a model of transformers, got {names[0]}: code that comes with a "
-            "checkpoint is not run"
-        )
-    if not isinstance(config, getattr(kind, "config_class", None) or PreTrainedConfig):
-        raise CheckpointError(
-            f"{where}: expected a configuration of {names[0]}, got one of {config.model_type}"
-        )
+    kind = model_class(config, where)
     try:
         with init_empty_weights(include_buffers=False):
             build = kind.from_config if kind is AutoModelForCausalLM else kind._from_config

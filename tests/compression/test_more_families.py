@@ -142,6 +142,16 @@ def test_singular_values_are_distilled_where_weights_lie_otherwise(name, pairs, 
     assert found[1] < 0.98 * found[0]
 
 
+def test_a_model_that_sees_writes_its_own_calibration(pairs, tmp_path):
+    base, tuned = pairs["LlavaForConditionalGeneration"]
+    options = {"ratio": 2, "samples": 4, "seq_len": 12}
+    artifact = compress(base, tuned, tmp_path / "a", **options)
+    said = artifact.manifest.provenance["calibration"]
+    assert (said["source"], said["samples"]) == ("self", 4)
+    errors = [record.error for record in artifact.manifest.records.values() if record.packed]
+    assert max(error for error in errors if error is not None) < 1
+
+
 @pytest.mark.parametrize("name", STREAMED)
 def test_calibrated(name, pairs, tmp_path):
     base, tuned = pairs[name]

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from deltacome.errors import CalibrationError
+from deltacome.skeleton import model_class, read_config
 
 _MARK = "USERTEXT"
 _QUESTION_TOKENS = 64
@@ -200,7 +201,8 @@ def _write(
     on_step: Callable[[int, int], None],
 ) -> list[list[int]]:
     """Lets the tuned model write; the global random state is left as it was."""
-    model: Any = AutoModelForCausalLM.from_pretrained(tuned, dtype="auto", trust_remote_code=False)
+    kind = model_class(read_config(tuned), tuned)  # a model that sees can write, too
+    model: Any = kind.from_pretrained(tuned, dtype="auto", trust_remote_code=False)
     model.to(device).eval()
     draw = random.Random(seed)
     special = set(tokenizer.all_special_ids)
