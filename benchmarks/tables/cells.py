@@ -36,8 +36,8 @@ def farther(cell: dict[str, Any], than: dict[str, Any], kind: str) -> str:
 
 
 def nats(value: float | None) -> str:
-    """A KL in nats per token."""
-    return "–" if value is None else f"{value:.5f}"
+    """A KL in nats per token; float32 may find a little less than nothing."""
+    return "–" if value is None else f"{max(0.0, value):.5f}"
 
 
 def sizes(cell: dict[str, Any]) -> list[str]:
