@@ -43,11 +43,12 @@ def main() -> None:
             section = section.replace(":", f" on {' and '.join(size.tasks)}:", 1)
         seconds = time.monotonic() - started
         command = f"make tables SIZE={options.size} TABLES={name}"
-        if options.tasks:
-            command = f"python benchmarks/tables/run.py {name} --size {options.size} --tasks "
-            command += " ".join(options.tasks)
-        if options.only_kept:
-            command += " --only-kept"
+        if options.tasks or options.only_kept:
+            words = ["--tasks", *options.tasks] if options.tasks else []
+            words += ["--only-kept"] * options.only_kept
+            command = (
+                f"python benchmarks/tables/run.py {name} --size {options.size} {' '.join(words)}"
+            )
         spent = f"{seconds:.0f} s of work not kept"
         text = f"{section}\n\n`{command}`, {spent}. {provenance(lab)}\n"
         print(text, flush=True)

@@ -139,6 +139,21 @@ def test_a_diagonal_is_that_of_the_gram(pairs):
         torch.testing.assert_close(diagonal[name].outputs, got)
 
 
+def test_no_gram_is_of_the_vocabulary(pairs, monkeypatch):
+    """One of Gemma's would have 275 GB."""
+    sizes = []
+
+    class Noted(sensitivity.Gram):
+        def __init__(self, name, size, **options):
+            sizes.append(size)
+            super().__init__(name, size, **options)
+
+    monkeypatch.setattr(sensitivity, "Gram", Noted)
+    for found in sweep_of(pairs["llama"][1], seed=SEED, diagonal=False):
+        vocabulary = [len(w.outputs) for name, w in found.items() if name == "lm_head.weight"]
+    assert vocabulary[0] not in sizes
+
+
 def test_what_a_sweep_finds_is_kept(pairs, tmp_path):
     asked = ("lm_head.weight", "model.layers.0.mlp.up_proj.weight")
     keep(tmp_path / "sweep", sweep_of(pairs["llama"][1], seed=0, diagonal=True), asked)

@@ -225,8 +225,10 @@ class _Sums:
     def add(self, x_TI: Tensor, g_TO: Tensor) -> None:
         if self._grams is None:
             inputs = Gram(self._name, x_TI.shape[1], device=x_TI.device)
-            outputs = Gram(self._name, g_TO.shape[1], device=x_TI.device)
-            self._grams = inputs, None if self._diagonal else outputs
+            # Of a head the whole would be as large as its vocabulary squared.
+            whole = not self._diagonal
+            outputs = Gram(self._name, g_TO.shape[1], device=x_TI.device) if whole else None
+            self._grams = inputs, outputs
         inputs, outputs = self._grams
         squares_TO = g_TO.float().square()
         inputs.add(x_TI.float() * squares_TO.sum(1, keepdim=True).sqrt())
