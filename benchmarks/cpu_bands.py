@@ -38,7 +38,7 @@ from deltacome.format.codec import (
 )
 from deltacome.format.spec import GROUP, Band, Plan, format_plan
 from deltacome.ops import native
-from deltacome.ops.bands import bands
+from deltacome.ops.bands import bands, many
 from deltacome.ops.rows import Rows, group_rows
 from deltacome.ops.signs import signs
 from deltacome.ops.slots import BandTable, PlacedBands, PlacedSigns, Pool, SignTable
@@ -46,6 +46,8 @@ from deltacome.ops.slots import BandTable, PlacedBands, PlacedSigns, Pool, SignT
 SHAPES = ("4096x4096", "11008x4096", "576x576", "1536x576", "576x1536", "49152x576")
 """Llama-2-7B's attention and half of its MLP; all of SmolLM2-135M, its head last."""
 POOL = 128 << 20
+MANY_ROWS = (2 * many.MANY, torch.bfloat16, 2**-7)
+"""Rows of two tenants that both have many, and how far off bfloat16 may be."""
 COPIES = 256
 """Copies of an operand that take turns: so many bytes, but no more than a model has matrices."""
 TERMS = {"bands 1/16": 16, "bands 1/64": 64, "signs": 0}
@@ -115,16 +117,16 @@ def add(y_TO: Tensor, x_TI: Tensor, rows: Rows, table: BandTable | SignTable, im
 
 
 def check(delta: Delta) -> None:
-    """Ends the run unless `cpu` gives the dense delta."""
+    """Ends the run unless `cpu` gives the dense delta, for few rows and for many."""
     out, inputs = delta.dense_OI.shape
     table = delta.table(2)
-    for tokens in (1, 8):
+    for tokens, dtype, bound in ((1, torch.float32, 1e-5), (8, torch.float32, 1e-5), MANY_ROWS):
         rows = group_rows(torch.arange(tokens) % 2, 2)
-        x_TI, y_TO = torch.randn(tokens, inputs), torch.zeros(tokens, out)
+        x_TI, y_TO = torch.randn(tokens, inputs).to(dtype), torch.zeros(tokens, out, dtype=dtype)
         add(y_TO, x_TI, rows, table, "cpu")
         expected = x_TI.double() @ delta.dense_OI.T
         error = float((y_TO - expected).norm() / expected.norm())
-        if not error < 1e-5:
+        if not error < bound:
             raise DeltaError(f"{out}x{inputs}, {tokens} tokens: relative error {error:.1e}")
 
 
@@ -217,6 +219,7 @@ def table(options: argparse.Namespace, limit: float) -> Iterator[str]:
 def main() -> None:
     options = _parse()
     torch.set_num_threads(options.threads)
+    many.MANY = options.many
     torch.manual_seed(0)
     limit = read_bandwidth()
     lines = [
@@ -246,6 +249,12 @@ def _parse() -> argparse.Namespace:
         nargs="+",
         default=["1/1", "8/1", "16/16"],
         help="rows of the batch / tenants that they belong to",
+    )
+    parser.add_argument(
+        "--many",
+        type=int,
+        default=many.MANY,
+        help="rows of a tenant from which on torch multiplies",
     )
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--threads", type=int, default=2)

@@ -4,7 +4,7 @@ matrix products.
 The kernels of `native.cpp` decode a direction again for every four rows and sum products of float32.
 That is right for decoding, where a tenant has few rows. A prompt has hundreds: products are all the time
 there, and the library that torch brings (oneDNN) has what the CPU has for those of bfloat16, pairs
-(AVX-512) or tiles (AMX). It takes a tenth of a millisecond to begin, so few rows stay with the kernels.
+(AVX-512) or tiles (AMX). It takes a while to begin, so few rows stay with the kernels.
 
 A delta's factors, and what lies between its two products, then have 8 significant bits, as the base's
 weights and activations have. Sums are float32 as ever.
@@ -26,7 +26,8 @@ from deltacome.ops import native
 from deltacome.ops.slots import COUNT, FIRST
 
 MANY = 96
-"""Rows of a tenant from which on this is faster (`benchmarks/cpu_bands.py --rows 96/1 256/1`)."""
+"""Rows of a tenant from which on this is faster; `benchmarks/cpu_bands.py --rows 96/1 --many 97` has the
+other way."""
 PIECE = 1 << 19
 """Entries that are decoded at once: what a core's cache holds."""
 
