@@ -27,14 +27,16 @@ except ImportError:  # run by itself, or by a test
 
 FOLDER = Path(__file__).resolve().parent / "src" / "deltacome" / "ops"
 SOURCE = FOLDER / "native.cpp"
+BYTES = FOLDER / "native_bytes.h"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+VNNI = (*AVX512, "-mavx512vnni")
 
 
 def instruction_sets() -> dict[str, tuple[str, ...]]:
     """Names of the libraries to build for this machine's kind of CPU → flags of the compiler."""
-    wide = {"avx2": AVX2, "avx512": AVX512}
+    wide = {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": VNNI}
     return {"portable": ()} | (wide if platform.machine() in ("x86_64", "AMD64") else {})
 
 
@@ -48,7 +50,7 @@ def compiler() -> list[str] | None:
 
 def source_digest() -> str:
     """What a library says that it was built from, so that a test can tell an old one."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+    return hashlib.sha256(SOURCE.read_bytes() + BYTES.read_bytes()).hexdigest()
 
 
 def build(folder: Path) -> list[Path]:

@@ -34,7 +34,11 @@ assert spec.loader is not None
 hatch_build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hatch_build)
 
-RUNS = {"avx2": torch.cpu._is_avx2_supported, "avx512": torch.cpu._is_avx512_supported}
+RUNS = {
+    "avx2": torch.cpu._is_avx2_supported,
+    "avx512": torch.cpu._is_avx512_supported,
+    "avx512_vnni": lambda: torch.cpu.get_capabilities().get("avx512_vnni", False),
+}
 ISAS = [isa for isa in hatch_build.instruction_sets() if isa not in RUNS or RUNS[isa]()]
 """Instruction sets that this CPU has; `test_native.py` sees to it that their libraries are there."""
 

@@ -73,6 +73,37 @@ def test_every_width(impl, bits, tile):
         check_rows(slots, table, deltas, impl, tile, scale=7.5)
 
 
+def test_every_width_in_bfloat16(impl):
+    """A CPU that can multiplies such rows as bytes: 16 bits of them, or of what directions weigh, are left."""
+    slots = [1, -1, 0, 2, 1, 1, 1, 1, 0, 1, 1]  # by one, two and four rows of a tenant
+    for out, size, group in ((1, 1, 64), (65, 63, 128), (300, 700, 64), (127, 1100, 192)):
+        for bits in WIDTHS:
+            plans = [(Band(bits, 35),), (Band(bits, 2), Band(2, 9))]
+            table, deltas = filled(size, [out, 1, out], plans, group, slots=3)
+            x_TI = randn(len(slots), size, seed=bits, dtype=torch.bfloat16)
+            x_TI[:, size // 2] *= 300  # as activations have it
+            y_TO = torch.zeros(len(slots), 2 * out + 1, device=DEVICE)
+            bands(y_TO, x_TI, rows_of(slots, table), table, impl=impl)
+            expected = expected_of(x_TI, slots, deltas)
+            error = (y_TO.cpu() - expected).norm(dim=-1)
+            assert (error <= 5e-4 * expected.norm(dim=-1)).all(), (out, bits)
+            for j, slot in enumerate(slots):  # whoever else is in the batch
+                alone = torch.zeros_like(y_TO[:1])
+                bands(alone, x_TI[j : j + 1], rows_of([slot], table), table, impl=impl)
+                assert (alone - y_TO[j]).norm() <= 1e-6 * expected[j].norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_a_number_stays_so(impl, dtype, bad):
+    table, _ = filled(200, [130], PLANS)
+    x_TI, y_TO = randn(3, 200, dtype=dtype), torch.zeros(3, 130, device=DEVICE)
+    x_TI[1, 150] = bad
+    bands(y_TO, x_TI, rows_of([0, 0, 1], table), table, impl=impl)
+    assert not y_TO[1].isfinite().any()
+    assert y_TO[[0, 2]].isfinite().all()
+
+
 @every_tile
 @pytest.mark.parametrize("slots", MIXES, ids=str)
 def test_tenant_mixes(impl, slots, tile):

@@ -6,8 +6,7 @@
 // vector: the words of a block, repeated over the lanes, shifted by a number of bits that depends
 // on the lane alone, are consecutive codes (docs/format.md). Up to 4 bits a code then indexes a
 // register that holds the values of its group; the lookup ignores higher bits, so nothing is
-// masked. With 512 bits a thread then waits for memory more than for its sums: what it reads next is
-// fetched beside them (`Ahead`).
+// masked. What a thread reads next is fetched beside its sums (`Ahead`).
 //
 // Sums never depend on the number of threads: one direction, or one block of outputs, is summed by
 // one thread in one order.
@@ -19,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -47,6 +47,7 @@ constexpr int64_t MAX_TOKENS = 4;         // tokens that share one decoding
 constexpr int64_t THREAD_WORK = 1 << 17;  // codes × tokens worth waking a thread for
 constexpr int64_t AHEAD = 16;             // directions between a prefetch and its use
 constexpr int64_t SPAN = 4;               // blocks of outputs: 2-bit codes of a cache line
+constexpr int64_t MAX_SPAN = 16;          // of a task: so many groups fill a register
 constexpr int64_t SIGN_ROWS = 16;         // of a task
 constexpr int RAGGED = 0;                 // any width, where groups cut through blocks
 
@@ -606,6 +607,9 @@ struct Target {
   const int64_t *rows;         // of y
   int64_t tokens;
   const float *t;
+  bool bytes;  // whether factors are read so where they can be (native_bytes.h)
+
+  const Factor &factor(const Band *band) const { return with_u ? band->u : band->v; }
 };
 
 template <int TT, int NB>
@@ -613,8 +617,7 @@ void expand_tile(const Target &to, int64_t b, int64_t j, const Matrix &y, Ahead 
   float tile[TT * NB * BLOCK] __attribute__((aligned(64))) = {};
   const float *t = to.t + j * to.rank;
   for (const Band *band = to.bands; band != to.end; ++band)
-    expand_any<TT, NB>(to.with_u ? band->u : band->v, band->count, b, t + band->first * TT, tile,
-                       next);
+    expand_any<TT, NB>(to.factor(band), band->count, b, t + band->first * TT, tile, next);
   const int64_t first = b * BLOCK, count = std::min<int64_t>(NB * BLOCK, to.size - first);
   for (int64_t i = 0; i < TT; ++i)
     y.add(to.rows[j + i], to.column + first, tile + i * NB * BLOCK, count);
@@ -627,9 +630,25 @@ void expand_span(const Target &to, int64_t b, int64_t b1, int64_t j, const Matri
   for (; b < b1; ++b) expand_tile<TT, 1>(to, b, j, y, next);
 }
 
+#if defined(__AVX512VNNI__)
+#include "native_bytes.h"
+#else
+inline int64_t halves_room(int64_t, int64_t) { return 0; }
+inline void to_halves(const float *, float *, int64_t, int64_t, int64_t) {}
+#endif
+
 void expand_blocks(const Target &to, int64_t b, int64_t b1, const Matrix &y, Ahead &next) {
   for (int64_t j = 0; j < to.tokens;) {
     const int64_t chunk = chunk_of(j, to.tokens);
+#if defined(__AVX512VNNI__)
+    if (to.bytes) {
+      if (chunk == 4) expand_span_bytes<4>(to, b, b1, j, y, next);
+      if (chunk == 2) expand_span_bytes<2>(to, b, b1, j, y, next);
+      if (chunk == 1) expand_span_bytes<1>(to, b, b1, j, y, next);
+      j += chunk;
+      continue;
+    }
+#endif
     if (chunk == 4) expand_span<4>(to, b, b1, j, y, next);
     if (chunk == 2) expand_span<2>(to, b, b1, j, y, next);
     if (chunk == 1) expand_span<1>(to, b, b1, j, y, next);
@@ -638,18 +657,29 @@ void expand_blocks(const Target &to, int64_t b, int64_t b1, const Matrix &y, Ahe
 }
 
 void shrink_range(const Band &band, int64_t r0, int64_t r1, int64_t tokens, int64_t rank,
-                  const float *x, int64_t ldx, float *t, Ahead &next) {
+                  const float *x, int64_t ldx, const float *halves, int64_t ldh, float *t,
+                  Ahead &next) {
   const int64_t blocks = band.v.blocks;
   for (int64_t j = 0; j < tokens;) {
     const int64_t chunk = chunk_of(j, tokens);
     float *tj = t + j * rank + band.first * chunk;
-    std::fill(tj + r0 * chunk, tj + r1 * chunk, 0.f);
-    for (int64_t b = 0; b < blocks; b += CHUNK) {
-      const int64_t b1 = std::min(blocks, b + CHUNK);
-      const float *xj = x + j * ldx;
-      if (chunk == 4) shrink_any<4>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
-      if (chunk == 2) shrink_any<2>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
-      if (chunk == 1) shrink_any<1>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
+#if defined(__AVX512VNNI__)
+    if (halves && as_bytes(band.v)) {
+      const float *hj = halves + j * ldh;
+      if (chunk == 4) shrink_bytes_any<4>(band.v, r0, r1, hj, ldh, tj, next);
+      if (chunk == 2) shrink_bytes_any<2>(band.v, r0, r1, hj, ldh, tj, next);
+      if (chunk == 1) shrink_bytes_any<1>(band.v, r0, r1, hj, ldh, tj, next);
+    } else
+#endif
+    {
+      std::fill(tj + r0 * chunk, tj + r1 * chunk, 0.f);
+      for (int64_t b = 0; b < blocks; b += CHUNK) {
+        const int64_t b1 = std::min(blocks, b + CHUNK);
+        const float *xj = x + j * ldx;
+        if (chunk == 4) shrink_any<4>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
+        if (chunk == 2) shrink_any<2>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
+        if (chunk == 1) shrink_any<1>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
+      }
     }
     for (int64_t r = r0; r < r1; ++r)
       for (int64_t i = 0; i < chunk; ++i) tj[r * chunk + i] *= band.singular(r);
@@ -736,12 +766,18 @@ struct Work {
   }
 
   // Blocks of outputs of some bands, as tasks of the last group that was begun.
-  void expand(const Group &g, const Band *first, const Band *end, int64_t column, int64_t size) {
+  void expand(const Group &g, const Band *first, const Band *end, int64_t column, int64_t size,
+              int64_t threads) {
     const int64_t blocks = (size + BLOCK - 1) / BLOCK;
-    for (int64_t b = 0; b < blocks; b += SPAN)
-      expands.push_back({&g, first, end, column, size, b, std::min(blocks, b + SPAN)});
+    // Where threads take whole groups, a task may be as large as it can.
+    const int64_t shares = whole_groups(threads) ? 1 : 2 * threads;
+    const int64_t span = std::clamp((blocks + shares - 1) / shares, SPAN, MAX_SPAN);
+    for (int64_t b = 0; b < blocks; b += span)
+      expands.push_back({&g, first, end, column, size, b, std::min(blocks, b + span)});
     for (; first != end; ++first) codes += first->count * size * g.tokens;
   }
+
+  bool whole_groups(int64_t threads) const { return groups.size() >= 2 * size_t(threads); }
 
   // Widens rows, makes t, uses it, for each group. Of many groups a thread takes whole ones, so that
   // it waits for no other and knows what it reads next; the tasks of a few are shared out.
@@ -749,7 +785,7 @@ struct Work {
   void run(int64_t threads, bool with_u, Widen widen, Shrink shrink, Expand expand) {
     const int team = int(std::max<int64_t>(1, std::min(threads, codes / THREAD_WORK)));
     const size_t count = groups.size();
-    if (team == 1 || count >= 2 * size_t(team)) {
+    if (team == 1 || whole_groups(team)) {
       std::atomic<size_t> claimed{0};
 #pragma omp parallel num_threads(team) if (team > 1)
       {
@@ -807,7 +843,10 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
   if (work.groups.empty()) return live;
   const Matrix y{y_data, y_stride, y_bf16 != 0}, x{x_data, x_stride, x_bf16 != 0};
   const int64_t ldx = (in + BLOCK - 1) / BLOCK * BLOCK;
-  float *x_TI = work.scratch(live * ldx + floats), *t = x_TI + live * ldx;
+  const int64_t blocks = ldx / BLOCK, in_groups = (in + group_size - 1) / group_size;
+  const int64_t ldh = x.bf16 ? halves_room(blocks, in_groups) : 0;
+  float *x_TI = work.scratch(live * (ldx + ldh) + floats);
+  float *halves = x_TI + live * ldx, *t = halves + live * ldh;
   const int64_t *rows = work.rows.data();
   for (Group &g : work.groups) {
     const int64_t span = g.tokens > 32 ? 64 : 16;  // directions that use one piece of x from L1
@@ -819,22 +858,26 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
           work.shrinks.push_back({&g, end, end + 1, 0, in, r, std::min(end->count, r + span)});
         work.codes += end->count * in * g.tokens;
       }
-      work.expand(g, first, end, column, outs[part]);
+      work.expand(g, first, end, column, outs[part], threads);
     }
     g.shrinks = work.shrinks.size();
     g.expands = work.expands.size();
   }
   work.run(
-      threads, true, [&](int64_t j) { x.get(rows[j], in, x_TI + j * ldx, ldx); },
+      threads, true,
+      [&](int64_t j) {
+        x.get(rows[j], in, x_TI + j * ldx, ldx);
+        if (ldh) to_halves(x_TI + j * ldx, halves + j * ldh, blocks, in_groups, group_size);
+      },
       [&](const Task &task, Ahead &next) {
         const Group &g = *task.group;
         shrink_range(*task.bands, task.first, task.last, g.tokens, g.rank, x_TI + g.first * ldx,
-                     ldx, t + g.t, next);
+                     ldx, ldh ? halves + g.first * ldh : nullptr, ldh, t + g.t, next);
       },
       [&](const Task &task, Ahead &next) {
         const Group &g = *task.group;
         const Target to{task.bands,  task.end,       true,     g.rank,  task.size,
-                        task.column, rows + g.first, g.tokens, t + g.t};
+                        task.column, rows + g.first, g.tokens, t + g.t,  x.bf16};
         expand_blocks(to, task.first, task.last, y, next);
       });
   return live;
@@ -880,7 +923,7 @@ int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, cons
   for (Group &g : work.groups) {
     for (const Band *band = g.bands; band != g.end; ++band)
       work.shrinks.push_back({&g, band, band + 1, 0, out, 0, band->count});
-    work.expand(g, g.bands, g.end, 0, in);
+    work.expand(g, g.bands, g.end, 0, in, threads);
     g.shrinks = work.shrinks.size();
     g.expands = work.expands.size();
   }
@@ -901,7 +944,7 @@ int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, cons
       [&](const Task &task, Ahead &next) {
         const Group &g = *task.group;
         const Target to{task.bands, task.end,       false,    g.rank,  task.size,
-                        0,          rows + g.first, g.tokens, t + g.t};
+                        0,          rows + g.first, g.tokens, t + g.t, y.bf16};
         expand_blocks(to, task.first, task.last, y, next);
       });
   return live;

@@ -24,10 +24,13 @@ whole ones, with few their tasks are shared out. Sums are ordered alike for any 
 Activations of float32 and bfloat16 are read and written as they lie; other dtypes and outputs with
 gaps between columns are converted by torch and copied back, which a float16 model pays for.
 
-What it costs: each direction is decoded again for every four rows of a tenant, and products are of
-float32 where the CPU may have those of bfloat16 twice as fast. So from some rows of a tenant on a layer's
-delta takes longer than the layer itself in bfloat16 (`benchmarks/cpu_bands.py`); `bands/many.py` is for
-prompts, which have more.
+Rows in bfloat16 are multiplied as bytes where the CPU has dot products of those (AVX-512 VNNI):
+`native_bytes.h`. That keeps 16 bits of what meets the codes, for each group of them, where bfloat16 has 8.
+Rows in float32 are not rounded.
+
+What it costs: each direction is decoded again for every four rows of a tenant. So from some rows of a
+tenant on a layer's delta takes longer than the layer itself in bfloat16 (`benchmarks/cpu_bands.py`);
+`bands/many.py` is for prompts, which have more.
 
 Legend: T tokens, N columns.
 """
@@ -58,14 +61,17 @@ _FUNCTIONS = {
 _NATIVE = (torch.float32, torch.bfloat16)
 
 
+@functools.cache
 def default_isa() -> str:
     """The instruction set to use: that of torch's own kernels in this process."""
-    return _CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    isa = _CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    bytes_too = isa == "avx512" and torch.cpu.get_capabilities().get("avx512_vnni")
+    return "avx512_vnni" if bytes_too else isa
 
 
 @functools.cache
 def library(isa: str) -> ctypes.CDLL:
-    """The native library for an instruction set: `avx512`, `avx2` or `portable`.
+    """The native library for an instruction set: `avx512_vnni`, `avx512`, `avx2` or `portable`.
 
     Calling one that the CPU lacks ends the process.
 

@@ -1,7 +1,7 @@
 """Many rows of one tenant on a CPU, in bfloat16: its factors decoded a piece at a time, and torch's
 matrix products.
 
-The kernels of `native.cpp` decode a direction again for every four rows and sum products of float32.
+The kernels of `native.cpp` decode a direction again for every four rows.
 That is right for decoding, where a tenant has few rows. A prompt has hundreds: products are all the time
 there, and the library that torch brings (oneDNN) has what the CPU has for those of bfloat16, pairs
 (AVX-512) or tiles (AMX). It takes a while to begin, so few rows stay with the kernels.
@@ -88,7 +88,7 @@ def _has_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16, and torch may use them."""
     able = torch.cpu.get_capabilities()
     return (
-        bool(able.get("avx512_bf16") or able.get("amx_bf16")) and native.default_isa() == "avx512"
+        bool(able.get("avx512_bf16") or able.get("amx_bf16")) and native.default_isa().startswith("avx512")
     )
 
 
