@@ -74,7 +74,7 @@ def test_every_width(impl, bits, tile):
 
 
 def test_every_width_in_bfloat16(impl):
-    """A CPU that can multiplies such rows as bytes: 16 bits of them, or of what directions weigh, are left."""
+    """A CPU that can multiplies such rows as bytes: 16 bits of what meets the codes are left."""
     slots = [1, -1, 0, 2, 1, 1, 1, 1, 0, 1, 1]  # by one, two and four rows of a tenant
     for out, size, group in ((1, 1, 64), (65, 63, 128), (300, 700, 64), (127, 1100, 192)):
         for bits in WIDTHS:

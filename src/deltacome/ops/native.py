@@ -25,7 +25,7 @@ Activations of float32 and bfloat16 are read and written as they lie; other dtyp
 gaps between columns are converted by torch and copied back, which a float16 model pays for.
 
 Rows in bfloat16 are multiplied as bytes where the CPU has dot products of those (AVX-512 VNNI):
-`native_bytes.h`. That keeps 16 bits of what meets the codes, for each group of them, where bfloat16 has 8.
+`native_bytes.h`. That keeps 16 bits of what meets the codes, for each group of them; bfloat16 has 8.
 Rows in float32 are not rounded.
 
 What it costs: each direction is decoded again for every four rows of a tenant. So from some rows of a

@@ -86,10 +86,10 @@ def bands(
 @functools.cache
 def _has_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16, and torch may use them."""
+    if not native.default_isa().startswith("avx512"):
+        return False
     able = torch.cpu.get_capabilities()
-    return (
-        bool(able.get("avx512_bf16") or able.get("amx_bf16")) and native.default_isa().startswith("avx512")
-    )
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def _places(fields_PBF: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, int]]:
