@@ -71,11 +71,13 @@ def make(lab: Lab) -> str:
     task = lab.size.side[0]
     once = patch("deltacome.methods.adaptive.CUT", 1.0)
     alike = patch("deltacome.compression.sensitivity.ANSWER", 1.0)
+    undivided = patch("deltacome.compression.sensitivity.LEAST", 1.0)
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
         "Delta-CoMe, distilled too": (DeltaCome(distill=lab.size.fit), nullcontext()),
         "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
         "less distillation": (Adaptive(distill=0), nullcontext()),
+        "… and that sure tokens count as much": (Without(part="division"), undivided),
         "… and that answers weigh more than text": (Without(part="answers"), alike),
         "… and that what is cut counts thrice": (Without(part="cut"), once),
         "… and bytes shared across matrices": (WithoutSharing(), nullcontext()),

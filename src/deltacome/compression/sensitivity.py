@@ -10,6 +10,12 @@ the data). Drawing an answer at each token would estimate it too, but where the 
 at most tokens of an answer, that draws nearly always the same one and learns nothing; `_root` has what
 is differentiated instead.
 
+What goes into the blocks is each token's information divided by its trace, how unsure the model is there.
+Where it is sure, nothing that is small costs anything, and there is hardly any information; but what is
+lost of a skill is not small, and it is sure of nearly all that it was tuned on. Undivided, kinds of
+questions that it finds easy were the first to be lost. The head's own errors are not such a loss; weighed
+likewise, it took bytes from the blocks that they needed more.
+
 Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
 does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
 each layer. In a chat only the last answer's tokens count, since what a model would have said in the
@@ -43,6 +49,10 @@ from deltacome.numerics.gram import Gram
 
 ANSWER = 30.0
 """Rows of text that an answer weighs; `benchmarks/tables/ablation.py` shows what that brings."""
+
+LEAST = 1e-6
+"""How unsure the model counts as at least, where each token's information is divided by that; 1 divides
+nothing (`benchmarks/tables/ablation.py`)."""
 
 
 class Weights(NamedTuple):
@@ -149,11 +159,12 @@ def _head(
             with torch.enable_grad():
                 logits_TV = stream.answer(batch, hidden)[counts].float()
                 p_TV = logits_TV.detach().softmax(-1)
-                at_logits_TV = _root(p_TV, draw) * share_T1.sqrt()
+                # The variance of a token's log-odds: what an error of its logit costs.
+                spread_TV = p_TV - p_TV.square()
+                unsure_T1 = spread_TV.sum(-1, keepdim=True).clamp(min=LEAST)
+                at_logits_TV = _root(p_TV, draw) * (share_T1 / unsure_T1).sqrt()
                 (gradient,) = torch.autograd.grad(logits_TV, hidden, at_logits_TV)
             gradients.append(gradient)
-            # The variance of a token's log-odds: what an error of its logit costs.
-            spread_TV = p_TV - p_TV.square()
             x_TH = inputs.pop().detach()[counts]
             sums.add(x_TH, (spread_TV * share_T1).sqrt())
     handle.remove()
