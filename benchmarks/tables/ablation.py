@@ -77,7 +77,7 @@ def make(lab: Lab) -> str:
         "Delta-CoMe, distilled too": (DeltaCome(distill=lab.size.fit), nullcontext()),
         "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
         "less distillation": (Adaptive(distill=0), nullcontext()),
-        "… and that sure tokens count as much": (Without(part="division"), undivided),
+        "… and that sure tokens are lifted": (Without(part="division"), undivided),
         "… and that answers weigh more than text": (Without(part="answers"), alike),
         "… and that what is cut counts thrice": (Without(part="cut"), once),
         "… and bytes shared across matrices": (WithoutSharing(), nullcontext()),

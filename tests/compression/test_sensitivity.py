@@ -50,12 +50,12 @@ def whole(folder, stream, first=lambda row: 0):
         shares = torch.cat(
             [torch.full((int(n),), w / int(n)) for n, w in zip(counts.sum(1), weights, strict=True)]
         )[:, None]
-        # And a token one, however unsure the model is of it; but not where the head itself is weighed.
-        alike = shares / (p - p * p).sum(1, keepdim=True)
+        # A token of which the model is sure counts for more; but not where the head itself is weighed.
+        lifted = shares / (p - p * p).sum(1, keepdim=True).sqrt()
         signs = 2.0 * torch.randint(0, 2, p.shape, generator=draw) - 1
         # Log-probabilities along the signs: the same as logits along the centred signs.
         along = p.sqrt() * signs
-        (logits.log_softmax(-1) * along * alike.sqrt()).sum().backward()
+        (logits.log_softmax(-1) * along * lifted.sqrt()).sum().backward()
         for handle in handles:
             handle.remove()
         for name, (x, y) in kept.items():

@@ -10,11 +10,11 @@ the data). Drawing an answer at each token would estimate it too, but where the 
 at most tokens of an answer, that draws nearly always the same one and learns nothing; `_root` has what
 is differentiated instead.
 
-What goes into the blocks is each token's information divided by its trace, how unsure the model is there.
-Where it is sure, nothing that is small costs anything, and there is hardly any information; but what is
-lost of a skill is not small, and it is sure of nearly all that it was tuned on. Undivided, kinds of
-questions that it finds easy were the first to be lost. The head's own errors are not such a loss; weighed
-likewise, it took bytes from the blocks that they needed more.
+What goes into the blocks is each token's information divided by the root of its trace, which is how unsure
+the model is there. Where it is sure, nothing that is small costs anything, and there is hardly any
+information; but what is lost of a skill is not small, and it is sure of nearly all that it was tuned on.
+Undivided, kinds of questions that it finds easy were the first to be lost. The head's own errors are not
+such a loss, and are not divided.
 
 Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
 does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
@@ -51,8 +51,8 @@ ANSWER = 30.0
 """Rows of text that an answer weighs; `benchmarks/tables/ablation.py` shows what that brings."""
 
 LEAST = 1e-6
-"""How unsure the model counts as at least, where each token's information is divided by that; 1 divides
-nothing (`benchmarks/tables/ablation.py`)."""
+"""How unsure the model counts as at least, where each token's information is divided by the root of that;
+1 divides nothing (`benchmarks/tables/ablation.py`)."""
 
 
 class Weights(NamedTuple):
@@ -162,7 +162,7 @@ def _head(
                 # The variance of a token's log-odds: what an error of its logit costs.
                 spread_TV = p_TV - p_TV.square()
                 unsure_T1 = spread_TV.sum(-1, keepdim=True).clamp(min=LEAST)
-                at_logits_TV = _root(p_TV, draw) * (share_T1 / unsure_T1).sqrt()
+                at_logits_TV = _root(p_TV, draw) * (share_T1 / unsure_T1.sqrt()).sqrt()
                 (gradient,) = torch.autograd.grad(logits_TV, hidden, at_logits_TV)
             gradients.append(gradient)
             x_TH = inputs.pop().detach()[counts]
