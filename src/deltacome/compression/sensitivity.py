@@ -10,8 +10,8 @@ the data). Drawing an answer at each token would estimate it too, but where the 
 at most tokens of an answer, that draws nearly always the same one and learns nothing; `_root` has what
 is differentiated instead.
 
-What goes into the blocks is each token's information divided by the root of its trace, which is how unsure
-the model is there. Where it is sure, nothing that is small costs anything, and there is hardly any
+What goes into the blocks is each token's information divided by the root of its trace, which is how
+unsure the model is there. Where it is sure, nothing that is small costs anything, and there is hardly any
 information; but what is lost of a skill is not small, and it is sure of nearly all that it was tuned on.
 Undivided, kinds of questions that it finds easy were the first to be lost. The head's own errors are not
 such a loss, and are not divided.
