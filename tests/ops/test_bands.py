@@ -252,7 +252,8 @@ def test_rows_out_of_range(impl, ids):
     assert not y_TI.any()
 
 
-def test_threads_do_not_change_a_bit(impl):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_do_not_change_a_bit(impl, dtype):
     if impl == "triton":  # has no threads of ours
         return
     table, _ = filled(640, [512, 100], [(Band(8, 3), Band(3, 20), Band(2, 100))] * 7)
@@ -264,7 +265,8 @@ def test_threads_do_not_change_a_bit(impl):
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 y_TO = randn(len(slots), 612, seed=1)
-                bands(y_TO, randn(len(slots), 640), rows_of(slots, table), table, impl=impl)
+                x_TI = randn(len(slots), 640, dtype=dtype)
+                bands(y_TO, x_TI, rows_of(slots, table), table, impl=impl)
                 results.append(y_TO)
             if impl == "reference":  # torch's own products do not promise it
                 torch.testing.assert_close(results[0], results[1])

@@ -56,8 +56,8 @@ LEAST = 1e-6
 
 
 class Weights(NamedTuple):
-    """How much the errors of a matrix weigh; half of tr(G E C Eᵀ) is in proportion to the KL,
-    the mean over rows of the mean over their tokens that count."""
+    """How much the errors of a matrix weigh; half of tr(G E C Eᵀ) is in proportion to the KL, the mean
+    over rows of the mean over their tokens that count, each lifted as the module says."""
 
     inputs: Tensor
     """C, float32 (I, I), summed over tokens, each weighted by its ‖g‖² relative to the mean."""

@@ -5,8 +5,10 @@ What it does otherwise than Delta-CoMe (arXiv 2406.08903):
 - The SVD is of the delta as the model feels it, weighted by the inputs' gram C and by the Fisher
   information G of the layer's outputs (`numerics.weigh`).
 - The singular values of all matrices, embedding and head too, are then in one unit, the KL divergence to
-  the tuned model. One price of a byte decides for every direction of every matrix how many bits it gets,
-  or none (`numerics.allocate`). A matrix that hardly matters gets hardly any bytes.
+  the tuned model; but those of blocks are measured with tokens lifted that the model is sure of, which
+  gives them more (`compression.sensitivity`). One price of a byte decides for every direction of every
+  matrix how many bits it gets, or none (`numerics.allocate`). A matrix that hardly matters gets hardly
+  any bytes.
 - V is quantised by GPTQ against C, as there. U is then refitted to what V became (`numerics.refit`, as
   PrinMix does) and quantised by GPTQ against G, along the outputs: after weighting, directions hardly
   disturb each other, while outputs do.
