@@ -34,8 +34,9 @@ from deltacome import Adaptive, Artifact, attach
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import sensitivity
 from deltacome.evals.divergence import by_row, over_rows, question_rows, record, text_rows
+from deltacome.evals.models import load_model
 from deltacome.evals.prompts import answer_ids
-from deltacome.evals.run import Exam, load_model, shared_tokenizer
+from deltacome.evals.run import Exam, shared_tokenizer
 from deltacome.evals.score import exact_match, generate, wilson
 from deltacome.evals.tasks import Question, read_questions
 from deltacome.methods.method import Method

@@ -93,6 +93,20 @@ def make_pair(name: str, folder: Path) -> tuple[Path, Path]:
     return base, tuned
 
 
+def make_vision(folder: Path) -> tuple[Path, Path]:
+    """A text base, and a vision-language model that was made of it with words added."""
+    config: LlavaConfig = FAMILIES["LlavaForConditionalGeneration"]()
+    base = make("LlamaForCausalLM", config.text_config, folder / "base")
+    config.text_config.vocab_size += 4
+    tuned = make("LlavaForConditionalGeneration", config, folder / "tuned", seed=1)
+    weights = weights_of(tuned)
+    for name, w in moved(weights_of(base)).items():
+        inside = "language_model." + name
+        weights[inside] = torch.cat([w, weights[inside][len(w) :]]) if len(w) == 300 else w
+    rewrite(tuned, weights, None)
+    return base, tuned
+
+
 def load(folder: Path) -> PreTrainedModel:
     (name,) = json.loads((folder / "config.json").read_text())["architectures"]
     return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()

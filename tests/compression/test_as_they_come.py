@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from families import FAMILIES, logits, make, moved
 from families import load as load_any
+from families import logits, make_vision
 from tiny_pairs import copy_of, fine_tune, rewrite, weights_of
 from torch import nn
-from transformers import AutoModelForCausalLM, LlavaConfig
+from transformers import AutoModelForCausalLM
 
 from deltacome import DeltaCome, attach, base_for, compress, merge
 from deltacome.errors import MismatchError, UnsupportedError
@@ -37,18 +37,7 @@ def close(got, wanted, tolerance=1e-4):
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory):
-    """A text base, and a vision-language model that was made of it with words added."""
-    folder = tmp_path_factory.mktemp("vision")
-    config: LlavaConfig = FAMILIES["LlavaForConditionalGeneration"]()
-    base = make("LlamaForCausalLM", config.text_config, folder / "base")
-    config.text_config.vocab_size += 4
-    tuned = make("LlavaForConditionalGeneration", config, folder / "tuned", seed=1)
-    weights = weights_of(tuned)
-    for name, w in moved(weights_of(base)).items():
-        inside = "language_model." + name
-        weights[inside] = torch.cat([w, weights[inside][len(w) :]]) if len(w) == 300 else w
-    rewrite(tuned, weights, None)
-    return base, tuned
+    return make_vision(tmp_path_factory.mktemp("vision"))
 
 
 def test_a_vision_language_model_on_a_text_base(vision, tmp_path):

@@ -14,8 +14,8 @@ from rich.console import Console
 import deltacome
 from deltacome.errors import DeltaError
 from deltacome.evals.harness import run_harness
+from deltacome.evals.models import load_model
 from deltacome.evals.report import harness_table
-from deltacome.evals.run import load_model
 from deltacome.evals.score import greedy
 from deltacome.methods.low_rank import LowRank
 

@@ -45,7 +45,8 @@ def _attach_swaps_weights(monkeypatch):
         finally:
             model.load_state_dict(before)
 
-    monkeypatch.setitem(sys.modules, "deltacome.runtime", SimpleNamespace(attach=attach))
+    runtime = SimpleNamespace(attach=attach, base_for=None)
+    monkeypatch.setitem(sys.modules, "deltacome.runtime", runtime)
     monkeypatch.setattr("deltacome.evals.run.opened", opened)
 
 
@@ -57,6 +58,7 @@ def opened(path):
         digest="abc",
         bytes_on_disk=lambda: 1000,
         ratio=lambda: 16.0,
+        json_file=lambda _: None,
     )
 
 
@@ -177,7 +179,7 @@ def test_dtype_is_used(tmp_path):
     tuned = save(tmp_path / "tuned", seed=0)
     exact = run(base, task, tuned=tuned, dtype="float32", text=None)["models"][0]["kl_text"]
     assert exact == pytest.approx(0.0, abs=1e-8)
-    from deltacome.evals.run import load_model
+    from deltacome.evals.models import load_model
 
     assert next(load_model(base, "cpu", "bfloat16").parameters()).dtype == torch.bfloat16
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from deltacome.errors import DeltaError
-from deltacome.evals.run import account, load_model, names, pick_device, shared_tokenizer
+from deltacome.evals.models import load_model, pick_device, tuned_by
+from deltacome.evals.run import account, names, shared_tokenizer
 from deltacome.format.artifact import opened
 
 Figures = dict[str, dict[str, float]]
@@ -102,10 +103,8 @@ def run_harness(
     model = load_model(base, device, dtype)
     models.insert(0, {"name": "base", "results": figures(model)})
     for name, artifact in zip(names(deltas), artifacts, strict=True):
-        from deltacome.runtime import attach
-
-        with attach(model, artifact):
-            models.append({"name": name, **account(artifact), "results": figures(model)})
+        with tuned_by(artifact, base, model) as running:
+            models.append({"name": name, **account(artifact), "results": figures(running)})
     return {"tasks": list(tasks), "models": models}
 
 

@@ -2,7 +2,8 @@
 
 The tuned model comes first and leaves again, keeping only its log-probabilities (see
 `divergence`); then the base is loaded once and each delta attached to it in turn. So at most one
-dense model is in memory, and a delta is measured as it is served, not merged.
+dense model is in memory, and a delta is measured as it is served, not merged. Where a delta makes a
+model of another class of the base (`models.tuned_by`) there are two.
 """
 
 import gc
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from deltacome.errors import CheckpointError, DeltaError, MismatchError
+from deltacome.errors import CheckpointError, MismatchError
 from deltacome.evals.divergence import (
     Reference,
     divergence,
@@ -25,6 +26,7 @@ from deltacome.evals.divergence import (
     record,
     text_rows,
 )
+from deltacome.evals.models import load_model, pick_device, tuned_by
 from deltacome.evals.prompts import prompt_ids
 from deltacome.evals.score import answer, generate, score
 from deltacome.evals.tasks import Question, load_questions
@@ -91,10 +93,8 @@ def evaluate(
     of_base = {"name": "base", **scores(model, exam), **kls(model, exam)}
     of_deltas = []
     for name, artifact in zip(names(deltas), artifacts, strict=True):
-        from deltacome.runtime import attach
-
-        with attach(model, artifact):
-            figures = scores(model, exam) | kls(model, exam)
+        with tuned_by(artifact, base, model) as running:
+            figures = scores(running, exam) | kls(running, exam)
         of_deltas.append({"name": name, **account(artifact), **figures})
     return {"task": task, "n": len(questions), "models": [of_base, *of_tuned, *of_deltas]}
 
@@ -146,15 +146,13 @@ def answer_with(
     dtype: str = "auto",
 ) -> str:
     """The greedy answer to one prompt, by the base or by the fine-tune that a delta stands for."""
-    from deltacome.runtime import attach
-
     model = load_model(base, pick_device(device), dtype)
     if delta is None:
         return answer(model, _tokenizer(base), prompt, max_new_tokens=max_new_tokens)
     artifact = opened(delta)
     tokenizer = delta_tokenizer(base, artifact.path)
-    with attach(model, artifact):
-        return answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+    with tuned_by(artifact, base, model) as running:
+        return answer(running, tokenizer, prompt, max_new_tokens=max_new_tokens)
 
 
 def account(artifact: Artifact) -> dict[str, Any]:
@@ -172,25 +170,6 @@ def names(deltas: Sequence[str | Path]) -> list[str]:
     """Folder names; the whole path where two folders are called the same."""
     short = [Path(delta).resolve().name for delta in deltas]
     return [str(d) if short.count(s) > 1 else s for d, s in zip(deltas, short, strict=True)]
-
-
-def pick_device(device: str) -> str:
-    """ "auto" is the GPU if there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
-    """A dense causal language model, from a folder or the Hub, ready for inference."""
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise DeltaError(f"dtype: expected auto or the name of a torch dtype, got {dtype!r}")
-    name, revision = split_name(source, None, CheckpointError)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: expected a causal language model, got {error}") from error
-    return model.to(device).eval()
 
 
 def shared_tokenizer(

@@ -1,0 +1,71 @@
+"""The models that are measured: dense ones, and what a delta makes of a base."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from deltacome.errors import CheckpointError, DeltaError
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
+from deltacome.format.hub import split_name
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is the GPU if there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
+    """A dense model that reads text, from a folder or the Hub, ready for inference.
+
+    A vision-language model is loaded whole, and answers questions that come without pictures.
+
+    Raises:
+        DeltaError: `dtype` is neither "auto" nor the name of a torch dtype.
+        CheckpointError: there is no language model of transformers.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise DeltaError(f"dtype: expected auto or the name of a torch dtype, got {dtype!r}")
+    name, revision = split_name(source, None, CheckpointError)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        sees = _sees(config.architectures or [])
+        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(name, revision=revision, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: expected a language model, got {error}") from error
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def tuned_by(artifact: Artifact, base: str | Path, model: Any) -> Iterator[Any]:
+    """The tuned model that a delta stands for, run from its packed codes.
+
+    It is `model`, the base, with the delta attached; but where the tuned model is of another class (a
+    vision-language model that was taken from a text base) one of that class, made for as long as it is
+    needed of the same weights.
+    """
+    from deltacome.runtime import attach, base_for
+
+    named = (artifact.json_file(TUNED_CONFIG_FILE) or {}).get("architectures") or []
+    if _sees(named) and named[0] != type(model).__name__:
+        dense: Any = base_for(base, artifact, dtype=model.dtype)
+        model = dense.to(model.device).eval()
+    with attach(model, artifact):
+        yield model
+
+
+def _sees(architectures: list[str]) -> bool:
+    """Whether a configuration is that of a vision-language model."""
+    return (
+        bool(architectures)
+        and architectures[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    )
