@@ -72,6 +72,7 @@ def make(lab: Lab) -> str:
     once = patch("deltacome.methods.adaptive.CUT", 1.0)
     alike = patch("deltacome.compression.sensitivity.ANSWER", 1.0)
     undivided = patch("deltacome.compression.sensitivity.LEAST", 1.0)
+    trusted = patch("deltacome.methods.adaptive.ALIKE", 0.0)
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
         "Delta-CoMe, distilled too": (DeltaCome(distill=lab.size.fit), nullcontext()),
@@ -80,6 +81,7 @@ def make(lab: Lab) -> str:
         "… and that sure tokens are lifted": (Without(part="division"), undivided),
         "… and that answers weigh more than text": (Without(part="answers"), alike),
         "… and that what is cut counts thrice": (Without(part="cut"), once),
+        "… and that matrices are taken half alike": (Without(part="alike"), trusted),
         "… and bytes shared across matrices": (WithoutSharing(), nullcontext()),
         "… and weights of outputs": (WithoutOutputs(), nullcontext()),
         "… and all but the diagonals of those": (Adaptive(distill=0, diagonal=True), nullcontext()),

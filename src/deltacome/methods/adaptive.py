@@ -7,8 +7,8 @@ What it does otherwise than Delta-CoMe (arXiv 2406.08903):
 - The singular values of all matrices, embedding and head too, are then in one unit, the KL divergence to
   the tuned model; but those of blocks are measured with tokens lifted that the model is sure of, which
   gives them more (`compression.sensitivity`). One price of a byte decides for every direction of every
-  matrix how many bits it gets, or none (`numerics.allocate`). A matrix that hardly matters gets hardly
-  any bytes.
+  matrix how many bits it gets, or none (`numerics.allocate`). A matrix that matters less gets fewer
+  bytes, by half of what the weights say (`ALIKE`).
 - V is quantised by GPTQ against C, as there. U is then refitted to what V became (`numerics.refit`, as
   PrinMix does) and quantised by GPTQ against G, along the outputs: after weighting, directions hardly
   disturb each other, while outputs do.
@@ -47,6 +47,13 @@ embedding's is, it is up to sixteen times as large at few bits, which plans do n
 CUT = 3.0
 """What leaving a direction out counts against as large an error of rounding: rounding errs at random, but
 what is left out is left out in every layer, and adds up (`benchmarks/tables/ablation.py`)."""
+
+
+ALIKE = 0.5
+"""How far plans take all matrices to matter alike: 0 goes by what was measured of each, 1 gives their
+entries one weight. That of a matrix takes inputs and gradients as independent, and sees what calibration
+shows; skills that it hardly shows were lost in the matrices it says little of
+(`benchmarks/tables/ablation.py`)."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Adaptive:
             for name, matrix in matrices.items()
         }
         shapes = {name: matrix.shape for name, matrix in matrices.items()}
+        spectra = {name: w_R * _trust(w_R, shapes[name]) for name, w_R in spectra.items()}
 
         def size(counts: Mapping[str, dict[int, int]]) -> float:
             return sum(_terms(counts[name]).nbytes(shape) for name, shape in shapes.items())
@@ -165,6 +173,12 @@ def _rms(vectors_RN: Tensor) -> Tensor:
     """Root mean square of each direction, (R, 1); 1 for one of zeros."""
     rms_R1 = vectors_RN.square().mean(1, keepdim=True).sqrt()
     return torch.where(rms_R1 > 0, rms_R1, 1.0)
+
+
+def _trust(weights_R: Tensor, shape: Shape) -> float:
+    """What a matrix's spectrum is multiplied by, so that it tells less of it against others."""
+    mean = float(weights_R.sum()) / (shape[0] * shape[1])
+    return mean**-ALIKE if mean > 0 else 1.0
 
 
 def _terms(counts: Mapping[int, int]) -> Terms:
