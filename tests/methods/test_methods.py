@@ -8,6 +8,7 @@ from methods_helpers import IN, OUT, compressed, error_of, long_tailed, some_gra
 
 from deltacome.format.codec import Packed, plan_of, read_bands, read_signs
 from deltacome.format.spec import Band, rank
+from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.bitdelta import BitDelta
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.low_rank import LowRank
@@ -18,7 +19,7 @@ from deltacome.methods.template import parse_template
 from deltacome.numerics.gram import relative_error
 
 SHAPES = {"a": (OUT, IN), "b": (OUT, IN), "c": (320, IN), "d": (64, IN)}
-ADAPTIVE = [DeltaCome(), LowRank(), Residual(), PrinMix()]
+ADAPTIVE = [DeltaCome(), LowRank(), Residual(), PrinMix(), Adaptive(distill=0)]
 ALL = [*ADAPTIVE, BitDelta(), BitDelta("rows"), Residual(parse_template("4:2,2:*"), "rows")]
 
 
@@ -71,7 +72,7 @@ def test_plans_fill_the_bytes_and_no_more(method, ratio):
 def test_options_are_json(method):
     said = method.options()
     assert json.loads(json.dumps(said)) == said
-    assert said["name"] in ("delta-come", "low-rank", "bitdelta", "residual", "prinmix")
+    assert said["name"] in ("delta-come", "low-rank", "bitdelta", "residual", "prinmix", "adaptive")
 
 
 def test_low_rank_is_the_truncated_svd():
@@ -160,3 +161,19 @@ def test_prinmix_is_closer_than_delta_come_at_equal_bytes():
             for method in (PrinMix(), PrinMix(refit=False), DeltaCome())
         ]
         assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
+def test_plans_go_by_part_of_what_was_measured_of_a_matrix(alike, monkeypatch):
+    spectrum = torch.arange(1, IN + 1).float() ** -2
+
+    def plans(loud):
+        weights = {"loud": loud * spectrum, "quiet": spectrum}
+        matrices = {n: Matrix((IN, IN), lambda: spectrum, w) for n, w in weights.items()}
+        return Adaptive().planner(matrices)(IN * IN / 8)
+
+    monkeypatch.setattr("deltacome.methods.adaptive.ALIKE", alike)
+    found = plans(1e4)
+    assert (found["loud"] != found["quiet"]) == (alike < 1)
+    monkeypatch.setattr("deltacome.methods.adaptive.ALIKE", 0.0)
+    assert found == plans(1e4 ** (1 - alike))
