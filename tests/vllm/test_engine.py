@@ -27,7 +27,9 @@ KINDS = {
     "gemma3": FAMILIES["gemma3"],
     "phi3": FAMILIES["phi3"],
     "mistral": FAMILIES["mistral"],
-    "wide": lambda: LlamaConfig(**WIDE, tie_word_embeddings=False),
+    "wide": lambda: LlamaConfig(
+        **WIDE | {"max_position_embeddings": 4096}, tie_word_embeddings=False
+    ),
 }
 """Ties, biases, norms of heads, norms that add 1, matrices fused in the checkpoint, windows."""
 SIGNS = {"terms": "mixed"}

@@ -35,7 +35,7 @@ def server(wide, tmp_path, monkeypatch):
             *("--slots", 2, "--slot-bytes", 400_000),
         ],
         [
-            *("--served-model-name", "base", "--max-model-len", "256"),
+            *("--served-model-name", "base", "--max-model-len", "4096"),
             *("--tensor-parallel-size", "2"),
         ],
     )
@@ -56,7 +56,8 @@ def test_found_on_two_workers_and_after_a_restart_on_two_engines(wide, server):
     ids = some_ids(7, 1, VOCAB)
     for name in ("base", "one", "two"):
         assert server.say(name, ids) == greedy(wide.models[name], ids, 8), name
-    stream = server.client.completions.create(**wish("two", ids, 240, stream=True))
+    endless = {"stream": True, "extra_body": {"ignore_eos": True}}
+    stream = server.client.completions.create(**wish("two", ids, 4000, **endless))
     next(iter(stream))
     server.kill()
     with pytest.raises((openai.APIError, httpx.HTTPError)):
