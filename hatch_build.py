@@ -26,8 +26,7 @@ except ImportError:  # run by itself, or by a test
     BuildHookInterface = object
 
 FOLDER = Path(__file__).resolve().parent / "src" / "deltacome" / "ops"
-SOURCE = FOLDER / "native.cpp"
-BYTES = FOLDER / "native_bytes.h"
+SOURCES = tuple(FOLDER / name for name in ("native.cpp", "native_bytes.h", "native_torch.h"))
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -50,7 +49,7 @@ def compiler() -> list[str] | None:
 
 def source_digest() -> str:
     """What a library says that it was built from, so that a test can tell an old one."""
-    return hashlib.sha256(SOURCE.read_bytes() + BYTES.read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES)).hexdigest()
 
 
 def build(folder: Path) -> list[Path]:
@@ -67,7 +66,7 @@ def build(folder: Path) -> list[Path]:
         library = folder / f"_native_{isa}.so"
         # Not over the old file: a process that has it mapped would crash.
         partial = library.with_name(f"{library.name}.{os.getpid()}")
-        arguments = [*command, *FLAGS, *flags, source, str(SOURCE), "-o", str(partial)]
+        arguments = [*command, *FLAGS, *flags, source, str(SOURCES[0]), "-o", str(partial)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             partial.replace(library)

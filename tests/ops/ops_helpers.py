@@ -49,7 +49,7 @@ def implementations():
     if DEVICE == "cuda":
         return ["reference", "triton"]
     # Only without a compiler is there nothing to test; then `test_native.py` says so.
-    native_ones = [f"cpu-{isa}" for isa in ISAS] if hatch_build.compiler() else []
+    native_ones = ["cpu", *(f"cpu-{isa}" for isa in ISAS)] if hatch_build.compiler() else []
     return ["reference", *native_ones]
 
 
@@ -215,8 +215,12 @@ def assert_framed(frame, columns):
 
 
 def use(impl, monkeypatch):
-    """The name for the op, with the CPU's library set to that of the instruction set."""
+    """The name for the op, with the CPU's library set to that of the instruction set.
+
+    Without one it is the way that users go: torch calls the library. Those with one go by Python.
+    """
     name, _, isa = impl.partition("-")
     if isa:
+        native.few_rows(0)
         monkeypatch.setattr(native, "default_isa", lambda: isa)
     return name

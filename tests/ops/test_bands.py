@@ -132,7 +132,7 @@ def test_many_rows_of_a_few(impl):
     [[0] * 5, [2] * 3 + [1, 0, 1] * 2 + [-1, 1] + [3] * 4, [0, 2] * 5 + [1]],
     ids=["one", "in and out of one piece", "two in turn"],
 )
-def test_many_rows_in_bfloat16(impl, slots, monkeypatch):
+def test_many_rows_in_bfloat16(impl, slots, by_python, monkeypatch):
     """With instructions for it a CPU has another way; torch can go it without them too, slowly."""
     called = []
     decode = many._decode

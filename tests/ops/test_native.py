@@ -6,7 +6,8 @@ from ops_helpers import PLANS, filled, hatch_build, randn, rows_of
 
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.ops import native
-from deltacome.ops.bands import bands, cpu
+from deltacome.ops.bands import bands, cpu, many
+from deltacome.ops.rows import Rows
 
 COMPILER = hatch_build.compiler()
 
@@ -18,7 +19,7 @@ def test_a_compiler_means_a_library_of_this_source(isa):
     assert native.library(isa).deltacome_source().decode() == hatch_build.source_digest()
 
 
-def test_without_a_library_it_is_an_error(monkeypatch):
+def test_without_a_library_it_is_an_error(by_python, monkeypatch):
     table, _ = filled(140, [70], PLANS)
     y_TO = torch.zeros(2, 70)
     monkeypatch.setattr(native, "default_isa", lambda: "absent")
@@ -54,6 +55,28 @@ def test_what_c_could_not_walk():
     assert not y_TO.any()
     with pytest.raises(RuntimeError, match="memory"):  # as torch says of outputs that overlap
         call(y=torch.zeros(1, 70).expand(2, 70))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_plain_batches_do_not_enter_python(monkeypatch):
+    entered = []
+    monkeypatch.setattr(cpu, "bands", lambda *arguments: entered.append(arguments))
+    table, _ = filled(140, [70], PLANS)
+    expected, y_TO, x_TI = torch.zeros(2, 70), torch.zeros(2, 70), randn(2, 140).cpu()
+    bands(expected, x_TI, rows_of([0, 1], table), table)
+    bands(y_TO, x_TI, rows_of([0, 1], table), table, impl="cpu")
+    torch.testing.assert_close(y_TO, expected)
+    assert not entered
+    for y, x, slots in (
+        (y_TO.half(), x_TI.half(), [0, 1]),
+        (torch.zeros(70, 2).T, x_TI, [0, 1]),
+        (y_TO, x_TI, [0, 3]),
+        (torch.zeros(many.MANY, 70), randn(many.MANY, 140).cpu(), many.MANY * [0]),
+    ):
+        slot_T = torch.tensor(slots, dtype=torch.int32)
+        bands(y, x, Rows(slot_T, slot_T, slot_T, 1), table, impl="cpu")
+        assert len(entered) == 1
+        entered.clear()
 
 
 @pytest.mark.parametrize(("command", "says"), [("/no/compiler", "no C++"), ("false", "without")])

@@ -19,6 +19,8 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -49,6 +51,7 @@ constexpr int64_t AHEAD = 16;             // directions between a prefetch and i
 constexpr int64_t SPAN = 4;               // blocks of outputs: 2-bit codes of a cache line
 constexpr int64_t MAX_SPAN = 16;          // of a task: so many groups fill a register
 constexpr int64_t SIGN_ROWS = 16;         // of a task
+constexpr int64_t SIGN_FIELDS = 3;        // offsets of words and scales, and how many scales
 constexpr int RAGGED = 0;                 // any width, where groups cut through blocks
 
 // Arrays of vectors stay in registers only if the loops over them are unrolled.
@@ -378,17 +381,18 @@ NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t
   }
 }
 
-// y[j, block, :] += Σ_r t[r, j] · value[r, block, :] for NB blocks from b on and TT tokens.
+// y[j, block, :] += Σ_r t[r, j] · value[r, block, :] for NB blocks from b on and TT tokens, whose y lie
+// ldy floats apart.
 template <int BITS, int TT, int NB>
 NOINLINE void expand(const Factor f, int64_t count, int64_t b, const float *t, float *y,
-                     Ahead &next) {
+                     int64_t ldy, Ahead &next) {
   const int64_t per_group = blocks_of_group<BITS>(f);
   const int64_t g0 = b / per_group, g1 = (b + NB + per_group - 1) / per_group;
   vf acc[TT][NB * V];
   UNROLL
   for (int j = 0; j < TT; ++j)
     UNROLL
-    for (int i = 0; i < NB * V; ++i) acc[j][i] = load(y + j * NB * BLOCK + i * LANES);
+    for (int i = 0; i < NB * V; ++i) acc[j][i] = load(y + j * ldy + i * LANES);
   for (int64_t r = 0; r < count; ++r) {
     vf weight[TT];
     UNROLL
@@ -412,7 +416,7 @@ NOINLINE void expand(const Factor f, int64_t count, int64_t b, const float *t, f
   UNROLL
   for (int j = 0; j < TT; ++j)
     UNROLL
-    for (int i = 0; i < NB * V; ++i) store(y + j * NB * BLOCK + i * LANES, acc[j][i]);
+    for (int i = 0; i < NB * V; ++i) store(y + j * ldy + i * LANES, acc[j][i]);
 }
 
 // Entries n … n1 of direction r, times a factor, as bfloat16; n is the first of a block.
@@ -479,16 +483,17 @@ void shrink_any(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1,
 }
 
 template <int TT, int NB>
-void expand_any(const Factor &f, int64_t count, int64_t b, const float *t, float *y, Ahead &next) {
+void expand_any(const Factor &f, int64_t count, int64_t b, const float *t, float *y, int64_t ldy,
+                Ahead &next) {
   const bool ragged = f.bits != 16 && f.group_size % BLOCK;
   switch (ragged ? RAGGED : f.bits) {
-    case 1: return expand<1, TT, NB>(f, count, b, t, y, next);
-    case 2: return expand<2, TT, NB>(f, count, b, t, y, next);
-    case 3: return expand<3, TT, NB>(f, count, b, t, y, next);
-    case 4: return expand<4, TT, NB>(f, count, b, t, y, next);
-    case 8: return expand<8, TT, NB>(f, count, b, t, y, next);
-    case 16: return expand<16, TT, NB>(f, count, b, t, y, next);
-    default: return expand<RAGGED, TT, NB>(f, count, b, t, y, next);
+    case 1: return expand<1, TT, NB>(f, count, b, t, y, ldy, next);
+    case 2: return expand<2, TT, NB>(f, count, b, t, y, ldy, next);
+    case 3: return expand<3, TT, NB>(f, count, b, t, y, ldy, next);
+    case 4: return expand<4, TT, NB>(f, count, b, t, y, ldy, next);
+    case 8: return expand<8, TT, NB>(f, count, b, t, y, ldy, next);
+    case 16: return expand<16, TT, NB>(f, count, b, t, y, ldy, next);
+    default: return expand<RAGGED, TT, NB>(f, count, b, t, y, ldy, next);
   }
 }
 
@@ -617,7 +622,7 @@ void expand_tile(const Target &to, int64_t b, int64_t j, const Matrix &y, Ahead 
   float tile[TT * NB * BLOCK] __attribute__((aligned(64))) = {};
   const float *t = to.t + j * to.rank;
   for (const Band *band = to.bands; band != to.end; ++band)
-    expand_any<TT, NB>(to.factor(band), band->count, b, t + band->first * TT, tile, next);
+    expand_any<TT, NB>(to.factor(band), band->count, b, t + band->first * TT, tile, NB * BLOCK, next);
   const int64_t first = b * BLOCK, count = std::min<int64_t>(NB * BLOCK, to.size - first);
   for (int64_t i = 0; i < TT; ++i)
     y.add(to.rows[j + i], to.column + first, tile + i * NB * BLOCK, count);
@@ -950,8 +955,8 @@ int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, cons
   return live;
 }
 
-// y[t, o] += α[o] · Σ ±x[t] with the signs of each row's slot; `fields` (slots, parts, 3) are offsets of
-// words and scales, and how many scales there are. -1 as above.
+// y[t, o] += α[o] · Σ ±x[t] with the signs of each row's slot; `fields` (slots, parts, SIGN_FIELDS).
+// -1 as above.
 int64_t deltacome_signs(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data,
                         int64_t x_stride, int64_t x_bf16, const int32_t *slot, int64_t tokens,
                         const uint8_t *blobs, int64_t slot_bytes, const int64_t *fields,
@@ -967,7 +972,7 @@ int64_t deltacome_signs(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
   for (Group &g : work.groups) {
     int64_t column = 0;
     for (int64_t p = 0; p < parts; column += outs[p++]) {
-      if (!fields[(g.slot * parts + p) * 3 + 2]) continue;
+      if (!fields[(g.slot * parts + p) * SIGN_FIELDS + 2]) continue;
       for (int64_t o = 0; o < outs[p]; o += SIGN_ROWS)
         work.expands.push_back(
             {&g, nullptr, nullptr, column, p, o, std::min(outs[p], o + SIGN_ROWS)});
@@ -980,7 +985,7 @@ int64_t deltacome_signs(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
       [](const Task &, Ahead &) {},
       [&](const Task &task, Ahead &) {
         const Group &g = *task.group;
-        const int64_t *f = fields + (g.slot * parts + task.size) * 3;  // size: the part
+        const int64_t *f = fields + (g.slot * parts + task.size) * SIGN_FIELDS;  // size: the part
         const uint8_t *base = blobs + g.slot * slot_bytes;
         for (int64_t j = 0; j < g.tokens;) {
           const int64_t chunk = chunk_of(j, g.tokens);
@@ -1027,3 +1032,5 @@ int64_t deltacome_norm(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_d
   return 0;
 }
 }
+
+#include "native_torch.h"

@@ -28,6 +28,11 @@ Rows in bfloat16 are multiplied as bytes where the CPU has dot products of those
 `native_bytes.h`. That keeps 16 bits of what meets the codes, for each group of them; bfloat16 has 8.
 Rows in float32 are not rounded.
 
+An op that torch calls in Python, and that calls C by ctypes, costs more than the delta of a small layer:
+twenty to fifty microseconds, more where other code has been in the caches. So the library takes ops over
+from Python where torch lets it (`native_torch.h`), for batches that are plain; what is not, and what is
+to be refused, comes to Python as before.
+
 What it costs: each direction is decoded again for every four rows of a tenant. So from some rows of a
 tenant on a layer's delta takes longer than the layer itself in bfloat16 (`benchmarks/cpu_bands.py`);
 `bands/many.py` is for prompts, which have more.
@@ -59,6 +64,25 @@ _FUNCTIONS = {
     "norm": (*_MATRIX, *_MATRIX, *_SLOTS, _P, _I, _I, ctypes.c_double),
 }
 _NATIVE = (torch.float32, torch.bfloat16)
+_TORCH = (
+    "aoti_torch_library_init_impl",
+    "torch_library_impl",
+    "torch_call_dispatcher",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_data_ptr",
+    "torch_list_size",
+    "torch_list_get_item",
+    "torch_string_c_str",
+    "aoti_torch_delete_tensor_object",
+    "torch_delete_list",
+    "torch_delete_string",
+    "torch_get_num_threads",
+)
+"""Functions of torch's stable C interface, in the order of `Torch` in native_torch.h."""
 
 
 @functools.cache
@@ -94,6 +118,9 @@ def library(isa: str) -> ctypes.CDLL:
         function.argtypes = arguments
         function.restype = _I
     loaded.deltacome_source.restype = ctypes.c_char_p
+    loaded.deltacome_few_rows.argtypes = (_I,)
+    loaded.deltacome_few_rows.restype = _I
+    loaded.deltacome_take_over.restype = _I
     return loaded
 
 
@@ -105,6 +132,47 @@ def missing() -> UnsupportedError | None:
     except UnsupportedError as error:
         return error
     return None
+
+
+@functools.cache
+def taken_over() -> ctypes.CDLL | None:
+    """Lets torch call the library for `bands`, `signs` and `norm` of tensors on the CPU, without Python.
+
+    Returns:
+        The library, or None where there is none, or where torch is older than 2.10 and cannot.
+    """
+    if missing():
+        return None
+    try:
+        of_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        addresses = [ctypes.cast(getattr(of_torch, name), _P).value for name in _TORCH]
+    except (OSError, AttributeError):  # no such file, no such function
+        return None
+    taking = library(default_isa())
+    return None if taking.deltacome_take_over((_P * len(_TORCH))(*addresses)) else taking
+
+
+def few_rows(rows: int) -> int:
+    """Leaves batches of so many rows and more to Python, for 0 all of them; returns what it was."""
+    taken = taken_over()
+    return taken.deltacome_few_rows(rows) if taken else 0
+
+
+def run(op: str, *arguments: object) -> None:
+    """Runs an op that the library may have taken over.
+
+    Raises:
+        MismatchError, UnsupportedError: as the op in Python says it. Compiled models get torch's
+            RuntimeError, with those words on stderr.
+    """
+    if torch.compiler.is_compiling():
+        getattr(torch.ops.deltacome, op)(*arguments)
+        return
+    try:
+        getattr(torch.ops.deltacome, op)(*arguments)
+    except RuntimeError:
+        getattr(torch.ops.deltacome, f"{op}_python")(*arguments)
+        raise
 
 
 def readable(a: Tensor) -> Tensor:

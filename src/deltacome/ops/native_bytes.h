@@ -85,8 +85,10 @@ struct Halves {
 
   // `x` is followed by zeros to the end of its last block.
   void set(const float *x, int64_t blocks, int64_t groups_, int64_t per_group) {
-    for (int64_t g = 0; g < groups(groups_); ++g) {
-      const int64_t b0 = std::min(blocks, g * per_group), b1 = std::min(blocks, b0 + per_group);
+    std::fill(unit + groups_, unit + groups(groups_), 0.f);
+    std::fill(sum + groups_, sum + groups(groups_), 0.f);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t b0 = g * per_group, b1 = std::min(blocks, b0 + per_group);
       vf most = {}, all = {};
       for (int64_t n = b0 * BLOCK; n < b1 * BLOCK; n += LANES) {
         const vf v = load(x + n);
@@ -280,7 +282,7 @@ inline int64_t fours_in_cache(const Factor &f) {
   return std::clamp<int64_t>(8 * page / std::gcd(apart, page) / 4, 2, 16);
 }
 
-// tile[n, j, :] += Σ_r t[r, j] · value[r, block b + n, :] for up to SPAN blocks of TT tokens. Some
+// tile[j, n, :] += Σ_r t[r, j] · value[r, block b + n, :] for up to SPAN blocks of TT tokens. Some
 // directions are taken to the end of the cache lines that hold their codes before others are begun: in
 // a large matrix they would not stay in the cache.
 template <int BITS, int TT>
@@ -303,7 +305,7 @@ NOINLINE void expand_bytes(const Factor f, int64_t count, int64_t b, int64_t blo
   for (int64_t n = 0; n < blocks; ++n)
     for (int j = 0; j < TT; ++j)
       add_sums(sums[n][j], splat(mix[j].unit[lane(n)]), splat(mix[j].offset[lane(n)]),
-               tile + (n * TT + j) * BLOCK);
+               tile + (j * SPAN + n) * BLOCK);
 }
 
 template <int TT>
@@ -362,6 +364,7 @@ void make_mixes(const Target &to, int64_t b, int64_t b1, int64_t j, int64_t toke
 template <int TT>
 void expand_span_bytes(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y,
                        Ahead &next) {
+  constexpr int NB = std::max(1, TILE / TT);
   make_mixes(to, b, b1, j, TT);
   for (int64_t at = b; at < b1; at += SPAN) {
     const int64_t blocks = std::min(SPAN, b1 - at);
@@ -376,14 +379,15 @@ void expand_span_bytes(const Target &to, int64_t b, int64_t b1, int64_t j, const
         continue;
       }
       const float *t = to.t + j * to.rank + band->first * TT;
-      for (int64_t n = 0; n < blocks; ++n)
-        expand_any<TT, 1>(f, band->count, at + n, t, tile + n * TT * BLOCK, next);
+      int64_t n = 0;
+      for (; n + NB <= blocks; n += NB)
+        expand_any<TT, NB>(f, band->count, at + n, t, tile + n * BLOCK, SPAN * BLOCK, next);
+      for (; n < blocks; ++n)
+        expand_any<TT, 1>(f, band->count, at + n, t, tile + n * BLOCK, SPAN * BLOCK, next);
     }
-    for (int64_t n = 0; n < blocks; ++n) {
-      const int64_t first = (at + n) * BLOCK, count = std::min<int64_t>(BLOCK, to.size - first);
-      for (int i = 0; i < TT; ++i)
-        y.add(to.rows[j + i], to.column + first, tile + (n * TT + i) * BLOCK, count);
-    }
+    const int64_t first = at * BLOCK, count = std::min(blocks * BLOCK, to.size - first);
+    for (int i = 0; i < TT; ++i)
+      y.add(to.rows[j + i], to.column + first, tile + i * SPAN * BLOCK, count);
   }
 }
 

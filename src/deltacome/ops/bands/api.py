@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import MismatchError
-from deltacome.ops.bands import cpu, reference
+from deltacome.ops import native
+from deltacome.ops.bands import cpu, many, reference
 from deltacome.ops.impls import (
     check_devices,
     check_floats,
@@ -66,7 +67,8 @@ def bands(
             f"bands: expected y (T, {sum(table.outs)}) and x (T, {table.in_size}), "
             f"got {tuple(y_TO.shape)} and {tuple(x_TI.shape)}"
         )
-    torch.ops.deltacome.bands(
+    native.run(
+        "bands",
         *(y_TO, x_TI, rows.slot_T, rows.order_T, rows.tiles_M3),
         *(table.pool.blobs_SN, table.fields_SPBF, table.outs),
         *(rows.tile, table.max_rank, table.group_size, impl),
@@ -114,16 +116,18 @@ def band_rows(
 
 
 _library = torch.library.Library("deltacome", "FRAGMENT")
-_library.define(
-    "bands(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
-    "Tensor fields, int[] outs, int tile, int max_rank, int group_size, str impl) -> ()"
-)
+for name in ("bands", "bands_python"):  # the library may take the first over
+    _library.define(
+        f"{name}(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
+        "Tensor fields, int[] outs, int tile, int max_rank, int group_size, str impl) -> ()"
+    )
 _library.define(
     "band_rows(Tensor(a!) y, Tensor ids, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
     "Tensor fields, int out, int tile, int max_rank, int group_size, float scale, str impl) -> ()"
 )
 
 
+@torch.library.impl(_library, "bands_python", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "bands", "CompositeExplicitAutograd")
 def _bands(
     y: Tensor,
@@ -231,3 +235,7 @@ def _check(y: Tensor, x: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor) ->
     check_devices("bands", y, x, slot, blobs, fields)
     if slot.shape != y.shape[:1]:
         raise MismatchError(f"bands: expected {len(y)} slots, got {tuple(slot.shape)}")
+
+
+# From here on torch asks the library itself, for batches in which no tenant can have many rows.
+native.few_rows(many.MANY)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import MismatchError
+from deltacome.ops import native
 from deltacome.ops.impls import check_devices, check_floats, check_impl, refuse_gradients
 from deltacome.ops.norm import cpu, reference
 from deltacome.ops.rows import Rows, nobody
@@ -46,15 +47,17 @@ def norm(
         MismatchError: shapes, dtypes or devices do not fit together.
     """
     refuse_gradients(y_TH, x_TH)
-    torch.ops.deltacome.norm(y_TH, x_TH, rows.slot_T, weights_SH, eps, impl)
+    native.run("norm", y_TH, x_TH, rows.slot_T, weights_SH, eps, impl)
 
 
 _library = torch.library.Library("deltacome", "FRAGMENT")
-_library.define(
-    "norm(Tensor(a!) y, Tensor x, Tensor slot, Tensor weights, float eps, str impl) -> ()"
-)
+for name in ("norm", "norm_python"):  # the library may take the first over
+    _library.define(
+        f"{name}(Tensor(a!) y, Tensor x, Tensor slot, Tensor weights, float eps, str impl) -> ()"
+    )
 
 
+@torch.library.impl(_library, "norm_python", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "norm", "CompositeExplicitAutograd")
 def _norm(y: Tensor, x: Tensor, slot: Tensor, weights: Tensor, eps: float, impl: str) -> None:
     if nobody(slot):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import MismatchError
+from deltacome.ops import native
 from deltacome.ops.impls import (
     check_devices,
     check_floats,
@@ -53,7 +54,8 @@ def signs(
             f"signs: expected y (T, {sum(table.outs)}) and x (T, {table.in_size}), "
             f"got {tuple(y_TO.shape)} and {tuple(x_TI.shape)}"
         )
-    torch.ops.deltacome.signs(
+    native.run(
+        "signs",
         *(y_TO, x_TI, rows.slot_T, rows.order_T, rows.tiles_M3),
         *(table.pool.blobs_SN, table.fields_SPF, table.outs, rows.tile, impl),
     )
@@ -93,16 +95,18 @@ def sign_rows(
 
 
 _library = torch.library.Library("deltacome", "FRAGMENT")
-_library.define(
-    "signs(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
-    "Tensor fields, int[] outs, int tile, str impl) -> ()"
-)
+for name in ("signs", "signs_python"):  # the library may take the first over
+    _library.define(
+        f"{name}(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
+        "Tensor fields, int[] outs, int tile, str impl) -> ()"
+    )
 _library.define(
     "sign_rows(Tensor(a!) y, Tensor ids, Tensor slot, Tensor blobs, Tensor fields, int out, "
     "float scale) -> ()"
 )
 
 
+@torch.library.impl(_library, "signs_python", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "signs", "CompositeExplicitAutograd")
 def _signs(
     y: Tensor,
