@@ -19,7 +19,8 @@ constexpr float NOTHING = 1e-30f;     // what is smaller counts as 0
 inline bool as_bytes(const Factor &f) { return f.bits != 16 && f.group_size % BLOCK == 0; }
 
 inline vf as_floats(__m512i high, __m512i low) {
-  return (vf)_mm512_cvtepi32_ps(high) * 256.f + (vf)_mm512_cvtepi32_ps(low);
+  const __m512 times = _mm512_set1_ps(256.f);
+  return (vf)_mm512_fmadd_ps(_mm512_cvtepi32_ps(high), times, _mm512_cvtepi32_ps(low));
 }
 
 // The high byte of numbers of 16 bits; the low one, signed too, is their lowest 8 bits.
@@ -127,8 +128,9 @@ struct Halves {
   }
 };
 
-// t[r, j] = Σ_n x[j, n] · value[r, n], for the bytes of TT rows, `ld` floats apart.
-template <int BITS, int TT>
+// t[r, j] = Σ_n x[j, n] · value[r, n], for the bytes of TT rows, `ld` floats apart. PER: the blocks of a
+// group, or 0 if that many are rare.
+template <int BITS, int TT, int PER>
 NOINLINE void shrink_bytes(const Factor f, int64_t r0, int64_t r1, const float *x, int64_t ld,
                            float *t, Ahead &next) {
   const int64_t per_group = f.group_size / BLOCK;
@@ -152,8 +154,7 @@ NOINLINE void shrink_bytes(const Factor f, int64_t r0, int64_t r1, const float *
         __m512i high[TT], low[TT];
         UNROLL
         for (int j = 0; j < TT; ++j) high[j] = low[j] = _mm512_setzero_si512();
-        const int64_t b0 = (g0 + g) * per_group, b1 = std::min(f.blocks, b0 + per_group);
-        for (int64_t b = b0; b < b1; ++b) {
+        const auto add = [&](int64_t b) {
           const __m512i code = code_bytes<BITS>(
               f.low + (at + b) * 8 * PLANE<BITS>, f.high + (at + b) * 8);
           UNROLL
@@ -162,7 +163,13 @@ NOINLINE void shrink_bytes(const Factor f, int64_t r0, int64_t r1, const float *
             high[j] = _mm512_dpbusd_epi32(high[j], code, _mm512_loadu_si512(row.high + b * BLOCK));
             low[j] = _mm512_dpbusd_epi32(low[j], code, _mm512_loadu_si512(row.low + b * BLOCK));
           }
-        }
+        };
+        const int64_t b0 = (g0 + g) * per_group, b1 = std::min(f.blocks, b0 + per_group);
+        if (PER && b1 - b0 == PER)
+          UNROLL
+          for (int i = 0; i < PER; ++i) add(b0 + i);
+        else
+          for (int64_t b = b0; b < b1; ++b) add(b);
         UNROLL
         for (int j = 0; j < TT; ++j) total[j] += splat(unit[j][g]) * as_floats(high[j], low[j]);
       }
@@ -218,14 +225,37 @@ struct Sums {
   __m512i high[4], low[4];
 };
 
-// sums[j] += Σ_q t[4q … 4q + 3, j] · codes of block b for fours q0 … q1 of directions and TT tokens;
-// `lane` is the place of the block's group in `mix`.
+// y += the sums of a block in their unit, in the order of the outputs.
+inline void add_sums(const Sums &sums, vf unit, vf offset, float *y) {
+  __m512 v[4];
+  UNROLL
+  for (int i = 0; i < 4; ++i) v[i] = (__m512)(as_floats(sums.high[i], sums.low[i]) * unit + offset);
+  // Lane 4m + q of vector i is output 16q + 4m + i: fours are transposed.
+  const __m512d a = (__m512d)_mm512_unpacklo_ps(v[0], v[1]);
+  const __m512d b = (__m512d)_mm512_unpackhi_ps(v[0], v[1]);
+  const __m512d c = (__m512d)_mm512_unpacklo_ps(v[2], v[3]);
+  const __m512d d = (__m512d)_mm512_unpackhi_ps(v[2], v[3]);
+  const vf out[4] = {(vf)_mm512_unpacklo_pd(a, c), (vf)_mm512_unpackhi_pd(a, c),
+                     (vf)_mm512_unpacklo_pd(b, d), (vf)_mm512_unpackhi_pd(b, d)};
+  UNROLL
+  for (int i = 0; i < 4; ++i) store(y + i * LANES, load(y + i * LANES) + out[i]);
+}
+
+// Σ_q t[4q … 4q + 3, j] · codes of block b for fours q0 … q1 of directions and TT tokens, on top of what
+// `sums` has of those before. After the last four they are added to y, whose tokens lie SPAN blocks
+// apart; `lane` is the place of the block's group in `mix`.
 template <int BITS, int TT>
 NOINLINE void mix_bytes(const Factor &f, int64_t count, int64_t q0, int64_t q1, int64_t b,
-                        const Mix *mix, int64_t lane, Sums *sums) {
+                        const Mix *mix, int64_t lane, Sums *sums, float *y) {
   Sums s[TT];
   UNROLL
-  for (int j = 0; j < TT; ++j) s[j] = sums[j];
+  for (int j = 0; j < TT; ++j)
+    UNROLL
+    for (int i = 0; i < 4; ++i) s[j].high[i] = s[j].low[i] = _mm512_setzero_si512();
+  if (q0) {
+    UNROLL
+    for (int j = 0; j < TT; ++j) s[j] = sums[j];
+  }
   const int64_t apart = f.blocks * 8, at = 4 * q0 * apart + b * 8;  // bytes of a plane of one bit
   const uint8_t *low = f.low + at * PLANE<BITS>, *high = f.high + at;
   int64_t to[4] = {0, apart, 2 * apart, 3 * apart};
@@ -255,24 +285,14 @@ NOINLINE void mix_bytes(const Factor &f, int64_t count, int64_t q0, int64_t q1, 
       }
     }
   }
+  if (4 * q1 < count) {
+    UNROLL
+    for (int j = 0; j < TT; ++j) sums[j] = s[j];
+    return;
+  }
   UNROLL
-  for (int j = 0; j < TT; ++j) sums[j] = s[j];
-}
-
-// y += the sums of a block in their unit, in the order of the outputs.
-inline void add_sums(const Sums &sums, vf unit, vf offset, float *y) {
-  __m512 v[4];
-  UNROLL
-  for (int i = 0; i < 4; ++i) v[i] = (__m512)(as_floats(sums.high[i], sums.low[i]) * unit + offset);
-  // Lane 4m + q of vector i is output 16q + 4m + i: fours are transposed.
-  const __m512d a = (__m512d)_mm512_unpacklo_ps(v[0], v[1]);
-  const __m512d b = (__m512d)_mm512_unpackhi_ps(v[0], v[1]);
-  const __m512d c = (__m512d)_mm512_unpacklo_ps(v[2], v[3]);
-  const __m512d d = (__m512d)_mm512_unpackhi_ps(v[2], v[3]);
-  const vf out[4] = {(vf)_mm512_unpacklo_pd(a, c), (vf)_mm512_unpackhi_pd(a, c),
-                     (vf)_mm512_unpacklo_pd(b, d), (vf)_mm512_unpackhi_pd(b, d)};
-  UNROLL
-  for (int i = 0; i < 4; ++i) store(y + i * LANES, load(y + i * LANES) + out[i]);
+  for (int j = 0; j < TT; ++j)
+    add_sums(s[j], splat(mix[j].unit[lane]), splat(mix[j].offset[lane]), y + j * SPAN * BLOCK);
 }
 
 // Fours of directions of which a line each stays in the L1 cache, of 8 ways of 4 KiB: where directions
@@ -293,31 +313,34 @@ NOINLINE void expand_bytes(const Factor f, int64_t count, int64_t b, int64_t blo
   const auto lane = [&](int64_t n) { return (b + n) / per_group - lane0; };
   const int64_t some = fours_in_cache(f);
   Sums sums[SPAN][TT];
-  std::memset(sums, 0, sizeof sums);
   for (int64_t q = 0; q < fours; q += some) {
     const int64_t q1 = std::min(fours, q + some);
     next.lines((q1 - q) * (4 * blocks * BITS / 8 + 1));
     for (int64_t r = 4 * q1; r < std::min(count, 4 * (q1 + some)); ++r) prefetch<BITS>(f, r, b);
     for (int64_t n = 0; n < blocks; ++n)
       for (int j = 0; j < TT; j += PAIR)
-        mix_bytes<BITS, PAIR>(f, count, q, q1, b + n, mix + j, lane(n), sums[n] + j);
+        mix_bytes<BITS, PAIR>(f, count, q, q1, b + n, mix + j, lane(n), sums[n] + j,
+                              tile + (j * SPAN + n) * BLOCK);
   }
-  for (int64_t n = 0; n < blocks; ++n)
-    for (int j = 0; j < TT; ++j)
-      add_sums(sums[n][j], splat(mix[j].unit[lane(n)]), splat(mix[j].offset[lane(n)]),
-               tile + (j * SPAN + n) * BLOCK);
+}
+
+template <int TT, int PER>
+void shrink_bytes_by(const Factor &f, int64_t r0, int64_t r1, const float *x, int64_t ld, float *t,
+                     Ahead &next) {
+  switch (f.bits) {
+    case 1: return shrink_bytes<1, TT, PER>(f, r0, r1, x, ld, t, next);
+    case 2: return shrink_bytes<2, TT, PER>(f, r0, r1, x, ld, t, next);
+    case 3: return shrink_bytes<3, TT, PER>(f, r0, r1, x, ld, t, next);
+    case 4: return shrink_bytes<4, TT, PER>(f, r0, r1, x, ld, t, next);
+    default: return shrink_bytes<8, TT, PER>(f, r0, r1, x, ld, t, next);
+  }
 }
 
 template <int TT>
 void shrink_bytes_any(const Factor &f, int64_t r0, int64_t r1, const float *x, int64_t ld, float *t,
                       Ahead &next) {
-  switch (f.bits) {
-    case 1: return shrink_bytes<1, TT>(f, r0, r1, x, ld, t, next);
-    case 2: return shrink_bytes<2, TT>(f, r0, r1, x, ld, t, next);
-    case 3: return shrink_bytes<3, TT>(f, r0, r1, x, ld, t, next);
-    case 4: return shrink_bytes<4, TT>(f, r0, r1, x, ld, t, next);
-    default: return shrink_bytes<8, TT>(f, r0, r1, x, ld, t, next);
-  }
+  if (f.group_size == 2 * BLOCK) return shrink_bytes_by<TT, 2>(f, r0, r1, x, ld, t, next);
+  return shrink_bytes_by<TT, 0>(f, r0, r1, x, ld, t, next);
 }
 
 template <int TT>
