@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +61,29 @@ def build(folder: Path) -> list[Path]:
             stale.unlink()
         print("deltacome: no C++ compiler found: built without the CPU kernels", file=sys.stderr)
         return []
-    built = []
-    source = f'-DSOURCE="{source_digest()}"'
-    for isa, flags in instruction_sets().items():
-        library = folder / f"_native_{isa}.so"
-        # Not over the old file: a process that has it mapped would crash.
-        partial = library.with_name(f"{library.name}.{os.getpid()}")
-        arguments = [*command, *FLAGS, *flags, source, str(SOURCES[0]), "-o", str(partial)]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            partial.replace(library)
-            built.append(library)
-        else:
-            partial.unlink(missing_ok=True)
-            library.unlink(missing_ok=True)
-            print(
-                f"deltacome: built without the {isa} CPU kernels: {shlex.join(arguments)}\n"
-                f"{done.stderr}",
-                file=sys.stderr,
-            )
-    return built
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        built = compilers.map(lambda isa: _compile(command, folder, isa), instruction_sets())
+    return [library for library in built if library]
+
+
+def _compile(command: list[str], folder: Path, isa: str) -> Path | None:
+    """The library of one instruction set; None, and a line that says why, where it will not compile."""
+    library = folder / f"_native_{isa}.so"
+    # Not over the old file: a process that has it mapped would crash.
+    partial = library.with_name(f"{library.name}.{os.getpid()}")
+    flags = (*FLAGS, *instruction_sets()[isa], f'-DSOURCE="{source_digest()}"')
+    arguments = [*command, *flags, str(SOURCES[0]), "-o", str(partial)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        partial.replace(library)
+        return library
+    partial.unlink(missing_ok=True)
+    library.unlink(missing_ok=True)
+    print(
+        f"deltacome: built without the {isa} CPU kernels: {shlex.join(arguments)}\n{done.stderr}",
+        file=sys.stderr,
+    )
+    return None
 
 
 class NativeBuildHook(BuildHookInterface):

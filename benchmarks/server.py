@@ -106,13 +106,17 @@ def random_tenant(
 def tenants(
     base: Path, folder: Path, count: int, prefix: str = "tenant", like: Artifact | None = None
 ) -> dict[str, Path]:
-    """Name → artifact; those of an earlier run are used again."""
+    """Name → artifact; those of an earlier run are used again.
+
+    Few random directions disturb a model more than many of the same size: bfloat16 then rounds away what
+    a check of its logprobs looks at. So those that are like another artifact are smaller.
+    """
     made = {}
     for i in range(count):
         name = f"{prefix}-{i:02}"
         made[name] = folder / name
         if not made[name].is_dir():
-            random_tenant(base, made[name], i, like)
+            random_tenant(base, made[name], i, like, size=0.05 if like else 0.1)
     return made
 
 
