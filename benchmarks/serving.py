@@ -2,7 +2,8 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/serving.py BASE --stage mix -o work/mix.json
     OMP_WAIT_POLICY=PASSIVE python benchmarks/serving.py BASE --stage apart -o work/apart.json
-    python benchmarks/serving.py BASE --page work/mix.json work/apart.json -o docs/results/serving.md
+    python benchmarks/serving.py BASE --stage mix --no-adapters --rounds 6 -o work/turns.json
+    python benchmarks/serving.py BASE --page work/mix.json work/turns.json work/apart.json -o docs/results/serving.md
 
 `mix`: stock vLLM without the plugin, vLLM with the plugin and its tenants, and stock vLLM with ordinary
 LoRA adapters run side by side and idle while another is measured; they take turns, several times, so
@@ -55,18 +56,19 @@ ROUNDING = 0.25
 those of random weights a lot."""
 
 
-def mix(base: Path, work: Path, load: Load, rounds: int, engine: list[str], like: str) -> dict:
+def mix(
+    base: Path, work: Path, load: Load, rounds: int, engine: list[str], like: str, adapters: bool
+) -> dict:
     """Rows of the first stage."""
     made = tenants(base, work / "tenants", max(MIXES))
     small = tenants(base, work / "tenants", SMALL, "small", Artifact.open(like)) if like else {}
-    loras = [
-        random_lora(base, work / "loras" / f"lora-{i:02}", RANK, i) for i in range(max(ADAPTERS))
-    ]
+    count = max(ADAPTERS) if adapters else 0
+    loras = [random_lora(base, work / "loras" / f"lora-{i:02}", RANK, i) for i in range(count)]
     names = list(made)
     named = [f"--tenant={name}={folder}" for name, folder in (made | small).items()]
     modules = [f"{folder.name}={folder}" for folder in loras]
     common = ["--served-model-name", "base", *engine]
-    adapters = ["--enable-lora", "--max-loras", max(ADAPTERS), "--max-lora-rank", RANK]
+    room = ["--enable-lora", "--max-loras", count, "--max-lora-rank", RANK]
     with contextlib.ExitStack() as stack:
         stock = stack.enter_context(
             Server(["--model", base, *common], work / "stock.log", stock=True)
@@ -74,13 +76,13 @@ def mix(base: Path, work: Path, load: Load, rounds: int, engine: list[str], like
         ours = stack.enter_context(
             Server([base, *named, "--slots", max(MIXES), "--", *common], work / "ours.log")
         )
-        lora = stack.enter_context(
-            Server(
-                ["--model", base, *common, *adapters, "--lora-modules", *modules],
-                work / "lora.log",
-                stock=True,
-            )
+        lora = Server(
+            ["--model", base, *common, *room, "--lora-modules", *modules],
+            work / "lora.log",
+            stock=True,
         )
+        if adapters:
+            stack.enter_context(lora)
         for name, folder in [*made.items()][:CHECKED] + [*small.items()][:1]:
             expected = expected_logprobs(base, folder)
             away = expected.distance(stock.logprobs("base", expected.ids))
@@ -97,7 +99,7 @@ def mix(base: Path, work: Path, load: Load, rounds: int, engine: list[str], like
         if small:
             row = f"plugin, {SMALL} tenants with the plans of {Path(like).name}"
             rows[row] = lambda seed: run(ours.url, list(small), load, seed)
-        for count in ADAPTERS:
+        for count in ADAPTERS if adapters else ():
             rows[f"stock vLLM, {count} LoRA of rank {RANK}"] = lambda seed, count=count: run(
                 lora.url, [folder.name for folder in loras[:count]], load, seed
             )
@@ -108,7 +110,9 @@ def mix(base: Path, work: Path, load: Load, rounds: int, engine: list[str], like
     return table(found, memory)
 
 
-def apart(base: Path, work: Path, load: Load, rounds: int, engine: list[str], like: str) -> dict:
+def apart(
+    base: Path, work: Path, load: Load, rounds: int, engine: list[str], like: str, adapters: bool
+) -> dict:
     """Rows of the second stage."""
     made = tenants(base, work / "tenants", APART)
     merged = {}
@@ -220,6 +224,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("work/serving"))
     parser.add_argument("--like", default="", help="artifact whose plans some tenants have")
+    parser.add_argument(
+        "--no-adapters",
+        action="store_true",
+        help="rows of LoRA, which take minutes a turn, left out",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=32)
@@ -236,7 +245,8 @@ def main() -> None:
     engine = options.engine or ["--max-model-len", "1024", "--max-num-seqs", str(options.clients)]
     where = origin()
     stage = {"mix": mix, "apart": apart}[options.stage]
-    rows = stage(options.base, options.work, load, options.rounds, engine, options.like)
+    adapters = not options.no_adapters
+    rows = stage(options.base, options.work, load, options.rounds, engine, options.like, adapters)
     command = f"python benchmarks/serving.py BASE {' '.join(sys.argv[2:])}"
     said = (
         f"{load.clients} clients, {load.requests} requests a turn of {load.prompt} tokens, answers of "
