@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/serving.py BASE --stage mix -o work/mix.json
     OMP_WAIT_POLICY=PASSIVE python benchmarks/serving.py BASE --stage apart -o work/apart.json
     python benchmarks/serving.py BASE --stage mix --no-adapters --rounds 6 -o work/turns.json
-    python benchmarks/serving.py BASE --page work/mix.json work/turns.json work/apart.json -o docs/results/serving.md
+    python benchmarks/serving.py --page work/mix.json work/turns.json work/apart.json -o page.md BASE
 
 `mix`: stock vLLM without the plugin, vLLM with the plugin and its tenants, and stock vLLM with ordinary
 LoRA adapters run side by side and idle while another is measured; they take turns, several times, so
