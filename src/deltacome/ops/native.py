@@ -170,8 +170,10 @@ def run(op: str, *arguments: object) -> None:
         return
     try:
         getattr(torch.ops.deltacome, op)(*arguments)
-    except RuntimeError:
-        getattr(torch.ops.deltacome, f"{op}_python")(*arguments)
+    except RuntimeError as error:
+        # What Python said of it is lost on the way back through C.
+        if f"{op}_python refused" in str(error):
+            getattr(torch.ops.deltacome, f"{op}_python")(*arguments)
         raise
 
 

@@ -12,7 +12,7 @@ namespace {
 
 typedef void *Handle;
 
-// In the order of TORCH in native.py.
+// In the order of _TORCH in native.py.
 struct Torch {
   int32_t (*library)(const char *space, const char *key, const char *file, uint32_t line, Handle *);
   int32_t (*implement)(Handle, const char *op, void (*)(uint64_t *, uint64_t, uint64_t), uint64_t);
@@ -105,36 +105,48 @@ struct Slots {
   }
 };
 
+// What `bands` and `signs` both begin with: y, x, slot, order, tiles, blobs, fields, outs.
+struct Linear {
+  View y, x, blobs, fields;
+  Sizes outs;
+  int64_t rows;
+
+  Linear(const uint64_t *stack, const Slots &slot)
+      : y(stack[0]), x(stack[1]), blobs(stack[5]), fields(stack[6]), outs(stack[7]),
+        rows(slot.rows) {}
+
+  // Whether the kernels can walk it, with `count` numbers at the end of fields of `dim` dimensions.
+  bool fits(int64_t dim, int64_t count) const {
+    return y.readable() && x.readable() && blobs.is(U8, 2) && fields.is(I64, dim) &&
+           y.size[0] == rows && x.size[0] == rows && y.size[1] == outs.sum &&
+           fields.size[0] == blobs.size[0] && fields.size[1] == int64_t(outs.count) &&
+           fields.size[dim - 1] == count;
+  }
+};
+
 bool bands_here(const uint64_t *stack) {
   const Slots slot(stack[2]);
   if (slot.nobody) return true;
   if (!slot.walkable || !is_cpu(stack[11])) return false;
-  const View y(stack[0]), x(stack[1]), blobs(stack[5]), fields(stack[6]);
-  const Sizes outs(stack[7]);
-  return y.readable() && x.readable() && blobs.is(U8, 2) && fields.is(I64, 4) &&
-         y.size[0] == slot.rows && x.size[0] == slot.rows && y.size[1] == outs.sum &&
-         fields.size[0] == blobs.size[0] && fields.size[1] == int64_t(outs.count) &&
-         fields.size[3] == Table::FIELDS &&
-         deltacome_bands(y.data, y.stride[0], y.type == BF16, x.data, x.stride[0], x.type == BF16,
-                         slot.data, slot.rows, (const uint8_t *)blobs.data, blobs.size[1],
-                         (const int64_t *)fields.data, fields.size[0], fields.size[1],
-                         fields.size[2], outs.at, x.size[1], int64_t(stack[10]), threads()) >= 0;
+  const Linear a(stack, slot);
+  return a.fits(4, Table::FIELDS) &&
+         deltacome_bands(a.y.data, a.y.stride[0], a.y.type == BF16, a.x.data, a.x.stride[0],
+                         a.x.type == BF16, slot.data, slot.rows, (const uint8_t *)a.blobs.data,
+                         a.blobs.size[1], (const int64_t *)a.fields.data, a.fields.size[0],
+                         a.fields.size[1], a.fields.size[2], a.outs.at, a.x.size[1],
+                         int64_t(stack[10]), threads()) >= 0;
 }
 
 bool signs_here(const uint64_t *stack) {
   const Slots slot(stack[2]);
   if (slot.nobody) return true;
   if (!slot.walkable || !is_cpu(stack[9])) return false;
-  const View y(stack[0]), x(stack[1]), blobs(stack[5]), fields(stack[6]);
-  const Sizes outs(stack[7]);
-  return y.readable() && x.readable() && blobs.is(U8, 2) && fields.is(I64, 3) &&
-         y.size[0] == slot.rows && x.size[0] == slot.rows && y.size[1] == outs.sum &&
-         fields.size[0] == blobs.size[0] && fields.size[1] == int64_t(outs.count) &&
-         fields.size[2] == SIGN_FIELDS &&
-         deltacome_signs(y.data, y.stride[0], y.type == BF16, x.data, x.stride[0], x.type == BF16,
-                         slot.data, slot.rows, (const uint8_t *)blobs.data, blobs.size[1],
-                         (const int64_t *)fields.data, fields.size[0], fields.size[1], outs.at,
-                         x.size[1], threads()) >= 0;
+  const Linear a(stack, slot);
+  return a.fits(3, SIGN_FIELDS) &&
+         deltacome_signs(a.y.data, a.y.stride[0], a.y.type == BF16, a.x.data, a.x.stride[0],
+                         a.x.type == BF16, slot.data, slot.rows, (const uint8_t *)a.blobs.data,
+                         a.blobs.size[1], (const int64_t *)a.fields.data, a.fields.size[0],
+                         a.fields.size[1], a.outs.at, a.x.size[1], threads()) >= 0;
 }
 
 bool norm_here(const uint64_t *stack) {
@@ -161,7 +173,7 @@ void op(uint64_t *stack, uint64_t, uint64_t) {
       if (KINDS[i] == 's') torch.drop_text((Handle)stack[i]);
     }
   } else if (torch.call(NAME, "", stack, VERSION)) {
-    throw std::runtime_error(std::string(NAME) + " refused its arguments");
+    throw std::runtime_error(std::string(NAME) + " refused");  // `run` in native.py looks for it
   }
 }
 
