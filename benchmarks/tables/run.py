@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lab import SIZES, Lab, provenance, say
+from lab import SIZES, Lab, Size, provenance, say
 from transformers.utils import logging
 
 TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "vlm", "case", "ablation")
@@ -34,6 +34,8 @@ def main() -> None:
     if options.tasks:
         tasks = tuple(options.tasks)
         size = replace(size, tasks=tasks, side=tasks[:1])
+    if options.rows:
+        size = replace(size, rows=options.rows)
     lab = Lab(options.base, options.work, size, tenants, options.only_kept)
     for name in options.tables or (SMALL if options.size == "small" else TABLES):
         started = time.monotonic()
@@ -43,8 +45,9 @@ def main() -> None:
             section = section.replace(":", f" on {' and '.join(size.tasks)}:", 1)
         seconds = time.monotonic() - started
         command = f"make tables SIZE={options.size} TABLES={name}"
-        if options.tasks or options.only_kept:
+        if options.tasks or options.rows or options.only_kept:
             words = ["--tasks", *options.tasks] if options.tasks else []
+            words += ["--rows", str(options.rows)] if options.rows else []
             words += ["--only-kept"] * options.only_kept
             command = (
                 f"python benchmarks/tables/run.py {name} --size {options.size} {' '.join(words)}"
@@ -83,6 +86,7 @@ def _parse() -> argparse.Namespace:
         "--tenant", action="append", default=[], help="TASK=FOLDER, trained already"
     )
     parser.add_argument("--tasks", nargs="+", help="instead of sums, code and chat")
+    parser.add_argument("--rows", type=int, help=f"of calibration text, instead of {Size.rows}")
     parser.add_argument(
         "--only-kept",
         action="store_true",
