@@ -71,7 +71,8 @@ def make(lab: Lab) -> str:
     task = lab.size.side[0]
     once = patch("deltacome.methods.adaptive.CUT", 1.0)
     equal = patch("deltacome.compression.sensitivity.ANSWER", 1.0)
-    undivided = patch("deltacome.compression.sensitivity.LEAST", 1.0)
+    undivided = patch("deltacome.compression.sensitivity.LIFT", 1.0)
+    own = patch("deltacome.compression.sensitivity.TEMPERATURE", 1.0)
     trusted = patch("deltacome.methods.adaptive.ALIKE", 0.0)
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
@@ -79,6 +80,7 @@ def make(lab: Lab) -> str:
         "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
         "less distillation": (Adaptive(distill=0), nullcontext()),
         "… and that sure tokens are lifted": (Without(part="division"), undivided),
+        "… and that answers are softened": (Without(part="temperature"), own),
         "… and that answers weigh more than text": (Without(part="answers"), equal),
         "… and that what is cut counts thrice": (Without(part="cut"), once),
         "… and that matrices are taken half alike": (Without(part="alike"), trusted),

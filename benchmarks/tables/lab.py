@@ -191,7 +191,8 @@ class Lab:
 
     def _sweeps(self) -> Path:
         """Where sweeps of adaptive are kept, by the code that makes them and what it is patched to."""
-        key = hash_of(_hashes_of("numerics", "compression"), sensitivity.ANSWER, sensitivity.LEAST)
+        patched = sensitivity.ANSWER, sensitivity.LIFT, sensitivity.TEMPERATURE
+        key = hash_of(_hashes_of("numerics", "compression"), *patched)
         return self.work / "sweeps" / key
 
     def wanted(self, task: str, method: Method, ratio: float | None) -> bool:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from deltacome.arch.layout import find_layout, linears_of
 from deltacome.compression import sensitivity
-from deltacome.compression.sensitivity import ANSWER, keep, measured, sweep
+from deltacome.compression.sensitivity import ANSWER, TEMPERATURE, keep, measured, sweep
 from deltacome.errors import UnsupportedError
 
 SEED = 3
@@ -51,11 +51,13 @@ def whole(folder, stream, first=lambda row: 0):
             [torch.full((int(n),), w / int(n)) for n, w in zip(counts.sum(1), weights, strict=True)]
         )[:, None]
         # A token of which the model is sure counts for more; but not where the head itself is weighed.
-        lifted = shares / (p - p * p).sum(1, keepdim=True).sqrt()
+        lifted = shares * (p - p * p).sum(1, keepdim=True).sqrt()
+        soft = (logits.detach() / TEMPERATURE).softmax(-1)
         signs = 2.0 * torch.randint(0, 2, p.shape, generator=draw) - 1
-        # Log-probabilities along the signs: the same as logits along the centred signs.
-        along = p.sqrt() * signs
-        (logits.log_softmax(-1) * along * lifted.sqrt()).sum().backward()
+        # Softer log-probabilities along the signs: the same as logits along the centred signs.
+        along = TEMPERATURE * soft.sqrt() * signs
+        lifted = lifted / (soft - soft * soft).sum(1, keepdim=True)
+        ((logits / TEMPERATURE).log_softmax(-1) * along * lifted.sqrt()).sum().backward()
         for handle in handles:
             handle.remove()
         for name, (x, y) in kept.items():

@@ -13,8 +13,10 @@ is differentiated instead.
 What goes into the blocks is each token's information divided by the root of its trace, which is how
 unsure the model is there. Where it is sure, nothing that is small costs anything, and there is hardly any
 information; but what is lost of a skill is not small, and it is sure of nearly all that it was tuned on.
-Undivided, kinds of questions that it finds easy were the first to be lost. The head's own errors are not
-such a loss, and are not divided.
+Undivided, kinds of questions that it finds easy were the first to be lost. And whatever a token weighs,
+it is the information of a softer answer, which has more of the words that the model would say elsewhere:
+calibration text is short, and words that were never an answer in it were the next to be lost. The head's
+own errors are not such a loss, and are weighed as they are.
 
 Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
 does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
@@ -50,9 +52,16 @@ from deltacome.numerics.gram import Gram
 ANSWER = 30.0
 """Rows of text that an answer weighs; `benchmarks/tables/ablation.py` shows what that brings."""
 
+LIFT = 0.5
+"""The power of how unsure the model is of a token that its information in the blocks is in proportion to;
+1 leaves it as it is (`benchmarks/tables/ablation.py`)."""
+
 LEAST = 1e-6
-"""How unsure the model counts as at least, where each token's information is divided by the root of that;
-1 divides nothing (`benchmarks/tables/ablation.py`)."""
+"""How unsure the model counts as at least."""
+
+TEMPERATURE = 2.0
+"""Of the answers whose information goes into the blocks; 1 takes the model's own
+(`benchmarks/tables/ablation.py`)."""
 
 
 class Weights(NamedTuple):
@@ -161,14 +170,20 @@ def _head(
                 p_TV = logits_TV.detach().softmax(-1)
                 # The variance of a token's log-odds: what an error of its logit costs.
                 spread_TV = p_TV - p_TV.square()
-                unsure_T1 = spread_TV.sum(-1, keepdim=True).clamp(min=LEAST)
-                at_logits_TV = _root(p_TV, draw) * (share_T1 / unsure_T1.sqrt()).sqrt()
+                worth_T1 = share_T1 * _unsure(p_TV) ** LIFT
+                soft_TV = (logits_TV.detach() / TEMPERATURE).softmax(-1)
+                at_logits_TV = _root(soft_TV, draw) * (worth_T1 / _unsure(soft_TV)).sqrt()
                 (gradient,) = torch.autograd.grad(logits_TV, hidden, at_logits_TV)
             gradients.append(gradient)
             x_TH = inputs.pop().detach()[counts]
             sums.add(x_TH, (spread_TV * share_T1).sqrt())
     handle.remove()
     return sums.weights(stream.tokens), gradients
+
+
+def _unsure(p_TV: Tensor) -> Tensor:
+    """The trace of diag(p) − p pᵀ, (T, 1)."""
+    return (p_TV - p_TV.square()).sum(-1, keepdim=True).clamp(min=LEAST)
 
 
 def _root(p_TV: Tensor, draw: torch.Generator) -> Tensor:
