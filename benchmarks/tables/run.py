@@ -2,8 +2,8 @@
 
 Without names all are made, in the small size those of `SMALL`: what two cores do in an hour, training
 and all. Results go to `docs/results/tables.md`, a section for each table and, where they are not the
-usual ones, its tasks; other sections stay as they are. Tenants that exist can be given, others are
-trained.
+usual ones, its tasks and calibration rows; other sections stay as they are. Tenants that exist can be
+given, others are trained.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def main() -> None:
         other = size.tasks != SIZES["full"].tasks and " on " not in _name(section)
         if other:  # a section of its own beside that of the usual tasks
             section = section.replace(":", f" on {' and '.join(size.tasks)}:", 1)
+        if options.rows:
+            section = section.replace(":", f", {options.rows} calibration rows:", 1)
         seconds = time.monotonic() - started
         command = f"make tables SIZE={options.size} TABLES={name}"
         if options.tasks or options.rows or options.only_kept:

@@ -5,7 +5,7 @@ from typing import Any
 
 import cells as md
 import matplotlib
-from lab import Lab
+from lab import Lab, Size
 from rows import curves
 
 from deltacome import BitDelta
@@ -31,16 +31,17 @@ def make(lab: Lab) -> str:
     if lab.wanted(task, bitdelta, None):
         found["BitDelta"] = [lab.cell(task, bitdelta, None)]
     tuned = lab.measure(task, lab.dense(lab.tenant(task)))
-    picture = PICTURES / f"curve_{task}.png"
+    rows = "" if lab.size.rows == Size.rows else f"_{lab.size.rows}"
+    picture = PICTURES / f"curve_{task}{rows}.png"
     _draw(picture, task, found, tuned)
-    rows = [
+    table = [
         [name, *md.sizes(c), md.score(c), md.kl(c, "task"), md.kl(c, "text")]
         for name, cells in found.items() for c in cells
     ]  # fmt: skip
     header = ["method", *md.SIZES, f"{task} %", "KL task", "KL text"]
     return (
         f"## T11: ratios\n\n![Score and KL against bytes, {task}]({picture.name})\n\n"
-        f"Tuned: {md.score(tuned)}.\n\n" + md.table(header, rows) + _goals(at, tuned)
+        f"Tuned: {md.score(tuned)}.\n\n" + md.table(header, table) + _goals(at, tuned)
     )
 
 
