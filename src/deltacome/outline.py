@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from deltacome.arch.checkpoint import Checkpoint, TensorInfo, json_folder
-from deltacome.skeleton import make_skeleton, read_config
+from deltacome.skeleton import is_stack, make_skeleton, read_config
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Outline:
 
     path: Path
     tensors: dict[str, TensorInfo]
+    stacked: str | None = None
+    """A tensor that may be many in a checkpoint: of a configuration alone, if there is one."""
 
 
 def outline(name_or_path: str | Path) -> Outline:
@@ -35,4 +37,5 @@ def outline(name_or_path: str | Path) -> Outline:
     dtype = str(getattr(config, "dtype", None) or torch.bfloat16).removeprefix("torch.")
     model = make_skeleton(config, torch.float32, folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return Outline(folder, {name: TensorInfo(folder, s, dtype) for name, s in shapes.items()})
+    tensors = {name: TensorInfo(folder, shape, dtype) for name, shape in shapes.items()}
+    return Outline(folder, tensors, next((name for name in shapes if is_stack(model, name)), None))

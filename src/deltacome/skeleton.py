@@ -151,11 +151,21 @@ def _stacked(name: str, parameter: str, pattern: str, converters: list[WeightCon
     return Target(parameter, int(number[1]), part, len(rule.source_patterns))
 
 
+def is_stack(model: nn.Module, parameter: str) -> bool:
+    """Whether a parameter holds what checkpoints may store as a tensor for each expert."""
+    rules = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
+    targets = [t for r in rules if isinstance(r, WeightConverter) for t in r.target_patterns]
+    return any(re.search(target.replace(".", r"\.") + "$", parameter) for target in targets)
+
+
 def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
-    """Puts a tensor in the place of a parameter."""
+    """Puts a tensor in the place of a parameter, or of a buffer, which keeps its type."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+    if attribute in module._buffers:
+        module._buffers[attribute] = value.to(getattr(module, attribute).dtype)
+    else:
+        module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
 
 def set_part(model: nn.Module, target: Target, value: Tensor) -> None:
@@ -213,11 +223,11 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def parameter_names(model: nn.Module, where: Mapping[str, Target]) -> dict[str, str]:
-    """Any name of a parameter → the stored tensor that is all of it."""
+    """Any name of a parameter or saved buffer → the stored tensor that is all of it."""
     whole = {target.parameter: name for name, target in where.items() if target.expert is None}
     aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        aliases.setdefault(id(tensor), []).append(name)
     names = {}
     for group in aliases.values():
         stored = [whole[name] for name in group if name in whole]

@@ -53,6 +53,15 @@ def test_shards_are_read_as_one(tmp_path):
     )
 
 
+def test_a_revision_is_the_commit_that_was_read(tmp_path, hub):
+    folder = single(tmp_path / "m", w=torch.ones(3)).path
+    assert Checkpoint(folder, "v1").revision is None  # a folder has none
+    commit = hub.publish("org/base", folder)
+    for name in ("org/base", "org/base@main", f"org/base@{commit}"):
+        checkpoint = Checkpoint(name)
+        assert (checkpoint.name_or_path, checkpoint.revision) == ("org/base", commit)
+
+
 def test_what_is_read_is_a_copy(tmp_path):
     checkpoint = single(tmp_path / "m", a=torch.ones(3))
     checkpoint.read("a").zero_()

@@ -7,9 +7,9 @@ from deltacome.compression.budget import TOLERANCE, make_plans, with_plans
 from deltacome.errors import PlanError
 from deltacome.format.artifact import ArtifactWriter, Unit, overhead_nbytes
 from deltacome.format.manifest import Manifest, Record
-from deltacome.format.spec import rank
+from deltacome.format.spec import Band, rank
 from deltacome.methods.delta_come import DeltaCome
-from deltacome.methods.method import Matrix
+from deltacome.methods.method import Matrix, Terms
 from deltacome.methods.template import PRECISIONS, parse_template
 
 TRIPLE = parse_template(PRECISIONS["triple"])
@@ -128,6 +128,47 @@ def test_a_ratio_must_be_above_0(ratio):
 def test_nothing_to_compress():
     manifest, _ = manifest_of()
     assert plans_of(manifest, set(), TRIPLE, 16) == {}
+
+
+def test_what_is_exact_is_held_to_a_ratio_where_nothing_is_compressed():
+    manifest, _ = manifest_of(exact=600_000)
+    with pytest.raises(
+        PlanError, match=r"ratio 16 cannot be met, the largest possible is about 1\.4"
+    ):
+        plans_of(manifest, set(), TRIPLE, 16)
+    assert plans_of(manifest, set(), TRIPLE, 1.4) == {}
+
+
+def test_plans_that_leave_matrices_out_settle():
+    """The fewer matrices, the less around them, and the more bytes: such plans may not swing forever."""
+    manifest, matrices = manifest_of(layers=8, size=64)
+    shapes = {name: Matrix(manifest.records[name].bands_shape, unread) for name in matrices}
+
+    class Greedy:
+        adapts = True
+
+        def options(self):
+            return {"name": "greedy"}
+
+        def planner(self, matrices):
+            def plan(nbytes):
+                plans = {}
+                for name, matrix in sorted(matrices.items()):
+                    one = Terms((Band(2, 1),))
+                    if one.nbytes(matrix.shape) <= nbytes:
+                        plans[name], nbytes = one, nbytes - one.nbytes(matrix.shape)
+                return plans
+
+            return plan
+
+    def ratio_of(plans):
+        planned = with_plans(manifest, plans)
+        nbytes = sum(record.nbytes() for record in planned.records.values())
+        return manifest.tuned_nbytes() / (nbytes + overhead_nbytes(planned))
+
+    for hundredth in range(20, 100, 4):
+        ratio = ratio_of({}) * hundredth / 100
+        assert ratio_of(make_plans(manifest, Greedy(), shapes, ratio)) >= ratio * (1 - TOLERANCE)
 
 
 def test_a_large_exact_part_is_named():

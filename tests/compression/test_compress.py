@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from tiny_pairs import copy_of, fine_tune, rewrite, text_lines, tree, weights_of, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltacome import Artifact, DeltaCome, compress, merge
+from deltacome.evals.run import delta_tokenizer
 from deltacome.format.codec import dense
 from deltacome.methods.template import PRECISIONS, parse_template
 
@@ -128,6 +129,20 @@ def test_side_files(pairs, tmp_path):
     assert card.startswith("---\n")
     assert "base_model:" not in card  # a folder of one machine is no link
     assert str(tmp_path) not in card
+
+
+def test_side_files_that_the_tuned_model_lacks(pairs, tmp_path):
+    """A template of the base's in a file of its own would win over one in `tokenizer_config.json`."""
+    base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["llama"])
+    (base / "chat_template.jinja").write_text("of the base")
+    (tuned / "chat_template.jinja").unlink()
+    file = tuned / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "of the tuned"}))
+    artifact = run((base, tuned), tmp_path / "a", ratio=8, calibration="none")
+    assert artifact.manifest.dropped_files == ("chat_template.jinja",)
+    merged = merge(base, artifact, tmp_path / "merged")
+    for tokenizer in (AutoTokenizer.from_pretrained(merged), delta_tokenizer(base, artifact)):
+        assert tokenizer.chat_template == "of the tuned"
 
 
 def test_reports_of_progress(pairs, sources, tmp_path):

@@ -23,7 +23,8 @@ from deltacome import (
 from deltacome.compression import planning, polish
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import Trained, _passes, distill, divergence, squared_distance
-from deltacome.errors import CheckpointError, PlanError
+from deltacome.compression.sensitivity import Weights
+from deltacome.errors import CalibrationError, CheckpointError, PlanError
 from deltacome.format.codec import Packed
 from deltacome.methods.template import parse_template
 
@@ -137,6 +138,19 @@ def test_a_kept_sweep_serves_other_ratios(pairs, artifacts, text, tmp_path, monk
     assert tree(again.path) == tree(other.path)
     run(pair, tmp_path / "seed", "adaptive-start", text, seed=1, **kept)
     assert len(list((tmp_path / "sweeps").iterdir())) == 2
+
+
+def test_what_a_killed_sweep_left_is_thrown_away(pairs, text, tmp_path):
+    def stop(step):
+        if step.phase == "sweep":
+            raise KeyboardInterrupt
+
+    again, left = {"progress": stop, "resume": True}, tmp_path / "a.partial" / "sweep.left"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(pairs["llama-tied"], tmp_path / "a", "adaptive-start", text, **again)
+        assert not list(left.parent.glob("sweep*"))
+        left.mkdir()
 
 
 def test_a_run_killed_while_it_writes_distilled_scales(
@@ -268,6 +282,15 @@ def test_refusals(pairs, text, name, options, reason, tmp_path):
     with pytest.raises(PlanError, match=reason):
         run(pairs["llama-tied"], tmp_path / "a", name, text, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gram_that_no_plan_can_be_made_of_is_named(pairs, text, tmp_path, monkeypatch):
+    def negative(run, name):
+        return Weights(*(-torch.eye(size) for size in reversed(run.records[name].bands_shape)))
+
+    monkeypatch.setattr(planning, "measured_weights", negative)
+    with pytest.raises(CalibrationError, match=r"^model\.embed_tokens\.weight: weights of inputs:"):
+        run(pairs["llama-tied"], tmp_path / "a", "adaptive-start", text)
 
 
 def test_nothing_is_distilled_where_nothing_changed(pairs, text, tmp_path):

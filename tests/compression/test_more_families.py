@@ -5,15 +5,17 @@ are base + terms; the attached base gives the logits of the merged model.
 """
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, RATIOS, STREAMED, load, logits, make_pair
-from tiny_pairs import text_lines, weights_of
+from families import FAMILIES, RATIOS, STREAMED, TEXT, load, logits, make, make_pair, moved
+from tiny_pairs import rewrite, text_lines, weights_of
+from transformers import Glm4MoeConfig
 
-from deltacome import Artifact, DeltaCome, attach, compress, merge
+from deltacome import Artifact, DeltaCome, attach, base_for, compress, merge
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import divergence
 from deltacome.errors import UnsupportedError
@@ -150,6 +152,30 @@ def test_a_model_that_sees_writes_its_own_calibration(pairs, tmp_path):
     assert (said["source"], said["samples"]) == ("self", 4)
     errors = [record.error for record in artifact.manifest.records.values() if record.packed]
     assert max(error for error in errors if error is not None) < 1
+
+
+def test_a_router_s_correction_is_there_while_compressing(tmp_path):
+    """A saved buffer, not a parameter; without it tokens go to other experts."""
+    more = {"n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 48}
+    groups = {"n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
+    config = Glm4MoeConfig(**TEXT, **more, **groups, head_dim=32)
+    base = make("Glm4MoeForCausalLM", config, tmp_path / "base")
+    weights = weights_of(base)
+    for name in [name for name in weights if "correction" in name]:
+        weights[name] = torch.tensor([0.0, 3.0, -3.0, 1.0])
+    rewrite(base, weights, None)
+    tuned = Path(shutil.copytree(base, tmp_path / "tuned"))
+    same = {name: w for name, w in weights.items() if "correction" in name}
+    rewrite(tuned, moved(weights) | same, None)
+    source = tmp_path / "c.txt"
+    source.write_text("\n".join(text_lines(8, seed=4)))
+    options = {"ratio": 3, "samples": 6, "seq_len": 16, "calibration": str(source)}
+    artifact = compress(base, tuned, tmp_path / "a", **options)
+    canary = Canary.from_json(artifact.file(CANARY_FILE))
+    model = base_for(base, artifact, dtype=torch.float32).eval()
+    with torch.no_grad(), attach(model, artifact):
+        said = model(torch.tensor([list(canary.ids)])).logits[0].log_softmax(-1)
+    assert canary.distance([float(said[i, id]) for i, id in enumerate(canary.ids[1:])]) < 0.02
 
 
 @pytest.mark.parametrize("name", STREAMED)

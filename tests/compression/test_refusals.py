@@ -3,16 +3,18 @@
 import errno
 import json
 
+import families
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_pairs import SMALL, copy_of, make_tokenizer, rewrite, tree, weights_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deltacome import DeltaCome, DeltaError, compress
+from deltacome import Adaptive, DeltaCome, DeltaError, PrinMix, compress
 from deltacome.errors import (
     CalibrationError,
     CheckpointError,
+    DeviceError,
     MismatchError,
     OutputError,
     PlanError,
@@ -235,6 +237,18 @@ def test_a_refusal_does_not_stand_in_the_way_of_the_next_run(refused, pair, tmp_
     assert compress(*pair, tmp_path / "out", calibration="none", **QUICK).path.is_dir()
 
 
+def test_a_ratio_that_nothing_meets_is_refused_before_a_sweep(refused, pair, text):
+    steps = []
+    options = {"method": Adaptive(), "calibration": text, "progress": steps.append}
+    match = "ratio 5000 cannot be met, the largest possible is about"
+    refused(*pair, PlanError, match, ratio=5000, **options)
+    assert {step.phase for step in steps} == {"survey"}
+
+
+def test_an_unknown_device(refused, pair):
+    refused(*pair, DeviceError, "device: expected auto, .*'gpu'", device="gpu")
+
+
 def test_an_unknown_dtype(refused, pair):
     refused(*pair, PlanError, "dtype: expected auto", dtype="int8")
 
@@ -258,7 +272,16 @@ def test_calibration_text(refused, pair, tmp_path, name, content, match):
 
 
 def test_calibration_text_that_is_not_there(refused, pair, tmp_path):
-    refused(*pair, CalibrationError, "found none", calibration=str(tmp_path / "c.txt"))
+    steps = []
+    options = {"method": PrinMix(), "progress": steps.append}
+    refused(*pair, CalibrationError, "found none", calibration=str(tmp_path / "c.txt"), **options)
+    assert not steps  # its plans take an SVD of every matrix
+
+
+def test_rows_longer_than_the_model_has_positions_for(refused, tmp_path):
+    pair = families.make_pair("GPT2LMHeadModel", tmp_path)
+    match = "seq_len: expected at most 128, .*tuned, got 129"
+    refused(*pair, CalibrationError, match, calibration="self", seq_len=129)
 
 
 def test_a_model_without_a_tokenizer(refused, pair, text):
@@ -349,6 +372,14 @@ def test_a_read_only_folder(pair, tmp_path, monkeypatch):
         compress(*pair, tmp_path / "out", calibration="none", **QUICK)
 
 
+def test_a_fault_leaves_no_trace_either(refused, pair, monkeypatch):
+    def fail(*arguments):
+        raise ZeroDivisionError("because")
+
+    monkeypatch.setattr("deltacome.compression.pipeline.survey", fail)
+    refused(*pair, ZeroDivisionError, "because")
+
+
 def test_every_refusal_is_of_one_tree():
-    kinds = (OutputError, CalibrationError, CheckpointError, MismatchError, PlanError)
+    kinds = (OutputError, CalibrationError, CheckpointError, DeviceError, MismatchError, PlanError)
     assert all(issubclass(kind, DeltaError) for kind in (*kinds, UnsupportedError))

@@ -1,5 +1,6 @@
 """An interrupted run is continued to the same bytes, or refused; nothing is mixed in silence."""
 
+import importlib.metadata
 import json
 import os
 import resource
@@ -151,7 +152,16 @@ def test_another_number_of_threads_is_refused(pairs, text, unfinished, monkeypat
         compress(*pairs["small"], unfinished, resume=True, calibration=text, **QUICK)
 
 
-@pytest.mark.parametrize("which", ["tuned", "text", "config"])
+@pytest.mark.parametrize("package", ["deltacome", "torch", "transformers"])
+def test_another_version_is_refused(pairs, text, unfinished, monkeypatch, package):
+    real = importlib.metadata.version
+    other = {package: "0.0.1"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or real(name))
+    with pytest.raises(OutputError, match=r"cannot be resumed: versions was .*0\.0\.1"):
+        compress(*pairs["small"], unfinished, resume=True, calibration=text, **QUICK)
+
+
+@pytest.mark.parametrize("which", ["tuned", "text", "config", "template"])
 def test_a_changed_input_is_refused(pairs, text, which, tmp_path):
     base = pairs["small"][0]
     tuned = copy_of(pairs["small"][1], tmp_path / "tuned")
@@ -165,6 +175,7 @@ def test_a_changed_input_is_refused(pairs, text, which, tmp_path):
         "tuned": tuned / "model.safetensors",
         "text": source,
         "config": tuned / "config.json",
+        "template": tuned / "chat_template.jinja",
     }[which]
     file.write_bytes(file.read_bytes() + b" " * (which != "tuned"))
     os.utime(file, ns=(1, 1))

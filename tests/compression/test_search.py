@@ -1,10 +1,15 @@
 """The two searches: on a cost that is known, and on a real pair."""
 
+import json
 import random
+from dataclasses import replace
 
+import families
 import pytest
+from tiny_pairs import copy_of
 
 from deltacome.arch.checkpoint import Checkpoint
+from deltacome.compression import search
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.search import (
     COUNTS,
@@ -15,7 +20,13 @@ from deltacome.compression.search import (
     sample_linears,
     search_template,
 )
-from deltacome.errors import CalibrationError, PlanError
+from deltacome.errors import (
+    CalibrationError,
+    CheckpointError,
+    DeviceError,
+    MismatchError,
+    PlanError,
+)
 from deltacome.methods.template import PRECISIONS, parse_template
 
 BEST = (3, 0, 5)
@@ -57,6 +68,22 @@ def test_searches_beat_what_is_set_beforehand(linears):
     assert search_template(linears, 8, "genetic").template == genetic.template
 
 
+def test_transposed_matrices(text, tmp_path):
+    base, tuned = families.make_pair("GPT2LMHeadModel", tmp_path)
+    rows = calibration_rows(text, tuned, samples=6, seq_len=16, seed=0)
+    linears = sample_linears(Checkpoint(base), Checkpoint(tuned), rows, blocks=1)
+    shapes = {linear.name: tuple(linear.delta_OI.shape) for linear in linears}
+    assert shapes["transformer.h.0.attn.c_attn.weight"] == (192, 64)
+    assert 0 < _mean_error(linears, parse_template("2:*"), 4) < 0.5
+
+
+def test_errors_name_the_matrix(linears):
+    first, other = linears[0], linears[6]
+    assert first.delta_OI.shape[1] != other.delta_OI.shape[1]
+    with pytest.raises(MismatchError, match=f"^{first.name}: .* columns"):
+        _mean_error([replace(first, factor=other.factor)], parse_template("2:*"), 8)
+
+
 def test_from_checkpoints(pairs, text):
     base, tuned = pairs["small"]
     options = {"source": text, "samples": 6, "seq_len": 12, "blocks": 1}
@@ -66,3 +93,20 @@ def test_from_checkpoints(pairs, text):
         find_template(base, base, 4, **options)
     with pytest.raises(CalibrationError, match="text to measure errors on"):
         find_template(base, tuned, 4, source="none")
+    with pytest.raises(MismatchError, match="is this a fine-tune of this base"):
+        find_template(pairs["llama"][0], tuned, 4, **options)
+
+
+def test_what_is_refused_before_text_is_written(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "calibration_rows", None)
+    base, tuned = pairs["small"]
+    with pytest.raises(DeviceError, match="'gpu'"):
+        find_template(base, tuned, 4, device="gpu")
+    with pytest.raises(CalibrationError, match=r"seq_len: expected at most 256, .* got 257"):
+        find_template(base, tuned, 4, seq_len=257)
+    quantised = copy_of(tuned, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (quantised / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantised by gptq"):
+        find_template(base, quantised, 4)

@@ -9,7 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from deltacome.arch.layout import find_layout, linears_of
 from deltacome.compression import sensitivity
-from deltacome.compression.sensitivity import ANSWER, TEMPERATURE, keep, measured, sweep
+from deltacome.compression.sensitivity import (
+    ANSWER,
+    TEMPERATURE,
+    Weights,
+    keep,
+    measured,
+    sweep,
+)
 from deltacome.errors import UnsupportedError
 
 SEED = 3
@@ -170,11 +177,26 @@ def test_what_a_sweep_finds_is_kept(pairs, tmp_path):
     assert len(list((tmp_path / "sweep").iterdir())) == len(asked)
 
 
+def test_two_that_sweep_into_one_folder(tmp_path):
+    folder = tmp_path / "sweep"
+    one, other = ({name: Weights(torch.ones(1, 1), torch.ones(1))} for name in ("one", "other"))
+
+    def overtaken():
+        yield one
+        keep(folder, iter([one, other]), ["one", "other"])
+        yield other
+
+    keep(folder, overtaken(), ["one", "other"])
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+    assert sorted(path.stem for path in folder.iterdir()) == ["one", "other"]
+    assert measured(folder, "other") == other["other"]
+
+
 def test_a_sweep_that_misses_a_matrix_is_not_kept(pairs, tmp_path):
     weights = sweep_of(pairs["llama"][1], seed=0, diagonal=True)
     with pytest.raises(UnsupportedError, match=r"1 matrices are not reached .*, tower\.weight"):
         keep(tmp_path / "sweep", weights, ["tower.weight", "lm_head.weight"])
-    assert not (tmp_path / "sweep").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_random_signs_average_to_the_fisher_information():

@@ -1,3 +1,4 @@
+import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,8 @@ def _attach_swaps_weights(monkeypatch):
 
 
 def opened(path):
-    manifest = SimpleNamespace(method={"name": "swap"})
+    carried = {file.name: None for file in path.iterdir() if file.name != "source"}
+    manifest = SimpleNamespace(method={"name": "swap"}, files=carried, dropped_files=())
     return SimpleNamespace(
         path=path,
         manifest=manifest,
@@ -59,6 +61,7 @@ def opened(path):
         bytes_on_disk=lambda: 1000,
         ratio=lambda: 16.0,
         json_file=lambda _: None,
+        file=lambda name: (path / name).read_bytes(),
     )
 
 
@@ -141,14 +144,22 @@ def test_base_cannot_be_compared_on_tokens_that_it_lacks(tmp_path):
 def test_delta_brings_the_files_that_differ(tmp_path):
     base = save(tmp_path / "base", seed=0, template="of the base")
     plain = delta(tmp_path / "plain", base)
-    assert delta_tokenizer(base, plain).chat_template == "of the base"
+    assert delta_tokenizer(base, opened(plain)).chat_template == "of the base"
     chat = delta(tmp_path / "chat", base)
     (chat / "chat_template.jinja").write_text(TEMPLATE)
-    assert delta_tokenizer(base, chat).chat_template == TEMPLATE
-    assert len(delta_tokenizer(base, chat)) == len(make_tokenizer())
+    assert delta_tokenizer(base, opened(chat)).chat_template == TEMPLATE
+    assert len(delta_tokenizer(base, opened(chat))) == len(make_tokenizer())
     grown = delta(tmp_path / "grown", base)
     make_tokenizer(("<answer>",)).save_pretrained(grown)
-    assert len(delta_tokenizer(base, grown)) == len(make_tokenizer()) + 1
+    assert len(delta_tokenizer(base, opened(grown))) == len(make_tokenizer()) + 1
+
+    inside = delta(tmp_path / "inside", base)
+    make_tokenizer().save_pretrained(inside)
+    file = inside / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    fine_tune = opened(inside)
+    fine_tune.manifest.dropped_files = ("chat_template.jinja",)
+    assert delta_tokenizer(base, fine_tune).chat_template == TEMPLATE
 
     assert shared_tokenizer(base, None, [opened(chat)]).chat_template == TEMPLATE
     assert (
@@ -182,6 +193,15 @@ def test_dtype_is_used(tmp_path):
     from deltacome.evals.models import load_model
 
     assert next(load_model(base, "cpu", "bfloat16").parameters()).dtype == torch.bfloat16
+
+
+def test_text_is_read_before_a_model_is_loaded(tmp_path, monkeypatch):
+    base, task = save(tmp_path / "base", seed=0), questions(tmp_path, "1")
+    monkeypatch.setattr("deltacome.evals.run.load_model", None)
+    with pytest.raises(DeltaError, match=r"none\.txt: expected a readable text file"):
+        run(base, task, tuned=base, text=tmp_path / "none.txt")
+    with pytest.raises(DeltaError, match=r"none\.txt: .* tuned model, got none"):
+        run(base, task, text=tmp_path / "none.txt")
 
 
 def test_report_shows_every_figure():

@@ -80,6 +80,16 @@ def test_sizes_and_errors(artifact):
     assert any(row.endswith("| 0.75 | 0.75 |") for row in rows)
 
 
+def test_what_a_plan_left_out_is_said(artifact):
+    records = artifact.manifest.records
+    name = next(name for name, r in records.items() if r.plan and not r.exact_rows)
+    records[name] = dataclasses.replace(records[name], plan=(), sign_scales=None, error=1.0)
+    text = str(model_card(artifact))
+    assert "| tensors held as `dropped` | 1, 0 bytes |" in text
+    assert any(line.endswith("| 1 | 0 | 1 | 1 |") for line in text.splitlines())
+    assert "dropped" in {tensor["kind"] for tensor in artifact.describe()["tensors"]}
+
+
 def test_one_row_for_a_projection(artifact):
     record = next(r for r in artifact.manifest.records.values() if r.plan)
     for layer, error in enumerate((0.25, 0.75)):

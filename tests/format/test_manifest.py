@@ -41,6 +41,12 @@ def test_round_trip():
     assert manifest.records["layer.weight"].plan == (Band(3, 1), Band(2, 1), Band(1, 1))
 
 
+def test_where_the_base_is_read_from():
+    manifest = Manifest.from_json(json.dumps(DOCUMENT))
+    assert manifest.base_source == "some/base@main"
+    assert dataclasses.replace(manifest, base_revision=None).base_source == "some/base"
+
+
 def test_equal_manifests_have_equal_bytes_whatever_the_order():
     manifest = Manifest.from_json(json.dumps(DOCUMENT))
     backwards = dict(reversed(manifest.records.items()))

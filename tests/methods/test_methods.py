@@ -1,11 +1,13 @@
 """Every method: what it promises of bytes and errors, on the same deltas."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from methods_helpers import IN, OUT, compressed, error_of, long_tailed, some_gram
 
+from deltacome.errors import PlanError
 from deltacome.format.codec import Packed, plan_of, read_bands, read_signs
 from deltacome.format.spec import Band, rank
 from deltacome.methods.adaptive import Adaptive
@@ -149,6 +151,14 @@ def test_the_program_is_optimal():
     ):  # fmt: skip
         if plan and rank(plan) <= 16 and Terms(plan).nbytes(shape) <= 0.95 * nbytes:
             assert cost(plan) >= cost(found) * 0.999
+
+
+def test_prinmix_names_the_matrix_that_it_cannot_plan(monkeypatch):
+    gives_up = SimpleNamespace(x=None, message="time is up")
+    monkeypatch.setattr("deltacome.methods.prinmix.milp", lambda *_, **__: gives_up)
+    matrix = Matrix((OUT, IN), long_tailed)
+    with pytest.raises(PlanError, match=r"^a\.weight: integer program .*: time is up"):
+        PrinMix().planner({"a.weight": matrix})(1000)
 
 
 def test_prinmix_is_closer_than_delta_come_at_equal_bytes():

@@ -17,6 +17,7 @@ from deltacome.runtime.lora import _factors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compression"))
 import families
+from tiny_pairs import rewrite, weights_of
 
 from deltacome import compress
 
@@ -123,6 +124,19 @@ def test_a_family_with_transposed_weights(tmp_path):
     merged = families.load(merge(base, artifact, tmp_path / "merged"))
     model = peft.PeftModel.from_pretrained(families.load(base), said.path).eval()
     assert_close(families.logits(model.base_model.model), families.logits(merged), 1e-4)
+
+
+def test_the_base_is_read_at_its_revision(hub, tmp_path):
+    base, tuned = families.make_pair("GPT2LMHeadModel", tmp_path)
+    bias = "transformer.h.0.ln_1.bias"  # unchanged beside a changed weight: the base has to be read
+    weights = weights_of(base)
+    rewrite(tuned, weights_of(tuned) | {bias: weights[bias]}, None)
+    hub.publish("org/base", base)
+    artifact = compress("org/base", tuned, tmp_path / "delta", ratio=3.7, calibration="none")
+    rewrite(base, weights | {bias: weights[bias] + 1}, None)
+    hub.publish("org/base", base)
+    said = export_lora(artifact, tmp_path / "lora")
+    assert "transformer.h.0.ln_1" in said.saved
 
 
 def test_what_no_adapter_holds(bases, tmp_path):

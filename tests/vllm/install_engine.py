@@ -19,6 +19,7 @@ LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 
 def install(*arguments: str) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip += ["--no-compile"]
     files = [option for file in CONSTRAINTS for option in ("-c", str(file))]
     subprocess.run([*pip, *files, *arguments], check=True)
 

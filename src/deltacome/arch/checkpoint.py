@@ -5,8 +5,9 @@ it holds and not what it once touched (a mapped file's pages stay in the residen
 a header read for each access, which is small beside a matrix.
 
 Fingerprints say which base a delta belongs to. The *sample* is read when an artifact is attached:
-512 values of a tensor in eight runs, rounded to bfloat16 so that a base loaded at another precision
-still matches, under a second for 7B. The *digest* covers every byte and is for `verify` and `merge`.
+512 values of a tensor in eight runs, under a second for 7B; rounded to bfloat16, so that a base loaded
+in bfloat16 or wider still matches (in float16 it does not: values are rounded twice, the small ones
+coarsely). The *digest* covers every byte and is for `verify` and `merge`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,15 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Bytes of its values.
+
+        Raises:
+            CheckpointError: torch has no such type.
+        """
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.file}: a tensor of {self.shape} has a type unknown to torch"
+            )
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -64,23 +73,28 @@ class Checkpoint:
         name_or_path: a folder, or `org/name` or `org/name@revision` on the Hub (fetched to its cache).
         revision: of the repository, where the name has none.
 
+    Attributes:
+        name_or_path: without a revision.
+        revision: the commit that was fetched; None of a folder.
+        path: the folder.
+        tensors: by name.
+
     Raises:
         CheckpointError: no weights, a shard missing or truncated, or only pickled weights.
     """
 
     def __init__(self, name_or_path: str | Path, revision: str | None = None) -> None:
-        self.name_or_path, self.revision = split_name(name_or_path, revision, CheckpointError)
-        self.path = fetch_folder(self.name_or_path, self.revision, CheckpointError)
+        self.name_or_path, revision = split_name(name_or_path, revision, CheckpointError)
+        self.path = fetch_folder(self.name_or_path, revision, CheckpointError)
+        # The Hub's cache calls a snapshot by its commit, which stays when branches and tags move on.
+        of_hub = self.path != Path(self.name_or_path)
+        self.revision = self.path.name if of_hub else None
         self.tensors = _list_tensors(self.path)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """`config.json`."""
-        file = self.path / "config.json"
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: expected a model configuration: {error}") from error
+        return read_config_file(self.path)
 
     def read(self, name: str) -> Tensor:
         """A copy of a tensor, in the dtype of the file.
@@ -131,25 +145,40 @@ class Checkpoint:
         sample = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
         return _digest_of_sample(info.shape, sample)
 
-    def check_dense(self) -> None:
-        """Refuses weights that are quantised: codes are no values to take a difference of.
-
-        Raises:
-            CheckpointError: says how they are quantised.
-        """
-        if not (self.path / "config.json").is_file():
-            return
-        said = self.config.get("quantization_config") if isinstance(self.config, dict) else None
-        if said:
-            how = said.get("quant_method", "?") if isinstance(said, dict) else said
-            raise CheckpointError(
-                f"{self.path}: expected weights as values, got a checkpoint quantised by {how}: load it "
-                "with AutoModel….from_pretrained(…), call dequantize(), and save that"
-            )
-
     def nbytes(self) -> int:
         """Bytes of all weight files."""
         return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+
+
+def check_dense(folder: Path) -> None:
+    """Refuses weights that are quantised: codes are no values to take a difference of.
+
+    Raises:
+        CheckpointError: says how they are quantised.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    config = read_config_file(folder)
+    said = config.get("quantization_config") if isinstance(config, dict) else None
+    if said:
+        how = said.get("quant_method", "?") if isinstance(said, dict) else said
+        raise CheckpointError(
+            f"{folder}: expected weights as values, got a checkpoint quantised by {how}: load it "
+            "with AutoModel….from_pretrained(…), call dequantize(), and save that"
+        )
+
+
+def read_config_file(folder: Path) -> Any:
+    """`config.json` as it is parsed.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON.
+    """
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: expected a model configuration: {error}") from error
 
 
 def json_folder(name_or_path: str | Path) -> Path:
@@ -239,8 +268,9 @@ def check_finite(name: str, tensor: Tensor, whose: str) -> None:
 def sample_digest(tensor: Tensor) -> str:
     """Fingerprint of a tensor's shape and 512 sampled values: 16 hex digits.
 
-    Floating-point values are rounded to bfloat16 first, so a base held at another precision than
-    its checkpoint has the same fingerprint.
+    Floating-point values are rounded to bfloat16 first, so a base held in bfloat16, float32 or float64
+    has the fingerprint of its checkpoint, whichever that is in. One held in float16 has it if the
+    checkpoint is in float16 too, and hardly ever else.
     """
     flat = tensor.detach().reshape(-1)
     sample = torch.cat([flat[run] for run in _runs(flat.numel())])

@@ -31,9 +31,8 @@ def capacity(
     as_json: Json = False,
 ) -> None:
     """Say how many tenants fit beside BASE and a KV cache."""
-    import torch
-
     quiet_libraries()
+    from deltacome.device import pick_device
     from deltacome.runtime.capacity import allocate
     from deltacome.runtime.capacity import capacity as count
 
@@ -48,9 +47,7 @@ def capacity(
     )
     result = dataclasses.asdict(found)
     if check:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        with allocate(found, device) as nbytes:
+        with allocate(found, pick_device(device)) as nbytes:
             result["allocated"] = nbytes
     if as_json:
         print(json.dumps(result))

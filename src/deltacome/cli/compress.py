@@ -113,8 +113,10 @@ def compress(
 
     start = time.monotonic()
     if search is not None and ratio is not None:
+        from deltacome.compression.pipeline import check_output
         from deltacome.compression.search import find_template
 
+        check_output(output, resume=resume)
         text = {"source": calibration or "self", "samples": samples, "seq_len": seq_len}
         found = find_template(base, tuned, ratio, search, **text, seed=seed, device=device)
         chosen = dataclasses.replace(chosen, template=found.template)
@@ -141,10 +143,13 @@ def compress(
         stderr.print("finished blocks are kept, continue with --resume")
         raise
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    result = artifact.describe() | {"seconds": seconds, "peak_rss_bytes": peak}
+    peak = _peak_rss(resource.RUSAGE_SELF)
+    of_worker = _peak_rss(resource.RUSAGE_CHILDREN) if workers > 1 else None
+    result = artifact.describe() | {
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        "peak_rss_bytes_of_largest_worker": of_worker,
+    }
     if as_json:
         print(json.dumps(result))
         return
@@ -153,7 +158,16 @@ def compress(
         print(
             f"smaller than the ratio of {ratio:g} asks for: there are no more directions to store"
         )
-    print(f"{output}: written in {seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB")
+    memory = f"peak memory {peak / 2**30:.2f} GiB"
+    if of_worker is not None:
+        memory += f", of the largest worker {of_worker / 2**30:.2f} GiB"
+    print(f"{output}: written in {seconds:.0f} s, {memory}")
+
+
+def _peak_rss(whose: int) -> int:
+    """Bytes that this process held at most, or the largest of its children that have ended."""
+    # Linux counts a child from its fork on: it has no less than its parent had then.
+    return resource.getrusage(whose).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 _TAKES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,11 +25,19 @@ def evaluate(
     ] = None,
     tuned: Annotated[str | None, typer.Option(help="The dense fine-tune, for KL.")] = None,
     delta: Annotated[list[str] | None, typer.Option(help="Artifact; may be repeated.")] = None,
-    task_args: Annotated[str, typer.Option(help="Arguments of the data set, JSON.")] = "{}",
-    n: Annotated[int, typer.Option("-n", min=1, help="Questions.")] = 200,
-    seed: int = 0,
-    text: Annotated[Path | None, typer.Option(help="General text for KL.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    task_args: Annotated[
+        str | None, typer.Option(help="--task: arguments of the data set, JSON.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="--task: questions. Default: 200.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="--task: of the questions. Default: 0.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="--task: general text for KL, which needs --tuned.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="--task: of an answer, at most. Default: 64.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     device: Device = "auto",
     dtype: Annotated[
@@ -40,16 +48,21 @@ def evaluate(
     tasks_folder: Annotated[
         Path | None, typer.Option(help="--lm-eval: a folder with task files of your own.")
     ] = None,
-    chat: Annotated[bool, typer.Option(help="--lm-eval: prompts through the template.")] = False,
+    chat: Annotated[
+        bool | None, typer.Option(help="--lm-eval: prompts through the template.")
+    ] = None,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="--lm-eval: execute what the model writes, here.")
-    ] = False,
+        bool | None,
+        typer.Option("--run-code", help="--lm-eval: execute what the model writes, here."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score base, tuned and deltas on held-out questions; compare each with the tuned model."""
     if (task is None) == (lm_eval is None):
         raise typer.BadParameter("give one of --task and --lm-eval", param_hint="--task")
     if lm_eval is not None:
+        of_task = {"n": n, "seed": seed, "text": text, "max_new_tokens": max_new_tokens}
+        _refuse("--lm-eval", **of_task, task_args=task_args)
         quiet_libraries()
         from deltacome.evals.harness import run_harness
         from deltacome.evals.report import harness_table
@@ -62,8 +75,8 @@ def evaluate(
             folder=tasks_folder,
             shots=shots,
             limit=limit,
-            chat=chat,
-            run_code=run_code,
+            chat=bool(chat),
+            run_code=bool(run_code),
             device=device,
             dtype=dtype,
             batch_size=batch_size,
@@ -74,7 +87,10 @@ def evaluate(
             Console(width=None if sys.stdout.isatty() else 120).print(harness_table(found))
         return
     assert task is not None
-    args = parse_json(task_args, "--task-args")
+    of_harness = {"shots": shots, "limit": limit, "chat": chat, "run_code": run_code}
+    _refuse("--task", **of_harness, tasks_folder=tasks_folder)
+    given = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens}
+    args = None if task_args is None else parse_json(task_args, "--task-args")
     quiet_libraries()
     from deltacome.evals.report import table
     from deltacome.evals.run import evaluate, names
@@ -91,15 +107,21 @@ def evaluate(
         deltas=deltas,
         task=task,
         task_args=args,
-        n=n,
-        seed=seed,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
         text=text,
+        **{key: value for key, value in given.items() if value is not None},
     )
     if as_json:
         print(json.dumps(result))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(table(result, sizes))
+
+
+def _refuse(mode: str, **options: Any) -> None:
+    """Options that only the other kind of task looks at."""
+    for key, value in options.items():
+        if value is not None:
+            hint = f"-{key}" if len(key) == 1 else f"--{key.replace('_', '-')}"
+            raise typer.BadParameter(f"{mode} has no such option", param_hint=hint)

@@ -42,7 +42,7 @@ def export(
 
     opened = Artifact.from_pretrained(artifact)
     if to == "dense":
-        path = run(base or opened.manifest.base_name_or_path, opened, output)
+        path = run(base or opened.manifest.base_source, opened, output)
         print(json.dumps({"output": str(path)}) if as_json else f"{path}: written")
         return
     said = export_lora(opened, output, rank=rank, lora_only=lora_only, base=base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from rich.console import Console
 
 stderr = Console(stderr=True)
+
+LINE_SECONDS = 30
+"""Between two lines of progress in a log."""
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -33,11 +37,19 @@ def summary(result: dict[str, Any]) -> str:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A bar per phase on stderr, with time left and the error so far."""
+    """A bar per phase on stderr, with time left and the error so far; where that is no terminal, a line
+    now and then instead.
+
+    Args:
+        quiet: no bars: a terminal would show them among what stdout is to be alone with.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    if quiet or not stderr.is_terminal:
+    if not stderr.is_terminal:
+        yield _progress_lines()
+        return
+    if quiet:
         yield lambda progress: None
         return
     columns = (
@@ -62,6 +74,26 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[Any], None]]:
             )
 
         yield report
+
+
+def _progress_lines() -> Callable[[Any], None]:
+    """For a log: what was just finished, where the last line is a while ago."""
+    start = last = time.monotonic()
+
+    def report(progress: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_SECONDS:
+            return
+        last = now
+        line = f"{now - start:.0f} s: {progress.phase} {progress.done}/{progress.total}"
+        if progress.detail:
+            line += f", {progress.detail}"
+        if progress.error is not None:
+            line += f", mean error {progress.error:.4g}"
+        stderr.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return report
 
 
 def quiet_libraries() -> None:

@@ -15,8 +15,6 @@ hidden states, and with them every later byte, are those of an uninterrupted run
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -36,7 +34,7 @@ from deltacome.compression.run import (
     stream_of,
 )
 from deltacome.compression.workers import side_by_side
-from deltacome.errors import DeltaError
+from deltacome.errors import naming
 from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.manifest import Record
 from deltacome.methods.adaptive import Adaptive
@@ -132,7 +130,7 @@ def _compress_block(run: Run, block: str, names: list[str], stream: Stream | Non
         gram = None
         if stream is not None and linear is not None:
             gram = stream.gram(block, linear)
-        with _naming(members):
+        with naming(members):
             finished, packed = _compress_group(run, members, gram)
         for record in finished:
             records[record.name] = record
@@ -158,7 +156,7 @@ def _compress_outside(run: Run, names: list[str], stream: Stream | None) -> Unit
         records[name] = run.records[name]
         if name in run.plans:
             gram = stream.head_gram() if name in heads and stream is not None else None
-            with _naming([name]):
+            with naming([name]):
                 (records[name],), packed = _compress_group(run, [name], gram)
             entries |= packed
         entries |= _exact_entry(run, name)
@@ -202,12 +200,3 @@ def _note(run: Run, unit: Unit, progress: Progress) -> None:
     run.errors += [record.error for record in unit.records if record.error is not None]
     mean = sum(run.errors) / len(run.errors) if run.errors else None
     run.report(progress._replace(error=mean))
-
-
-@contextlib.contextmanager
-def _naming(names: list[str]) -> Iterator[None]:
-    """Errors of the numerics, which know no names, get those of the tensors at hand."""
-    try:
-        yield
-    except DeltaError as error:
-        raise type(error)(f"{', '.join(names)}: {error}") from error

@@ -41,6 +41,9 @@ def make_plans(
     if ratio is None and method.adapts:
         raise PlanError(f"{name}: expected a ratio, which its plans adapt to, got none")
     if not matrices:
+        # An artifact that stores nothing is as small as can be.
+        if ratio is not None and any(record.exact_rows for record in manifest.records.values()):
+            _check_met(manifest, {}, {}, {}, ratio)
         return {}
     planner = method.planner(matrices)
     if ratio is None or not method.adapts:
@@ -52,9 +55,9 @@ def make_plans(
     around, plans = _total(manifest, {}), {}
     for _ in range(3):  # what surrounds the terms hangs on them, by some digits
         plans = planner(target - around)
-        around = _total(manifest, plans) - _terms_nbytes(matrices, plans)
-    if _total(manifest, plans) > target * (1 + TOLERANCE):
-        raise PlanError(_refusal(manifest, matrices, planner(0), ratio))
+        # Never less than before: plans that leave matrices out need less, which the next ones fill.
+        around = max(around, _total(manifest, plans) - _terms_nbytes(matrices, plans))
+    _check_met(manifest, plans, matrices, planner(0), ratio)
     return plans
 
 
@@ -76,6 +79,17 @@ def _total(manifest: Manifest, plans: Mapping[str, Terms]) -> int:
     planned = with_plans(manifest, plans)
     terms = sum(record.nbytes(planned.group_size) for record in planned.records.values())
     return terms + overhead_nbytes(planned)
+
+
+def _check_met(
+    manifest: Manifest,
+    plans: Mapping[str, Terms],
+    matrices: Mapping[str, Matrix],
+    least: Mapping[str, Terms],
+    ratio: float,
+) -> None:
+    if _total(manifest, plans) > manifest.tuned_nbytes() / ratio * (1 + TOLERANCE):
+        raise PlanError(_refusal(manifest, matrices, least, ratio))
 
 
 def _check_fixed(manifest: Manifest, plans: Mapping[str, Terms], name: str, ratio: float) -> None:

@@ -24,3 +24,12 @@ def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
             if not (twin.is_file() and twin.read_bytes() == content):
                 files[file.name] = content
     return files
+
+
+def dropped_files(base: Path, tuned: Path) -> tuple[str, ...]:
+    """Names of the base's side files that the tuned model lacks.
+
+    A template in the base's folder would else win over the one in the tuned `tokenizer_config.json`.
+    """
+    names = {f.name for pattern in SIDE_FILES for f in base.glob(pattern) if f.is_file()}
+    return tuple(sorted(name for name in names if not (tuned / name).is_file()))

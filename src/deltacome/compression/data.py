@@ -65,6 +65,31 @@ def calibration_rows(
     return rows
 
 
+def check_source(source: str) -> None:
+    """Refuses a file that is not there, or of another kind, before anything is done for its rows.
+
+    Raises:
+        CalibrationError: names it.
+    """
+    path = Path(source)
+    if (path.suffix in (".txt", ".jsonl")) != path.is_file():
+        raise CalibrationError(f"calibration {source}: expected a .txt or .jsonl file, found none")
+
+
+def check_length(seq_len: int, tuned: Path) -> None:
+    """Refuses rows that are longer than a model has positions for, where its configuration says.
+
+    Raises:
+        CalibrationError: says how many there are.
+    """
+    text = read_config(tuned).get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise CalibrationError(
+            f"seq_len: expected at most {limit}, the positions of {tuned}, got {seq_len}"
+        )
+
+
 def answers_from(tuned: Path) -> Callable[[list[int]], int]:
     """What tells the first position of a row that predicts the last answer of a chat; 0 elsewhere."""
     tokenizer = _tokenizer(tuned)
@@ -100,10 +125,11 @@ def _tokenizer(tuned: Path) -> Any:
 
 
 def _read_texts(source: str, tokenizer: Any, samples: int) -> list[Text]:
+    check_source(source)
     path = Path(source)
-    if path.suffix == ".txt" and path.is_file():
+    if path.suffix == ".txt":
         return [(_read_file(path), False)]
-    if path.suffix == ".jsonl" and path.is_file():
+    if path.suffix == ".jsonl":
         texts = []
         # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows in a string.
         for number, line in enumerate(_read_file(path).split("\n"), 1):
@@ -112,8 +138,6 @@ def _read_texts(source: str, tokenizer: Any, samples: int) -> list[Text]:
                     _text_of(_json(line, f"{path}:{number}"), tokenizer, f"{path}:{number}")
                 )
         return texts
-    if path.suffix in (".txt", ".jsonl") or path.is_file():
-        raise CalibrationError(f"calibration {source}: expected a .txt or .jsonl file, found none")
     return _read_hub(source, tokenizer, samples)
 
 

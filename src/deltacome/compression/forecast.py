@@ -22,26 +22,17 @@ import psutil
 import torch
 from torch import Tensor
 
-from deltacome.arch.checkpoint import check_finite, full_digest, pair_tensors
+from deltacome.arch.checkpoint import check_dense, check_finite, full_digest
 from deltacome.arch.layout import Layout, find_layout
 from deltacome.compression.budget import make_plans
-from deltacome.compression.survey import account, packable
-from deltacome.errors import PlanError
+from deltacome.compression.survey import account, packable, pair_models
+from deltacome.errors import CheckpointError, PlanError
 from deltacome.format.manifest import DTYPES, Manifest, Record
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Matrix, Terms
 from deltacome.numerics.gram import relative_error
 from deltacome.outline import Outline, outline
-from deltacome.skeleton import (
-    Target,
-    check_names,
-    ignored,
-    is_causal,
-    make_skeleton,
-    parameter_names,
-    read_config,
-    targets,
-)
+from deltacome.skeleton import Target, is_causal, make_skeleton, read_config, targets
 
 RATIOS = (8.0, 16.0, 32.0, 64.0)
 PROBE = 2048
@@ -118,18 +109,18 @@ def forecast(
     """
     if not ratios:
         raise PlanError("forecast: expected at least one ratio, got none")
-    there = outline(tuned)
+    beside, there = outline(base), outline(tuned)
+    for side in (beside, there):
+        check_dense(side.path)
+        if side.stacked:
+            raise CheckpointError(
+                f"{side.path}: expected weight files: a configuration alone does not say how a "
+                f"checkpoint stores the experts that {side.stacked} stacks; their headers do"
+            )
     model = make_skeleton(read_config(there.path), torch.float32, there.path)
     layout, where = find_layout(model), targets(model, there.tensors)
-    check_names(model, {name: info.shape for name, info in there.tensors.items()}, where)
-    names = parameter_names(model, where)
-    head, embedding = (names.get(name or "") for name in (layout.head, layout.embedding))
-    pairs = pair_tensors(
-        *(outline(base), there, head or layout.head, embedding),
-        ignored=lambda name: ignored(model, name),
-    )
     records, matrices = {}, {}
-    for pair in pairs:
+    for pair in pair_models(beside, there, model, layout, where).pairs:
         target = where[pair.name]
         record = account(pair, there.tensors[pair.name].dtype, layout, target, same=False)
         if record.base_name is not None:

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from deltacome.arch.checkpoint import Checkpoint, pair_tensors
+from deltacome.arch.checkpoint import SIDE_FILES, Checkpoint, check_dense
 from deltacome.arch.layout import find_layout
 from deltacome.compression.blocks import compress_side_by_side, compress_units
 from deltacome.compression.canary import make_canary
-from deltacome.compression.carried import carried_files
+from deltacome.compression.carried import carried_files, dropped_files
+from deltacome.compression.data import check_length
 from deltacome.compression.planning import (
     calibration_source,
     calibration_text,
@@ -30,21 +31,20 @@ from deltacome.compression.planning import (
 )
 from deltacome.compression.polish import distill_terms
 from deltacome.compression.run import Progress, Run
-from deltacome.compression.survey import survey
-from deltacome.errors import DeltaError, PlanError, UnsupportedError
+from deltacome.compression.survey import pair_models, survey
+from deltacome.device import pick_device
+from deltacome.errors import OutputError, PlanError, UnsupportedError
 from deltacome.format.artifact import Artifact, ArtifactWriter, file_infos
 from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.format.card import model_card
+from deltacome.format.folder import RUN_FILE, partial_of
 from deltacome.format.manifest import Manifest
 from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Method, Terms
 from deltacome.skeleton import (
-    check_names,
-    ignored,
     is_causal,
     make_skeleton,
-    parameter_names,
     read_config,
     targets,
 )
@@ -93,7 +93,8 @@ def compress(
             where blocks are independent. On several GPUs (`cuda`) each has one in turn. They are spawned:
             a script needs its `if __name__ == "__main__"`.
         sweeps: folder where the sweep of `adaptive`, which no ratio changes, is kept for other runs with
-            this text; it takes as much room as `Adaptive.diagonal` says.
+            this text; it takes as much room as `Adaptive.diagonal` says, and so does what a run that is
+            killed while it sweeps leaves there.
         progress: called as the work goes on.
 
     Returns:
@@ -115,6 +116,8 @@ def compress(
             f"workers: blocks are independent only without calibration, got {workers} workers and "
             f"calibration {calibration}"
         )
+    if calibration != "none":
+        check_length(seq_len, tuned_checkpoint.path)
     # BLAS splits its sums by thread, so bytes depend on how many there are; a worker has its share.
     threads = max(1, torch.get_num_threads() // workers)
     identity = {
@@ -128,7 +131,7 @@ def compress(
         "seed": seed,
         "device": device,
         "dtype": str(compute),
-        "torch": torch.__version__,
+        "versions": _versions(),
         "threads": threads,
     }
     sweep_folder = None if sweeps is None else Path(sweeps) / _sweep_name(method, identity)
@@ -140,7 +143,9 @@ def compress(
         carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
         carried[CANARY_FILE] = Canary.unknown().to_json()  # as long as the one to come
         manifest = replace(
-            _manifest(run, calibration, samples, seq_len, seed, threads), files=file_infos(carried)
+            _manifest(run, calibration, samples, seq_len, seed, threads),
+            files=file_infos(carried),
+            dropped_files=dropped_files(base_checkpoint.path, tuned_checkpoint.path),
         )
 
         def text() -> list[list[int]] | None:
@@ -162,13 +167,28 @@ def compress(
             carried[CANARY_FILE] = canary.to_json()
         progress(Progress("write", 0, 1))
         path = writer.finish(names, manifest, carried, lambda a: str(model_card(a)).encode())
-        progress(Progress("write", 1, 1))
-    except DeltaError:
+    except Exception:  # a fault too, but no interrupt, which is there to be continued
         _forget_if_empty(writer.partial)
         raise
     finally:
         writer.close()
+    progress(Progress("write", 1, 1))
     return Artifact.open(path)
+
+
+def check_output(output: str | Path, *, resume: bool) -> None:
+    """Refuses an output before work that comes ahead of `compress`, which asks again under its lock.
+
+    Raises:
+        OutputError: it exists, or an unfinished run lies in its place that is not to be continued.
+    """
+    output, partial = Path(output), partial_of(Path(output))
+    if output.exists():
+        raise OutputError(f"{output}: the output exists already; remove it or name another")
+    if (partial / RUN_FILE).exists() and not resume:
+        raise OutputError(
+            f"{partial}: holds an unfinished run; continue it with --resume or remove it"
+        )
 
 
 def _sweep_name(method: Method, identity: dict[str, Any]) -> str:
@@ -179,8 +199,7 @@ def _sweep_name(method: Method, identity: dict[str, Any]) -> str:
     """
     if not isinstance(method, Adaptive) or identity["calibration"] == "none":
         raise PlanError(f"sweeps: expected adaptive and text, got {method.options()['name']}")
-    version = importlib.metadata.version("deltacome")
-    of_sweep = identity | {"method": method.diagonal, "ratio": None, "version": version}
+    of_sweep = identity | {"method": method.diagonal, "ratio": None}
     return hashlib.sha256(json.dumps(of_sweep).encode()).hexdigest()[:16]
 
 
@@ -199,20 +218,11 @@ def _prepare(
     report: Callable[[Progress], None],
 ) -> Run:
     for checkpoint in (base, tuned):
-        checkpoint.check_dense()
+        check_dense(checkpoint.path)
     model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
     layout = find_layout(model)
     where = targets(model, tuned.tensors)
-    check_names(model, {name: info.shape for name, info in tuned.tensors.items()}, where)
-    names = parameter_names(model, where)
-    head, embedding = (names.get(name or "") for name in (layout.head, layout.embedding))
-    tied = head is not None and model.get_parameter(str(layout.head)) is model.get_parameter(
-        str(layout.embedding)
-    )
-    pairs = pair_tensors(
-        *(base, tuned, layout.head if tied else head, embedding),
-        ignored=lambda name: ignored(model, name),
-    )
+    pairs, names, tied = pair_models(base, tuned, model, layout, where)
     done = 0
 
     def on_tensor(name: str) -> None:
@@ -266,16 +276,20 @@ def _manifest(
     if calibration != "none":
         said |= {"samples": samples, "seq_len": seq_len, "seed": seed}
         said |= _without_inputs(run)
-    versions = {
-        name: importlib.metadata.version(name) for name in ("deltacome", "torch", "transformers")
-    }
     return Manifest(
         base_name_or_path=run.base.name_or_path,
         base_revision=run.base.revision,
         method=run.method.options(),
-        provenance={"calibration": said, "threads": threads, "versions": versions},
+        provenance={"calibration": said, "threads": threads, "versions": _versions()},
         records=run.records,
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that bytes hang on."""
+    return {
+        name: importlib.metadata.version(name) for name in ("deltacome", "torch", "transformers")
+    }
 
 
 def _without_inputs(run: Run) -> dict[str, int]:
@@ -292,16 +306,10 @@ def _without_inputs(run: Run) -> dict[str, int]:
 def _identity(checkpoint: Checkpoint) -> list:
     """Which files a run reads: a changed file must not be mixed into a resumed run."""
     files = {info.file for info in checkpoint.tensors.values()}
-    files |= {file for file in checkpoint.path.glob("*.json") if file.is_file()}
+    for pattern in ("*.json", *SIDE_FILES):
+        files |= {file for file in checkpoint.path.glob(pattern) if file.is_file()}
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return [str(checkpoint.path.resolve()), stats]
-
-
-def pick_device(device: str) -> str:
-    """ "auto" is the GPU if there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def _pick_dtype(dtype: str, device: str) -> torch.dtype:

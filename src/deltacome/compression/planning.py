@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deltacome.compression.budget import make_plans
-from deltacome.compression.data import answers_from, calibration_rows
+from deltacome.compression.data import answers_from, calibration_rows, check_source
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -26,7 +28,7 @@ from deltacome.compression.run import (
     stream_of,
 )
 from deltacome.compression.sensitivity import keep, sweep
-from deltacome.errors import CalibrationError, PlanError
+from deltacome.errors import CalibrationError, PlanError, naming
 from deltacome.format.artifact import ArtifactWriter
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest
@@ -51,16 +53,21 @@ def plan_terms(
     """Plans, kept beside the units: a resumed run need not measure what they were made from."""
     file = writer.partial / "plans.json"
     method = run.method
+    if isinstance(method, Adaptive) and not file.exists():
+        _check_least(run, manifest, ratio)
     if isinstance(method, Adaptive) and (rows := text()) is not None:
         run.weights = sweep_folder or writer.partial / "sweep"
         if not run.weights.exists():
+            for killed in writer.partial.glob("sweep.*"):  # of this run, and as large as a model
+                shutil.rmtree(killed)
             _sweep(run, method, run.weights, rows, seed)
     if not file.exists():
 
         def matrix(name: str) -> Matrix:
             shape, spectrum = run.records[name].bands_shape, None
             if isinstance(method, Adaptive) and (weights := measured_weights(run, name)):
-                spectrum = method.spectrum(delta_of(run, name), *weights).cpu()
+                with naming([name]):
+                    spectrum = method.spectrum(delta_of(run, name), *weights).cpu()
             return Matrix(shape, lambda: delta_of(run, name), spectrum)
 
         plans = make_plans(manifest, run.method, {n: matrix(n) for n in run.plans}, ratio)
@@ -70,6 +77,20 @@ def plan_terms(
         name: Terms(tuple(Band(*band) for band in bands), scales)
         for name, (bands, scales) in json.loads(file.read_text()).items()
     }
+
+
+def _check_least(run: Run, manifest: Manifest, ratio: float | None) -> None:
+    """Refuses a ratio that nothing meets before text is written and a sweep is run for it.
+
+    Raises:
+        PlanError: as `make_plans`.
+    """
+    worthless = torch.zeros(1)  # and what is worth nothing is not stored
+    least = {
+        name: Matrix(run.records[name].bands_shape, partial(delta_of, run, name), worthless)
+        for name in run.plans
+    }
+    make_plans(manifest, run.method, least, ratio)
 
 
 def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[list[int]], seed: int) -> None:
@@ -128,6 +149,12 @@ def calibration_text(
 
 
 def calibration_source(method: Method, source: str | None) -> str:
+    """Where rows come from, by default whence the method needs them.
+
+    Raises:
+        PlanError: the method's options look at no text, or need some.
+        CalibrationError: there is no such file.
+    """
     distill, name = bool(method.options().get("distill")), method.options()["name"]
     wants_text = method.calibrates or distill
     if source is None:
@@ -138,6 +165,8 @@ def calibration_source(method: Method, source: str | None) -> str:
         raise PlanError(
             f"calibration: {name} needs text to distil its scalars on, got none: distill 0 goes without"
         )
+    if source not in ("self", "none"):
+        check_source(source)
     return source
 
 

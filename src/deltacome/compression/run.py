@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import Layout
@@ -88,14 +88,18 @@ def of_common_rows(run: Run, name: str, weights: Weights) -> Weights:
 
 
 def load_block(run: Run, block: str, unit: Unit) -> None:
-    """Loads the compressed-so-far weights of a block: base + terms, or the tuned value itself."""
-    parameters = {f"{block}.{name}" for name, _ in run.layout.blocks[block].named_parameters()}
+    """Loads the compressed-so-far weights of a block: base + terms, or the tuned value itself.
+
+    Saved buffers too: a router's correction decides which experts a token goes to.
+    """
+    there = run.layout.blocks[block].state_dict(prefix=f"{block}.", keep_vars=True)
     for record in unit.records:
         target = run.where[record.name]
-        if target.parameter not in parameters:
-            continue  # a buffer that the checkpoint stores; the skeleton has its own
-        value = restored(run, record, unit.entries)
-        set_part(run.model, target, value.to(run.device, run.dtype))
+        if target.parameter not in there:
+            continue  # a table that old checkpoints store and the model computes
+        value = restored(run, record, unit.entries).to(run.device)
+        is_weight = isinstance(there[target.parameter], nn.Parameter)
+        set_part(run.model, target, value.to(run.dtype) if is_weight else value)
 
 
 def restored(run: Run, record: Record, entries: dict[str, Tensor]) -> Tensor:

@@ -24,19 +24,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deltacome.arch.checkpoint import Checkpoint
+from deltacome.arch.checkpoint import Checkpoint, check_dense
 from deltacome.arch.layout import find_layout
 from deltacome.compression.capture import Stream, drop_weights
-from deltacome.compression.data import calibration_rows
-from deltacome.compression.pipeline import pick_device
-from deltacome.errors import CalibrationError, PlanError, UnsupportedError
+from deltacome.compression.data import calibration_rows, check_length
+from deltacome.compression.survey import pair_models
+from deltacome.device import pick_device
+from deltacome.errors import CalibrationError, PlanError, UnsupportedError, naming
 from deltacome.format.codec import dense
 from deltacome.format.spec import rank
 from deltacome.methods.bands import Gptq, scaled_svd
 from deltacome.methods.template import Template
 from deltacome.numerics.gptq import GramFactor, factor_gram
 from deltacome.numerics.gram import relative_error
-from deltacome.skeleton import make_skeleton, parameter_names, read_config, set_weight, targets
+from deltacome.skeleton import make_skeleton, read_config, set_weight, targets
 
 Way = Literal["greedy", "genetic"]
 WIDTHS = (8, 4, 3)
@@ -52,6 +53,7 @@ POPULATION, GENERATIONS, MUTATION = 12, 8, 0.3
 class Linear:
     """A sampled linear: its delta, all its singular triples, the gram of its inputs and its factor."""
 
+    name: str
     delta_OI: Tensor
     triple: tuple[Tensor, Tensor, Tensor]
     gram_II: Tensor
@@ -80,16 +82,23 @@ def sample_linears(
     """Linears of `blocks` blocks, evenly spread over the depth, as the tuned model feeds them.
 
     Raises:
-        CheckpointError: the base has no tensor of a linear's name.
+        CheckpointError: the base has no tensor that a linear came from.
+        MismatchError: the two do not belong together.
         UnsupportedError: linears that are stacked in one parameter.
     """
     model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
-    layout, stored = find_layout(model), parameter_names(model, targets(model, tuned.tensors))
+    layout, where = find_layout(model), targets(model, tuned.tensors)
+    pairs, stored, _ = pair_models(base, tuned, model, layout, where)
+    before = {pair.name: pair.base_name for pair in pairs}
 
     def read(parameter: str) -> Tensor:
         if parameter not in stored:
             raise UnsupportedError(f"{parameter}: {tuned.path} has no tensor that is all of it")
         return tuned.read(stored[parameter])
+
+    def delta_of(weight: str, transposed: bool) -> Tensor:
+        delta = tuned.read(weight).float() - base.read(before[weight] or weight).float()
+        return (delta.T.contiguous() if transposed else delta).to(device)
 
     stream = Stream(model, layout, read, rows, device=device, dtype=dtype)
     names = list(layout.blocks)
@@ -101,13 +110,15 @@ def sample_linears(
             set_weight(model, full, read(full).to(device, dtype))
         for group in stream.groups(name) if name in chosen else ():
             gram_II = stream.gram(name, group[0])
-            factor = factor_gram(gram_II)
+            with naming([stored[f"{linear}.weight"] for linear in group]):
+                factor = factor_gram(gram_II)
             for linear in group:
                 weight = stored[f"{linear}.weight"]
-                delta_OI = (tuned.read(weight).float() - base.read(weight).float()).to(device)
+                delta_OI = delta_of(weight, f"{linear}.weight" in layout.transposed)
                 if delta_OI.any():
-                    triple = scaled_svd(delta_OI, min(delta_OI.shape))
-                    found.append(Linear(delta_OI, triple, gram_II, factor))
+                    with naming([weight]):
+                        triple = scaled_svd(delta_OI, min(delta_OI.shape))
+                    found.append(Linear(weight, delta_OI, triple, gram_II, factor))
         stream.advance(name)
         drop_weights(layout.blocks[name])
     if not found:
@@ -166,8 +177,9 @@ def _mean_error(linears: list[Linear], template: Template, ratio: float) -> floa
         if not plan:
             return 1.0
         u_RO, s_R, v_RI = (part[: rank(plan)] for part in linear.triple)
-        (factors,) = Gptq().v_factors([(v_RI, plan)], linear.factor)
-        bands = Gptq().with_u(u_RO, s_R, factors, plan, linear.gram_II)
+        with naming([linear.name]):
+            (factors,) = Gptq().v_factors([(v_RI, plan)], linear.factor)
+            bands = Gptq().with_u(u_RO, s_R, factors, plan, linear.gram_II)
         delta_hat_OI = dense(bands).to(linear.delta_OI.device)
         errors.append(relative_error(linear.delta_OI, delta_hat_OI, linear.gram_II))
     return sum(errors) / len(errors)
@@ -193,8 +205,11 @@ def find_template(
     """
     if source == "none":
         raise CalibrationError("search: expected calibration text to measure errors on, got none")
-    before, after = Checkpoint(base), Checkpoint(tuned)
     device = pick_device(device)
+    before, after = Checkpoint(base), Checkpoint(tuned)
+    for checkpoint in (before, after):
+        check_dense(checkpoint.path)
+    check_length(seq_len, after.path)
     rows = calibration_rows(
         source, after.path, samples=samples, seq_len=seq_len, seed=seed, device=device
     )

@@ -33,7 +33,7 @@ Legend: T tokens, I in, O out, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -78,27 +78,33 @@ def keep(folder: Path, weights: Iterator[dict[str, Weights]], wanted: Collection
     """Runs a sweep and keeps what it finds of some matrices, a file each; a folder that exists is whole.
 
     Args:
-        folder: made here.
+        folder: made here, or meanwhile by another process that ran the same sweep.
         weights: of a sweep.
         wanted: names of the matrices.
 
     Raises:
         UnsupportedError: a matrix that the sweep does not reach (experts, a vision tower).
     """
-    partial, left = folder.with_name(f"{folder.name}.partial"), set(wanted)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for found in weights:
-        for name in found.keys() & left:
-            kept = {key: value.cpu() for key, value in found[name]._asdict().items()}
-            save_file(kept, _file(partial, name))
-        left -= found.keys()
-    if left:
-        raise UnsupportedError(
-            f"adaptive: {len(left)} matrices are not reached by text that runs through the decoder's "
-            f"blocks, {min(left)} the first: use another method, or calibration none"
-        )
-    partial.rename(folder)
+    left = set(wanted)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as own:
+        partial = Path(own) / "sweep"
+        partial.mkdir()  # unlike the one around it for everybody to read
+        for found in weights:
+            for name in found.keys() & left:
+                kept = {key: value.cpu() for key, value in found[name]._asdict().items()}
+                save_file(kept, _file(partial, name))
+            left -= found.keys()
+        if left:
+            raise UnsupportedError(
+                f"adaptive: {len(left)} matrices are not reached by text that runs through the "
+                f"decoder's blocks, {min(left)} the first: use another method, or calibration none"
+            )
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was first, with the same
+                raise
 
 
 def measured(folder: Path, name: str) -> Weights:

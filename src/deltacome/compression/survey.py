@@ -10,24 +10,69 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from deltacome.arch.checkpoint import (
     Checkpoint,
+    HasTensors,
     Pair,
     check_finite,
     full_digest,
+    pair_tensors,
     sample_digest,
 )
 from deltacome.arch.layout import Layout
 from deltacome.errors import MismatchError
 from deltacome.format.artifact import dtype_name
 from deltacome.format.manifest import DTYPES, Record
-from deltacome.skeleton import Target
+from deltacome.skeleton import Target, check_names, ignored, parameter_names
 
 CHUNK = 1024
 """Rows that are compared at a time."""
+
+
+class Paired(NamedTuple):
+    """A tuned checkpoint in its model, tensor by tensor, and the base's beside it."""
+
+    pairs: list[Pair]
+    names: dict[str, str]
+    """`skeleton.parameter_names`."""
+    tied: bool
+    """Whether the tuned model's head is its embedding."""
+
+
+def pair_models(
+    base: HasTensors,
+    tuned: HasTensors,
+    model: nn.Module,
+    layout: Layout,
+    where: Mapping[str, Target],
+) -> Paired:
+    """Pairs what two checkpoints hold, as far as names and shapes say.
+
+    Args:
+        base, tuned: what is compared.
+        model: the tuned model's skeleton.
+        layout: of the model.
+        where: each tensor of the tuned checkpoint in it.
+
+    Raises:
+        MismatchError: the tuned checkpoint is not of this model, or the base not of its kind.
+    """
+    check_names(model, {name: info.shape for name, info in tuned.tensors.items()}, where)
+    names = parameter_names(model, where)
+    head, embedding = (names.get(name or "") for name in (layout.head, layout.embedding))
+    tied = head is not None and model.get_parameter(str(layout.head)) is model.get_parameter(
+        str(layout.embedding)
+    )
+    pairs = pair_tensors(
+        *(base, tuned, layout.head if tied else head, embedding),
+        ignored=lambda name: ignored(model, name),
+    )
+    return Paired(pairs, names, tied)
 
 
 def survey(

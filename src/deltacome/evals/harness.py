@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deltacome.device import pick_device
 from deltacome.errors import DeltaError
-from deltacome.evals.models import load_model, pick_device, tuned_by
+from deltacome.evals.models import load_model, tuned_by
 from deltacome.evals.run import account, names, shared_tokenizer
 from deltacome.format.artifact import opened
 

@@ -11,16 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from deltacome.device import pick_device
 from deltacome.errors import CheckpointError, DeltaError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.hub import split_name
-
-
-def pick_device(device: str) -> str:
-    """ "auto" is the GPU if there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
@@ -29,9 +23,11 @@ def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
     A vision-language model is loaded whole, and answers questions that come without pictures.
 
     Raises:
+        DeviceError: there is no such device (`pick_device`).
         DeltaError: `dtype` is neither "auto" nor the name of a torch dtype.
         CheckpointError: there is no language model of transformers.
     """
+    device = pick_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise DeltaError(f"dtype: expected auto or the name of a torch dtype, got {dtype!r}")
     name, revision = split_name(source, None, CheckpointError)

@@ -7,7 +7,6 @@ model of another class of the base (`models.tuned_by`) there are two.
 """
 
 import gc
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from deltacome.errors import CheckpointError, MismatchError
+from deltacome.arch.checkpoint import SIDE_FILES
+from deltacome.errors import CheckpointError, DeltaError, MismatchError
 from deltacome.evals.divergence import (
     Reference,
     divergence,
@@ -30,18 +30,12 @@ from deltacome.evals.models import load_model, pick_device, tuned_by
 from deltacome.evals.prompts import prompt_ids
 from deltacome.evals.score import answer, generate, score
 from deltacome.evals.tasks import Question, load_questions
-from deltacome.format.artifact import Artifact, opened
-from deltacome.format.hub import split_name
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
+from deltacome.format.canary import CANARY_FILE
+from deltacome.format.hub import fetch_folder, split_name
+from deltacome.format.side_files import write_side_files
 
 KLS = ("kl_task", "kl_task_error", "kl_text", "kl_text_error")
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-)
 
 
 def evaluate(
@@ -62,8 +56,9 @@ def evaluate(
     """Score base, tuned and deltas on one task; compare each with the tuned model, if given.
 
     `task`, `n`, `seed` and `task_args` as in `load_questions`; `text` is a file for `kl_text`
-    instead of the default of `text_rows`. `dtype` is the name of a torch dtype, or "auto" for
-    that of the checkpoints: bfloat16 arithmetic alone moves the KL of a good delta severalfold.
+    instead of the default of `text_rows`, and needs `tuned`. `dtype` is the name of a torch dtype,
+    or "auto" for that of the checkpoints: bfloat16 arithmetic alone moves the KL of a good delta
+    severalfold.
     All models get the prompts of one tokenizer: the tuned model's, else the one that the deltas
     carry, else the base's.
 
@@ -74,6 +69,8 @@ def evaluate(
     should: `kl_task` of a base if the answers use tokens that the fine-tune added, its score too if
     the chat template does.
     """
+    if text is not None and tuned is None:
+        raise DeltaError(f"{text}: text is for KL against a tuned model, got none")
     device = pick_device(device)
     questions = load_questions(task, n, seed, task_args)
     artifacts = [opened(delta) for delta in deltas]
@@ -81,9 +78,9 @@ def evaluate(
     exam = Exam(tokenizer, questions, batch_size, max_new_tokens)
     of_tuned = []
     if tuned is not None:
+        rows = question_rows(tokenizer, questions), text_rows(tokenizer, text)
         model = load_model(tuned, device, dtype)
         of_tuned = [{"name": "tuned", **scores(model, exam), **dict.fromkeys(KLS, 0.0)}]
-        rows = question_rows(tokenizer, questions), text_rows(tokenizer, text)
         references = tuple(record(model, r, batch_size=batch_size) for r in rows)
         exam = replace(exam, references=references)
         del model
@@ -150,7 +147,7 @@ def answer_with(
     if delta is None:
         return answer(model, _tokenizer(base), prompt, max_new_tokens=max_new_tokens)
     artifact = opened(delta)
-    tokenizer = delta_tokenizer(base, artifact.path)
+    tokenizer = delta_tokenizer(base, artifact)
     with tuned_by(artifact, base, model) as running:
         return answer(running, tokenizer, prompt, max_new_tokens=max_new_tokens)
 
@@ -178,7 +175,7 @@ def shared_tokenizer(
     """The one tokenizer of a table. Deltas that carry different ones need a tuned model."""
     if tuned is not None:
         return _tokenizer(tuned)
-    found = [delta_tokenizer(base, artifact.path) for artifact in artifacts] or [_tokenizer(base)]
+    found = [delta_tokenizer(base, artifact) for artifact in artifacts] or [_tokenizer(base)]
     for artifact, other in zip(artifacts, found, strict=False):
         if _prompting(other) != _prompting(found[0]):
             raise MismatchError(
@@ -189,16 +186,15 @@ def shared_tokenizer(
     return found[0]
 
 
-def delta_tokenizer(base: str | Path, delta: Path) -> Any:
+def delta_tokenizer(base: str | Path, artifact: Artifact) -> Any:
     """The tokenizer that a delta was trained with: the base's, under the files it carries."""
-    carried = [file for pattern in TOKENIZER_FILES for file in delta.glob(pattern)]
-    if not carried:
+    manifest = artifact.manifest
+    if not manifest.dropped_files and not manifest.files.keys() - {TUNED_CONFIG_FILE, CANARY_FILE}:
         return _tokenizer(base)
+    patterns = (*SIDE_FILES, "config.json")
+    of_base = fetch_folder(base, None, CheckpointError, patterns)
     with tempfile.TemporaryDirectory() as folder:
-        _tokenizer(base).save_pretrained(folder)
-        for file in carried:
-            if file.is_file():
-                shutil.copy(file, folder)
+        write_side_files(Path(folder), of_base, artifact, patterns)
         return _tokenizer(folder)
 
 

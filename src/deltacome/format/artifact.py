@@ -310,7 +310,7 @@ class Artifact(ModelHubMixin):
             {
                 "name": record.name,
                 "shape": list(record.shape),
-                "kind": record.kind,
+                "kind": record.held,
                 "plan": [[band.bits, band.count] for band in record.plan],
                 "sign_scales": record.sign_scales,
                 "bytes": record.nbytes(manifest.group_size),

@@ -93,7 +93,7 @@ def _sizes(artifact: Artifact) -> list[str]:
     manifest, nominal = artifact.manifest, artifact.manifest.nominal_ratio()
     kinds: dict[str, list[int]] = {}
     for record in manifest.records.values():
-        kinds.setdefault(record.kind, []).append(record.nbytes(manifest.group_size))
+        kinds.setdefault(record.held, []).append(record.nbytes(manifest.group_size))
     return [
         "| size | |",
         "|---|---:|",
@@ -113,7 +113,7 @@ def _errors(artifact: Artifact) -> list[str]:
     """By projection: the number of a block or expert in a tensor's name stands for all of them."""
     groups: dict[str, list[Record]] = {}
     for record in artifact.manifest.records.values():
-        if record.packed and record.error is not None:
+        if record.error is not None:
             groups.setdefault(re.sub(r"\.\d+(?=\.)", ".*", record.name), []).append(record)
     if not groups:
         return []

@@ -90,6 +90,11 @@ class Record:
         return "+".join(packed) or ("exact" if self.exact_rows else "same")
 
     @property
+    def held(self) -> str:
+        """`kind` for people: `dropped` where the tensor changed and its plan left it out."""
+        return "dropped" if self.kind == "same" and self.error is not None else self.kind
+
+    @property
     def packed(self) -> bool:
         """Whether there is a term of codes: bands, signs or both."""
         return bool(self.plan or self.sign_scales)
@@ -174,8 +179,16 @@ class Manifest:
     records: dict[str, Record]
     files: dict[str, FileInfo] = field(default_factory=dict)
     """Files of the tuned model that go along: configuration, tokenizer and so on."""
+    dropped_files: tuple[str, ...] = ()
+    """Files of the base of that sort that the tuned model lacks: not to be taken over from the base."""
     shards: dict[str, FileInfo] = field(default_factory=dict)
     group_size: int = GROUP
+
+    @property
+    def base_source(self) -> str:
+        """The base as it was read: a folder, or `org/name@revision` on the Hub."""
+        revision = "" if self.base_revision is None else f"@{self.base_revision}"
+        return self.base_name_or_path + revision
 
     def tuned_nbytes(self) -> int:
         """Bytes of the tuned model's weights as if at 16 bit."""
@@ -201,6 +214,8 @@ class Manifest:
             "shards": _files_to_json(self.shards),
             "tensors": {name: record_to_json(r) for name, r in sorted(self.records.items())},
         }
+        if self.dropped_files:
+            document["dropped_files"] = list(self.dropped_files)
         return json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
@@ -226,6 +241,7 @@ class Manifest:
             group_size=_take(document, "group_size", _integer(1, 1 << 20)),
             provenance=_take(document, "provenance", _dict),
             files=_files(document, "files", CARRIED_NAME, MAX_CARRIED_BYTES),
+            dropped_files=_take(document, "dropped_files", _strings, default=()),
             shards=_files(document, "shards", SHARD_NAME, 1 << 50),
             records={
                 name: record_from_json(name, value)
@@ -399,6 +415,12 @@ def _string(item: Any) -> str:
     if not isinstance(item, str) or not _is_text(item):
         raise TypeError("expected a string")
     return item
+
+
+def _strings(item: Any) -> tuple[str, ...]:
+    if not isinstance(item, list):
+        raise TypeError("expected a list of strings")
+    return tuple(_string(entry) for entry in item)
 
 
 def _is_text(item: str) -> bool:

@@ -8,6 +8,7 @@ terms. So a ratio is met, or refused, before the work begins, whatever a method 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -109,19 +110,20 @@ def share_evenly(
         is dealt out one direction at a time.
     """
 
-    def at(share: float) -> dict[str, Terms]:
-        by_shape = {s: fill(s, share * 2 * math.prod(s)) for s in set(shapes.values())}
-        return {name: by_shape[shape] for name, shape in shapes.items()}
+    counts = Counter(shapes.values())  # the layers of a large model are hundreds, of a few shapes
 
-    def size(plans: Mapping[str, Terms]) -> int:
-        return sum(plan.nbytes(shapes[name]) for name, plan in plans.items())
+    def at(share: float) -> dict[Shape, Terms]:
+        return {shape: fill(shape, share * 2 * math.prod(shape)) for shape in counts}
+
+    def size(plans: Mapping[Shape, Terms]) -> int:
+        return sum(counts[shape] * plan.nbytes(shape) for shape, plan in plans.items())
 
     low, high = 0.0, 4.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if size(at(middle)) <= nbytes else (low, middle)
-    plans = at(low)
-    left = nbytes - size(plans)
+    even = at(low)
+    plans, left = {name: even[shape] for name, shape in shapes.items()}, nbytes - size(even)
     for name, shape in shapes.items():
         grown = grow(shape, plans[name])
         cost = 0 if grown is None else grown.nbytes(shape) - plans[name].nbytes(shape)

@@ -26,7 +26,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from deltacome.errors import PlanError
+from deltacome.errors import PlanError, naming
 from deltacome.format.codec import Packed, dequantize
 from deltacome.format.spec import Band, Plan, bands_nbytes, rank
 from deltacome.methods.bands import Gptq, scaled_svd
@@ -75,7 +75,8 @@ class PrinMix:
             found, spare = {}, 0.0
             for name, shape in shapes.items():
                 share = nbytes * shape[0] * shape[1] / size + spare
-                found[name] = Terms(best_plan(shape, costs[name], share))
+                with naming([name]):
+                    found[name] = Terms(best_plan(shape, costs[name], share))
                 spare = share - found[name].nbytes(shape)
             return found
 

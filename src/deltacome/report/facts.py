@@ -132,7 +132,7 @@ def gather(artifact: Artifact) -> Facts:
         tuned_nbytes=manifest.tuned_nbytes(),
         nominal_ratio=manifest.nominal_ratio(),
         beside_nbytes=sum(file.nbytes for file in manifest.files.values()),
-        tensors=Counter(record.kind for record in manifest.records.values()),
+        tensors=Counter(record.held for record in manifest.records.values()),
         places=[_place(artifact, key, members[key]) for key in order],
     )
 

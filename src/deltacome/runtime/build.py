@@ -46,11 +46,13 @@ def base_for(
     where = targets(model, records)
     check_names(model, {name: record.shape for name, record in records.items()}, where)
     checkpoint = Checkpoint(base)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    there = model.state_dict(keep_vars=True)
     for name, record in records.items():
-        if where[name].parameter in parameters:
+        place = there.get(where[name].parameter)
+        if place is not None:
             value = _value(checkpoint, artifact, record)
-            set_part(model, where[name], value.to(kind) if value.is_floating_point() else value)
+            is_weight = isinstance(place, torch.nn.Parameter) and value.is_floating_point()
+            set_part(model, where[name], value.to(kind) if is_weight else value)
     model.tie_weights()
     _say_rows(model)
     return model

@@ -114,7 +114,7 @@ class _Export:
         if document is None:
             raise ArtifactError(f"{artifact.path}: expected {TUNED_CONFIG_FILE}, found none")
         self.artifact, self.rank, self.lora_only, self.dtype = artifact, rank, lora_only, dtype
-        self.base = base or artifact.manifest.base_name_or_path
+        self.base = base or artifact.manifest.base_source
         self.model = make_skeleton(parse_config(document), torch.float32, artifact.path)
         self.where = targets(self.model, artifact.manifest.records)
         self.records = {self.where[n].parameter: r for n, r in artifact.manifest.records.items()}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltacome.arch.checkpoint import sample_digest
@@ -251,10 +252,15 @@ def check_base(place: Place) -> None:
         return
     got = sample_digest(live)
     if got != record.base_sample:
+        way_out = "load the base that the artifact names, in the dtype of its checkpoint, unchanged"
+        if live.dtype == torch.float16:
+            way_out = (
+                "unless its checkpoint is in float16 too, that type is the likely reason: load the base "
+                "in bfloat16 or float32"
+            )
         raise MismatchError(
             f"{place.name}: wrong base: expected values of fingerprint {record.base_sample}, got "
-            f"{got} ({live.dtype}): load the base that the artifact names, in the dtype of its "
-            "checkpoint, unchanged"
+            f"{got} ({live.dtype}): {way_out}"
         )
 
 

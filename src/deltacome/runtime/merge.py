@@ -8,7 +8,6 @@ with the wrong base looks like a model and is none. The folder appears by a rena
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -24,9 +23,9 @@ from deltacome.arch.checkpoint import (
 )
 from deltacome.errors import ArtifactError, MismatchError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, grouped, opened
-from deltacome.format.canary import CANARY_FILE
 from deltacome.format.folder import new_folder, write_atomic
 from deltacome.format.manifest import DTYPES, Record, entry_nbytes
+from deltacome.format.side_files import write_side_files
 
 MAX_SHARD_BYTES = 2 * 10**9
 
@@ -133,11 +132,4 @@ def _write_weights(
 def _write_rest(folder: Path, base: Checkpoint, artifact: Artifact) -> None:
     if TUNED_CONFIG_FILE not in artifact.manifest.files:
         raise ArtifactError(f"{artifact.path}: expected {TUNED_CONFIG_FILE}, found none")
-    for pattern in (*SIDE_FILES, "*.py"):
-        for file in base.path.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-    for name in artifact.manifest.files.keys() - {CANARY_FILE}:
-        content = artifact.file(name)
-        assert content is not None
-        (folder / ("config.json" if name == TUNED_CONFIG_FILE else name)).write_bytes(content)
+    write_side_files(folder, base.path, artifact, (*SIDE_FILES, "*.py"))
