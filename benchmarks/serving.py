@@ -20,11 +20,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from origin import origin
@@ -96,6 +99,9 @@ def mix(
             rows[f"plugin, {count} tenants"] = lambda seed, count=count: run(
                 ours.url, names[:count], load, seed
             )
+        rows[f"plugin, {MIXES[1]} tenants while others load"] = lambda seed: while_loading(
+            ours, list(made.values()), lambda: run(ours.url, names[: MIXES[1]], load, seed)
+        )
         if small:
             row = f"plugin, {SMALL} tenants with the plans of {Path(like).name}"
             rows[row] = lambda seed: run(ours.url, list(small), load, seed)
@@ -152,6 +158,29 @@ def apart(
         memory[f"plugin, {APART} tenants"] = ours.resident()
         memory[f"a process each, {APART} models"] = sum(s.resident() for s in servers)
     return table(found, memory)
+
+
+def while_loading(
+    server: Server, folders: Sequence[Path], measure: Callable[[], Measured]
+) -> Measured:
+    """What is measured while tenants are loaded under another name, one after the other."""
+    done = threading.Event()
+
+    def load() -> None:
+        for folder in itertools.cycle(folders):
+            if done.is_set():
+                return
+            server.post("/v1/load_lora_adapter", lora_name="guest", lora_path=str(folder))
+            server.post("/v1/unload_lora_adapter", lora_name="guest")
+
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(load)
+        try:
+            measured = measure()
+        finally:
+            done.set()
+        loading.result()
+    return measured
 
 
 def take_turns(

@@ -26,6 +26,7 @@ from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.codec import BandTensors, Factor, write_bands
 from deltacome.format.spec import WIDTHS, Band, bands_nbytes
 from deltacome.ops.bands import band_rows, bands, many
+from deltacome.ops.rows import group_all
 from deltacome.ops.slots import BandTable, PlacedBands, Pool
 
 every_tile = pytest.mark.parametrize("tile", TILES)
@@ -104,6 +105,20 @@ def test_what_is_not_a_number_stays_so(impl, dtype, bad):
     bands(y_TO, x_TI, rows_of([0, 0, 1], table), table, impl=impl)
     assert not y_TO[1].isfinite().any()
     assert y_TO[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [3, 9, 257])
+def test_tiles_that_the_op_chooses(impl, tokens):
+    slots = [2, 0, -1, 0, 1, 3, 2, 0, 1, *[0] * 140, *[1] * 108][:tokens]
+    table, deltas = filled(140, [70], PLANS, slots=4)
+    x_TI, ids_T = randn(tokens, 140), torch.arange(tokens, device=DEVICE) % 70
+    rows = group_all(torch.tensor(slots, dtype=torch.int32, device=DEVICE), 4)
+    y_TO, y_TI = torch.zeros(tokens, 70, device=DEVICE), torch.zeros(tokens, 140, device=DEVICE)
+    bands(y_TO, x_TI, rows, table, impl=impl)
+    assert_added(y_TO, torch.zeros(tokens, 70), expected_of(x_TI, slots, deltas))
+    band_rows(y_TI, ids_T, rows, table, impl=impl)
+    rows_of_u = [(slot >= 0) * deltas[slot][i % 70] for i, slot in enumerate(slots)]
+    assert_added(y_TI, torch.zeros(tokens, 140), torch.stack(rows_of_u))
 
 
 @every_tile

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deltacome.ops.bands import band_rows, bands
 from deltacome.ops.norm import norm
-from deltacome.ops.rows import group_rows
+from deltacome.ops.rows import group_all, group_rows, set_unused
 from deltacome.ops.signs import rows as plain
 from deltacome.ops.signs import sign_rows, signs
 
@@ -89,6 +89,40 @@ def test_launching_asks_nothing_of_the_device(monkeypatch, tile):
         plain.sign_rows(x_TI, ids_T, rows.slot_T, blobs_SN, fields_SPF[:, :1], 70, 1.0)
     assert len(launch.grids) == 6
     assert all(isinstance(size, int) for grid in launch.grids for size in grid)
+
+
+@interpreted
+def test_a_batch_known_to_be_of_the_base_launches_nothing(monkeypatch):
+    """What a graph that is captured for such batches has in it."""
+    from deltacome.ops.bands import triton as band_kernels
+    from deltacome.ops.norm import triton as norm_kernel
+    from deltacome.ops.signs import triton as sign_kernel
+
+    launch = Launch()
+    for module, name in (
+        *((band_kernels, name) for name in ("shrink", "expand", "gather")),
+        *((sign_kernel, "multiply"), (norm_kernel, "normalise")),
+    ):
+        monkeypatch.setattr(module, name, launch)
+    table, _ = filled(140, [140], PLANS)
+    sign_table, _ = filled_signs(140, [140], empty=0)
+    rows = group_all(torch.tensor([0, 1, 2], dtype=torch.int32), 3)
+    y_TO, x_TI, ids_T = torch.zeros(3, 140), randn(3, 140), torch.arange(3)
+
+    def step():
+        launch.grids.clear()
+        bands(y_TO, x_TI, rows, table, impl="triton")
+        band_rows(y_TO, ids_T, rows, table, impl="triton")
+        signs(y_TO, x_TI, rows, sign_table, impl="triton")
+        sign_rows(y_TO, ids_T, rows, sign_table)
+        norm(y_TO.view(3, 2, 70), x_TI.view(3, 2, 70), rows, randn(3, 70), 1e-5, impl="triton")
+        return len(launch.grids)
+
+    set_unused(rows.slot_T, True)
+    assert step() == 0
+    assert not y_TO.any()
+    set_unused(rows.slot_T, False)
+    assert step() == 6
 
 
 @interpreted

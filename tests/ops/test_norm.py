@@ -59,6 +59,23 @@ def test_strides_are_free_and_inputs_stay(impl):
         assert torch.equal(x_TH, copy)
 
 
+@pytest.mark.parametrize("slots", [[2, -1, 0], []], ids=str)
+def test_heads_of_a_token_share_its_weight(impl, slots):
+    x_THN, y_THN = randn(len(slots), 5, 70), randn(len(slots), 5, 70, seed=1)
+    weights_SN, before = randn(4, 70, seed=2), y_THN.clone()
+    norm(
+        y_THN,
+        x_THN.transpose(1, 2).contiguous().transpose(1, 2),
+        rows_of(slots),
+        weights_SN,
+        1e-5,
+        impl=impl,
+    )
+    for row, slot in enumerate(slots):
+        expected = torch.nn.functional.rms_norm(x_THN[row], (70,), eps=1e-5) * weights_SN[slot]
+        torch.testing.assert_close(y_THN[row], before[row] if slot < 0 else expected)
+
+
 def test_what_does_not_fit(impl):
     y_TH, x_TH, weights_SH = torch.zeros(2, 70, device=DEVICE), randn(2, 70), randn(4, 70)
     rows = rows_of([0, 1])
@@ -68,6 +85,9 @@ def test_what_does_not_fit(impl):
         (y_TH, x_TH, rows_of([0]), weights_SH),
         (y_TH, x_TH, rows, weights_SH[:, :69]),
         (y_TH, x_TH, rows, weights_SH.half()),
+        (y_TH.view(2, 2, 35), x_TH.view(2, 2, 35), rows, weights_SH),
+        (y_TH.view(2, 2, 35), x_TH, rows, weights_SH[:, :35]),
+        (y_TH.view(2, 2, 35), x_TH.view(2, 2, 35), rows_of([0]), weights_SH[:, :35]),
     ):
         with pytest.raises(MismatchError, match="norm: expected"):
             norm(*arguments, 1e-5, impl=impl)
@@ -83,3 +103,5 @@ def test_registration(impl):
     arguments = (randn(3, 70), randn(3, 70), rows.slot_T, randn(4, 70), 1e-5, impl)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.deltacome.norm.default, arguments, test_utils=tests)
+    heads = (randn(3, 2, 70), randn(3, 2, 70), *arguments[2:])
+    torch.library.opcheck(torch.ops.deltacome.norm.default, heads, test_utils=tests)

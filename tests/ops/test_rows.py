@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from ops_helpers import DEVICE
+from ops_helpers import DEVICE, PLANS, filled, randn
 
-from deltacome.ops.rows import group_rows
+from deltacome.ops.bands import band_rows, bands
+from deltacome.ops.rows import Rows, chosen, group_all, group_rows, nobody, set_unused
 
 
 @pytest.mark.parametrize("tile", [1, 4, 16])
@@ -47,3 +48,53 @@ def test_rows_without_a_slot_move_nothing():
 def test_slots_out_of_range(slots):
     with pytest.raises(RuntimeError, match=r"slots: not in \[-1, 3\)"):
         group_rows(torch.tensor(slots), 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "tile"),
+    [(1, 1, 1), (2, 1, 16), (4, 8, 1), (5, 8, 16), (256, 8, 16), (257, 8, 64)],
+)
+def test_tiles_of_the_size_that_is_chosen(tokens, slots, tile):
+    """In buffers that are larger than the batch, and not cleared behind it."""
+    slot_T = torch.randint(-1, slots, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    held = group_all(torch.cat([slot_T, torch.full((400,), -1)]), slots)
+    got, of = chosen(held.tiles_M3, held.tile, tokens, slots)
+    expected = group_rows(slot_T, slots, tile=tile)
+    assert of == tile
+    assert torch.equal(got, expected.tiles_M3)
+    live = int((slot_T >= 0).sum())
+    assert torch.equal(held.order_T[:live], expected.order_T[:live])
+    assert chosen(held.tiles_M3, held.tile, tokens, slots, least=16)[1] == max(16, tile)
+    assert chosen(expected.tiles_M3, tile, tokens, slots) == (expected.tiles_M3, tile)
+
+
+def test_rows_that_are_said_to_be_the_bases():
+    """An op on any part of the buffer does nothing, without a look at it, until more is said."""
+    table, _ = filled(140, [140], PLANS)
+    buffer_T = torch.zeros(9, dtype=torch.int32, device=DEVICE)
+    rows = Rows(buffer_T[2:5], buffer_T, buffer_T, 1)
+    others = group_rows(torch.zeros(3, dtype=torch.int32, device=DEVICE), 3)
+    x_TI, ids_T = randn(3, 140), torch.arange(3, device=DEVICE)
+
+    def added(rows):
+        ys = torch.zeros(3, 140, device=DEVICE), torch.zeros(3, 140, device=DEVICE)
+        bands(ys[0], x_TI, rows, table)
+        band_rows(ys[1], ids_T, rows, table)
+        return [bool(y.any()) for y in ys]
+
+    set_unused(buffer_T, True)
+    assert added(rows) == [False, False]
+    assert added(others) == [True, True]
+    set_unused(buffer_T, False)
+    assert added(rows) == [True, True]
+    set_unused(buffer_T, False)  # may be said twice
+
+
+def test_another_buffer_at_the_same_address():
+    """What was said of a buffer ends with it."""
+    memory = torch.zeros(9, dtype=torch.int32, device=DEVICE)
+    first = memory.view(9)
+    set_unused(first, True)
+    assert nobody(memory)
+    del first
+    assert not nobody(memory)

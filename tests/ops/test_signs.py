@@ -20,6 +20,7 @@ from ops_helpers import (
 )
 
 from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.ops.rows import group_all
 from deltacome.ops.signs import sign_rows, signs
 from deltacome.ops.slots import Pool, SignTable
 
@@ -64,6 +65,16 @@ def test_any_shape(impl, tile, data, seed, dtype):
 
 def test_many_rows_of_a_few(impl):
     check([2] * 3 + [1] * 70 + [-1] + [0] * 64, *filled_signs(140, [70]), impl, 64, torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [3, 9, 257])
+def test_tiles_that_the_op_chooses(impl, tokens):
+    slots = [2, 0, -1, 0, 1, 3, 2, 0, 1, *[0] * 140, *[1] * 108][:tokens]
+    table, deltas = filled_signs(140, [70])
+    x_TI, y_TO = randn(tokens, 140), torch.zeros(tokens, 70, device=DEVICE)
+    rows = group_all(torch.tensor(slots, dtype=torch.int32, device=DEVICE), 4)
+    signs(y_TO, x_TI, rows, table, impl=impl)
+    assert_added(y_TO, torch.zeros(tokens, 70), expected_of(x_TI, slots, deltas))
 
 
 def test_strides_are_free(impl):

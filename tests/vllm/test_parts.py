@@ -3,28 +3,42 @@
 import asyncio
 import json
 import re
+import shutil
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from artifact_helpers import PLAN, random_artifact, random_bands
-from tiny_pairs import make_base
+from tiny_pairs import SIZES, make_base, rewrite, weights_of
+from torch import nn
+from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
+from vllm.lora.layers import LoRAMappingType
 
+import deltacome.vllm
+from deltacome.arch.checkpoint import Checkpoint
 from deltacome.cli import app
 from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.canary import Canary, canary_ids
 from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.spec import Band
-from deltacome.vllm import compat
+from deltacome.vllm import compat, version
 from deltacome.vllm.find import Finder, hub_artifact
-from deltacome.vllm.launch import plan_launch
+from deltacome.vllm.launch import Launch, plan_launch
+from deltacome.vllm.manager import ModelManager
 from deltacome.vllm.manners import Manners
+from deltacome.vllm.places import Part, Place, find_places
+from deltacome.vllm.plugin import register
 from deltacome.vllm.request import artifact_path, content_path, has_digest, is_artifact
 from deltacome.vllm.settings import Settings
-from deltacome.vllm.shard import common_group, shard_bands
+from deltacome.vllm.shard import common_group, shard_bands, shard_signs
+from deltacome.vllm.share import worker_nbytes
 from deltacome.vllm.step import Step
+from deltacome.vllm.tenant import Base, Tenant, load_tenant
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +55,19 @@ def test_this_vllm_is_known():
     compat.check()
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.0"])
-def test_another_version_is_refused(version, monkeypatch):
-    monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: version)
-    with pytest.raises(UnsupportedError, match=rf"from 0\.32 on and before 0\.33, got {version}"):
-        compat.check()
+@pytest.mark.parametrize("number", ["0.31.9", "0.33.0", "1.0", "0.33.0rc1", "0.33.0.dev5"])
+def test_another_version_is_refused_before_it_is_imported(number, monkeypatch):
+    monkeypatch.setattr(version.importlib.metadata, "version", lambda name: number)
+    monkeypatch.delattr(deltacome.vllm, "compat")
+    monkeypatch.setitem(sys.modules, "deltacome.vllm.compat", None)
+    with pytest.raises(UnsupportedError, match=rf"from 0\.32 on and before 0\.33, got {number}"):
+        register()
+
+
+@pytest.mark.parametrize("number", ["0.32.0", "0.32.1rc1", "0.32.1+cpu"])
+def test_versions_that_are_known(number, monkeypatch):
+    monkeypatch.setattr(version.importlib.metadata, "version", lambda name: number)
+    version.check_version()
 
 
 def test_another_signature_is_refused_by_name(monkeypatch):
@@ -72,6 +94,11 @@ def test_settings():
     with pytest.raises(UnsupportedError, match="signs"):
         Settings.parse({"deltacome": {"signs": 1}})
     assert Settings.parse({"deltacome": {"canary": None}}).canary is None
+    assert Settings.parse({"deltacome": {"canary": 1}}).canary == 1
+    with pytest.raises(UnsupportedError, match=r"canary: expected float .*got True"):
+        Settings.parse({"deltacome": {"canary": True}})
+    with pytest.raises(UnsupportedError, match="deltacome: expected an object, got 3"):
+        Settings.parse({"deltacome": 3})
 
 
 def test_a_path_says_what_its_folder_holds(base, tmp_path):
@@ -140,6 +167,132 @@ def test_rows_of_a_prompts_logprobs():
     step.set([-1, -1], [-1])
     assert step.idle
     assert step.tokens(8).slot_T.tolist() == [-1] * 8
+
+
+# --- places and tenants --------------------------------------------------------------------------
+
+
+def module(kind=nn.Module, **attributes):
+    """One of vLLM's, without the groups of workers that its own constructor asks for."""
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    vars(made).update(attributes)
+    return made
+
+
+def linear():
+    sizes = {"input_size": 64, "output_size": 96, "tp_rank": 0, "tp_size": 1}
+    return module(compat.ReplicatedLinear, **sizes)
+
+
+class Seeing(nn.Module):
+    """A model of images."""
+
+    supports_multimodal = True
+
+    def __init__(self):
+        super().__init__()
+        self.visual = nn.ModuleDict({"merger": linear(), "fc": linear()})
+        self.projector = linear()
+        self.language_model = nn.ModuleDict({"fc": linear()})
+
+
+MAPPING = {
+    "tower_model": ["visual."],
+    "connector": ["visual.merger.", "projector"],
+    "generator": [],
+}
+
+
+def test_what_encodes_images_has_no_place():
+    model = Seeing()
+    with pytest.raises(UnsupportedError, match="Seeing: takes more than text, and names no tower"):
+        find_places(model)
+    model.get_mm_mapping = lambda: SimpleNamespace(**MAPPING)
+    assert [place.name for place in find_places(model)] == ["language_model.fc"]
+    del model.get_mm_mapping
+    model._tower_model_names = ["visual", "projector"]
+    assert [place.name for place in find_places(model)] == ["language_model.fc"]
+    model.supports_multimodal = False
+    assert len(find_places(model)) == 4
+
+
+def test_rows_of_an_encoder_are_not_the_batchs(monkeypatch):
+    seen = []
+    theirs = compat.LRUCacheLoRAModelManager
+    monkeypatch.setattr(theirs, "_set_adapter_mapping", lambda self, mapping: seen.append(mapping))
+    manager = object.__new__(ModelManager)
+    manager.lora_index_to_id, manager._registered_adapters = [7, None], {7: Tenant(7, "")}
+    manager.step = Step(2, 4, torch.device("cpu"))
+    manager._set_adapter_mapping(compat.LoRAMapping((7, 7, 0), (7, 0)))
+    tower = LoRAMappingType.TOWER
+    manager._set_adapter_mapping(compat.LoRAMapping((0, 7) * 9, (0,) * 9, type=tower))
+    assert manager.step.tokens(4).slot_T.tolist() == [0, 0, -1, -1]
+    assert [mapping.index_mapping for mapping in seen] == [(0,) * 3, (0,) * 18]
+
+
+def test_adapters_of_towers_are_refused_by_name():
+    lora = SimpleNamespace(enable_tower_connector_lora=True)
+    config = SimpleNamespace(additional_config=None, lora_config=lora)
+    with pytest.raises(UnsupportedError, match="enable_tower_connector_lora"):
+        ModelManager(None, vllm_config=config, device="cpu")
+
+
+def loaded(base, artifact, model=None, without=()):
+    """The tenant that a worker makes of an artifact; each tensor has a module of its own."""
+    model = model or nn.Module()
+    model.config = AutoConfig.from_pretrained(base)
+    places = []
+    for tensor, info in Checkpoint(base).tensors.items():
+        name, (rows, *columns) = tensor.removesuffix(".weight"), info.shape
+        kind = "linear" if columns else "norm"
+        kind = {"lm_head": "head", "model.embed_tokens": "embedding"}.get(name, kind)
+        part = Part(name, ((0, rows),), (0, *(columns or [1])))
+        if not name.startswith(without):
+            places.append(Place(name, nn.Module(), kind, (part,)))
+    read = Base(str(base), None)
+    return load_tenant(1, str(artifact.path), model, places, read, Settings(group_size=32))
+
+
+def extended(base, folder, **tensors):
+    """A base with other tensors, None for none."""
+    shutil.copytree(base, folder)
+    weights = weights_of(base) | {name.replace("__", "."): value for name, value in tensors.items()}
+    rewrite(folder, {name: w for name, w in weights.items() if w is not None}, dtype=None)
+    return folder
+
+
+def test_a_tenant(base, tmp_path):
+    tenant = loaded(base, random_artifact(base, tmp_path / "a"))
+    tensors = Checkpoint(base).tensors
+    matrices = {name.removesuffix(".weight") for name in tensors if "norm" not in name}
+    assert set(tenant.bands) == matrices
+    assert len(tenant.norms) == len(tensors) - len(matrices)
+
+
+def test_a_tuned_tower_is_refused(base, tmp_path):
+    seeing = extended(base, tmp_path / "seeing", visual__fc__weight=torch.randn(96, 64))
+    model = Seeing()
+    model.get_mm_mapping = lambda: SimpleNamespace(**MAPPING)
+    artifact = random_artifact(seeing, tmp_path / "a")
+    why = r"1 tensors .* no place in Seeing .*visual\.fc\.weight; images and sound are encoded by"
+    with pytest.raises(MismatchError, match=why):
+        loaded(seeing, artifact, model, ("visual",))
+    same = random_artifact(seeing, tmp_path / "b", same=("visual.fc.weight",))
+    assert "visual.fc" not in loaded(seeing, same, model, ("visual",)).bands
+
+
+def test_a_head_that_only_the_tuned_model_ties_is_refused(base, tmp_path):
+    artifact = random_artifact(base, tmp_path / "a", tie=True)
+    with pytest.raises(UnsupportedError, match=r"tie_word_embeddings: .* head of its own"):
+        loaded(base, artifact)
+
+
+def test_what_the_tuned_model_lacks_is_refused(base, tmp_path):
+    less = extended(base, tmp_path / "less", model__layers__1__mlp__up_proj__weight=None)
+    artifact = random_artifact(less, tmp_path / "a")
+    with pytest.raises(MismatchError, match=r"lacks 1 of the base's .*1\.mlp\.up_proj\.weight"):
+        loaded(base, artifact)
 
 
 # --- what a tuned model says beside its weights ---------------------------------------------------
@@ -221,6 +374,55 @@ def test_a_place_that_cannot_be_read(tmp_path, memory, monkeypatch):
     assert not list((tmp_path / "cache").glob("*"))
 
 
+def test_an_upload_that_still_runs(base, tmp_path, memory):
+    memory.mv("/bucket/tenants/math", "/bucket/whole", recursive=True)
+    memory.copy("/bucket/whole/delta_config.json", "/bucket/tenants/math/delta_config.json")
+    finder = Finder("memory://bucket/tenants", tmp_path / "cache")
+    with pytest.raises(ArtifactError, match=r"tenants/math: not complete yet.* is missing"):
+        asyncio.run(finder.find("math"))
+    assert not list((tmp_path / "cache").iterdir())
+    (shard,) = (name for name in memory.find("/bucket/whole") if name.endswith(".safetensors"))
+    for name in memory.find("/bucket/whole"):
+        memory.copy(name, name.replace("/whole/", "/tenants/math/"))
+    content = memory.cat_file(shard)
+    memory.pipe_file(shard.replace("/whole/", "/tenants/math/"), content[:-1] + b"x")
+    with pytest.raises(ArtifactError, match=r"not complete yet.*expected SHA-256"):
+        asyncio.run(finder.find("math"))
+    memory.copy(shard, shard.replace("/whole/", "/tenants/math/"))
+    Artifact.open(asyncio.run(finder.find("math"))).check_bytes()
+
+
+def test_who_comes_together_copies_once(memory, tmp_path, monkeypatch):
+    """Of one server; of two the first stays."""
+    copied, copy = [], type(memory).get_file
+
+    def counted(self, source, target, **kwargs):
+        copied.append(source)
+        copy(self, source, target, **kwargs)
+
+    monkeypatch.setattr(type(memory), "get_file", counted)
+
+    async def together(*finders):
+        return await asyncio.gather(*(finder.find("math") for finder in finders))
+
+    finder = Finder("memory://bucket/tenants", tmp_path / "one")
+    assert len({*asyncio.run(together(*[finder] * 5))}) == 1
+    assert len(copied) == len({*copied})
+
+    both = threading.Barrier(2)
+
+    def late(self, source, target, **kwargs):
+        if source.endswith(".safetensors"):
+            both.wait(20)  # neither is there when the other looks
+        copy(self, source, target, **kwargs)
+
+    monkeypatch.setattr(type(memory), "get_file", late)
+    servers = [Finder("memory://bucket/tenants", tmp_path / "two") for _ in range(2)]
+    (folder,) = {*asyncio.run(together(*servers))}
+    assert list((tmp_path / "two").iterdir()) == [folder]
+    Artifact.open(folder).check_bytes()
+
+
 @pytest.mark.parametrize("name", ["..", "a/b", "/etc", ".hidden", "", "a\n", "x" * 129])
 def test_names_are_one_component(name, tmp_path):
     assert asyncio.run(Finder(str(tmp_path)).find(name)) is None
@@ -268,6 +470,126 @@ def test_launch_sets_what_tenants_need(base, tmp_path):
     assert f"s={small.path}" in both.command
     assert launch.environment == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     assert large.path.name not in str(launch)
+
+
+SHARED = {
+    **SIZES,
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "head_dim": 64,
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": False,
+}
+
+
+def share(artifact, rank, size):
+    """Bytes of each tensor's shards of one of some workers, as vLLM cuts a llama."""
+    nbytes = {}
+    for name, record in artifact.manifest.records.items():
+        if not record.packed:
+            continue
+        shape, leaf = record.shape, name.split(".")[-2]
+        rows, columns = [(0, shape[0])], (0, shape[1])
+        if leaf in ("o_proj", "down_proj"):
+            columns = (rank * shape[1] // size, (rank + 1) * shape[1] // size)
+        else:
+            count = min(size, 2) if leaf in ("k_proj", "v_proj") else size  # workers share heads
+            step, which = shape[0] // count, rank * count // size
+            rows = [(which * step, (which + 1) * step)]
+        kinds = artifact.manifest.group_size, rows, columns
+        group = common_group(kinds[0], [rows, [columns]])
+        blobs = []
+        if record.plan:
+            blob = artifact.blob(name)
+            blobs.append(shard_bands(name, blob, shape, record.plan, *kinds, group))
+        if scales := record.sign_scales:
+            blobs.append(
+                shard_signs(name, artifact.blob(name, "signs"), shape, scales, rows, columns)
+            )
+        nbytes[name] = sum(blob.numel() for blob in blobs)
+    return nbytes
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_workers_share_fits(size, stages, tmp_path, monkeypatch):
+    """No worker has more than is reserved, and more workers reserve less."""
+    make_base("shared", tmp_path, torch.float32, {"shared": lambda: LlamaConfig(**SHARED)})
+    artifact = random_artifact(tmp_path, tmp_path / "a", group_size=128, terms="mixed")
+    config = AutoConfig.from_pretrained(tmp_path)
+    bound = worker_nbytes(artifact, config, size, stages)
+    for rank in range(size):
+        held = share(artifact, rank, size)
+        first = {
+            name: n for name, n in held.items() if "layers.2." not in name and "lm_head" not in name
+        }
+        assert sum((held if stages == 1 else first).values()) <= bound
+    whole = worker_nbytes(artifact, config, 1, 1)
+    assert whole == sum(share(artifact, 0, 1).values())
+    assert (bound < 0.95 * whole) == (size * stages > 1)
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,1")
+    assert worker_nbytes(artifact, config, size, stages) == worker_nbytes(artifact, config, size, 1)
+
+
+@pytest.mark.parametrize("spelt", ["-tp 2", "--tensor-parallel-size=2", "--tensor_parallel_size 2"])
+def test_launch_reserves_a_workers_share(spelt, base, tmp_path):
+    tenants = {"m": str(random_artifact(base, tmp_path / "a", group_size=128).path)}
+    alone, staged = (launched(base, tenants, more=more.split())[1] for more in ("", "-pp 2"))
+    launch, both = launched(base, tenants, more=[*spelt.split(), "-pp", "2"])
+    assert both["slot_bytes"] < staged["slot_bytes"] < alone["slot_bytes"]
+    assert launch.command[-2:] == ["-pp", "2"]
+    odd = launched(base, tenants, more=["-tp", "many"])[1]
+    assert odd["slot_bytes"] == alone["slot_bytes"]
+
+
+def test_launch_merges_settings(base, tmp_path):
+    artifact = random_artifact(base, tmp_path / "a")
+    tenants = {"m": str(artifact.path)}
+    computed = launched(base, tenants)[1]
+    for option in ("--additional-config", "--additional_config"):
+        given = {"deltacome": {"canary": None, "slot_bytes": 7}, "other": [1]}
+        launch, settings = launched(base, tenants, more=["--seed", "3", option, json.dumps(given)])
+        assert settings == computed | {"canary": None, "slot_bytes": 7}
+        assert launch.command.count("--additional-config") == 1
+        assert '"other": [1]' in str(launch)
+        assert launch.command[-2:] == ["--seed", "3"]
+    dense = {"deltacome": {"base": str(base)}}
+    other = tmp_path / "quantised"
+    extended(base, other, lm_head__weight=torch.zeros(300, 64))
+    with pytest.raises(MismatchError, match="wrong base"):
+        launched(other, tenants)
+    more = [f"--additional-config={json.dumps(dense)}"]
+    assert launched(other, tenants, more=more)[1] == computed | dense["deltacome"]
+
+
+def test_launch_refuses_settings_that_would_be_lost(base, tmp_path):
+    (tmp_path / "vllm.yaml").write_text("seed: 3\nadditional_config: {}\n")
+    for more, why in {
+        "--additional-config.deltacome.canary null": r'deltacome\.canary: .*write.*"canary": null',
+        "--additional_config.deltacome.canary=1": r"deltacome\.canary=1: would replace",
+        "--additional-config {": "not valid JSON",
+        "--additional-config []": "expected an object",
+        '--additional-config {"deltacome":{"canari":1}}': "'canari'",
+        f"--config {tmp_path / 'vllm.yaml'}": r"vllm\.yaml: additional-config",
+    }.items():
+        with pytest.raises(UnsupportedError, match=why):
+            plan_launch(str(base), {}, more=more.split())
+
+
+def test_launch_says_that_the_server_is_open(base, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    (warning,) = plan_launch(str(base), {}).warnings
+    assert "--api-key (or VLLM_API_KEY) or --host 127.0.0.1" in warning
+    monkeypatch.setattr(Launch, "run", lambda self: None)
+    said = CliRunner().invoke(app, ["serve", str(base)])
+    assert (said.stderr, said.stdout) == (f"warning: {warning}\n", "")
+    said = CliRunner().invoke(app, ["serve", str(base), "--json"])
+    assert (said.stderr, json.loads(said.stdout)["warnings"]) == ("", [warning])
+    for more in ("--host 0.0.0.0", "--api-key=x", "--uds /run/it", "--config file"):
+        assert plan_launch(str(base), {}, more=more.split()).warnings == []
+    monkeypatch.setenv("VLLM_API_KEY", "x")
+    assert plan_launch(str(base), {}).warnings == []
 
 
 def test_launch_checks_fingerprints_first(base, tmp_path):

@@ -68,6 +68,10 @@ def other_code(stage, folder):
     random_artifact(stage.base, folder / "a", rms_norm_eps=0.1)
 
 
+def tied_head(stage, folder):
+    random_artifact(stage.base, folder / "a", tie=True)
+
+
 def dead_canary(stage, folder):
     ids = canary_ids(VOCAB)
     content = Canary(tuple(ids), (-5.0,) * (len(ids) - 1)).to_json()
@@ -98,6 +102,7 @@ REFUSALS = {
     grown: "rows that the base lacks.*merge",
     other_tokenizer: "another model than the base's.*base_tokenizer",
     other_code: "rms_norm_eps",
+    tied_head: "tie_word_embeddings: the tuned model's head is its embedding",
     dead_canary: r"canary: the engine's logprobs are [\d.]+ nats from those recorded",
     other_groups: "expected scale groups of 32, got 64",
     no_place: r"1 tensors that this artifact changes have no place.*mlp\.extra\.weight",
@@ -138,7 +143,9 @@ def test_refused_when_a_request_finds_it(server, stage, tmp_path):
     assert_alive(server, stage)
 
 
-@pytest.mark.parametrize("name", ["nobody", "../base", "..", ".hidden", "a/b", "one\n", ""])
+@pytest.mark.parametrize(
+    "name", ["nobody", "../base", "..", ".hidden", "a/b", "one\n", "math#1", ""]
+)
 def test_names_that_nobody_has(name, server, stage):
     if name:
         with pytest.raises(openai.NotFoundError, match="does not exist"):
@@ -151,6 +158,30 @@ def test_a_folder_that_is_none(server, stage):
     status, body = server.load("a", "/nowhere/at/all")
     assert status == 404
     assert "/nowhere/at/all" in body
+    assert_alive(server, stage)
+
+
+@pytest.mark.parametrize("path", ["/srv/typo/does-not-exist", "lora"])
+def test_a_tenants_name_for_what_is_no_artifact(path, server, stage):
+    """A mistyped folder, or an ordinary adapter's: `Success` would go on serving the old weights."""
+    path = stage.folder / path
+    status, body = server.load("math", path, load_inplace=True)
+    assert status == 400
+    error = json.loads(body)["error"]
+    assert error["param"] == "lora_path"
+    assert (
+        "expected an artifact (delta_config.json), found none: math is a tenant" in error["message"]
+    )
+    assert f"Refused tenant 'math': {path}: expected" in server.log.read_text()
+    cards = {card.id: card for card in server.client.models.list().data}
+    assert cards["math"].root.startswith(str(stage.folder / "tenants" / "math"))
+    assert_alive(server, stage)
+
+
+def test_names_with_what_divides_name_and_number(server, stage):
+    status, body = server.load("math#1", stage.folder / "lora")
+    assert status == 400
+    assert "expected a name without '#'" in body
     assert_alive(server, stage)
 
 

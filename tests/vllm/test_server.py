@@ -229,12 +229,32 @@ def test_metrics(server, stage):
     assert after["deltacome_slot_bytes"] > 0
     assert after["deltacome_loads_total"] >= 3
     assert after["deltacome_load_seconds_count"] == after["deltacome_loads_total"]
+    assert after["deltacome_reread_seconds_count"] > 0
+    log = server.log.read_text()
+    for what in ("Loaded", "Dropped", "Read", "Unloaded"):
+        assert f" {what} tenant '" in log, what
     assert "deltacome_refused_loads_total" in after
     # What workers hold is asked for every few seconds.
     deadline = time.monotonic() + 3 * WATCH_SECONDS
     while server.figures()["deltacome_evictions"] == 0:
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+def test_a_tenant_in_the_place_of_an_ordinary_adapter(server, stage):
+    """What runs goes on with the adapter, in the same batches as the tenant that has its name now."""
+    ids = some_ids(6, 61, VOCAB)
+    assert server.load("both", stage.folder / "lora")[0] == 200
+    stream = server.client.completions.create(
+        **wish("both", ids, 200, stream=True, extra_body={"ignore_eos": True})
+    )
+    tokens = list(next(iter(stream)).choices[0].token_ids)
+    assert server.load("both", stage.folder / "tenants" / "one", load_inplace=True)[0] == 200
+    assert server.say("both", ids) == greedy(stage.models["one"], ids, 8)
+    for chunk in stream:
+        tokens += chunk.choices[0].token_ids or []
+    assert tokens == greedy(stage.models["lora"], ids, 200)
+    assert server.unload("both")[0] == 200
 
 
 def test_what_dashboard_and_alerts_ask_for_is_there(server):

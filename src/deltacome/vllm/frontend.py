@@ -10,19 +10,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
 from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 
-from deltacome.errors import DeltaError, UnsupportedError
+from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
+from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.vllm import compat, metrics
 from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.manners import SAMPLING
-from deltacome.vllm.registry import Registry
+from deltacome.vllm.registry import MARK, Registry
 from deltacome.vllm.request import has_digest, is_artifact
 from deltacome.vllm.settings import Settings
 
@@ -38,6 +39,7 @@ def install() -> None:
     for owner, name, wrapper in (
         (compat.OpenAIServingModels, "__init__", _init),
         (compat.OpenAIServingModels, "load_lora_adapter", _load),
+        (compat.OpenAIServingModels, "_check_load_lora_adapter_request", _check_load),
         (compat.OpenAIServingModels, "unload_lora_adapter", _unload),
         (compat.OpenAIServingModels, "resolve_lora", _resolve),
         (compat.OnlineRenderer, "preprocess_chat", _preprocess_chat),
@@ -78,19 +80,43 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             folder = await asyncio.to_thread(hub_artifact, request.lora_path or "")
         except DeltaError as error:
-            return _refusal(error, "lora_path")
+            return _refusal(request.lora_name, error, "lora_path")
+        request = request.model_copy(update={"lora_path": folder})
         if not is_artifact(folder):
             return await original(self, request, base_model_name)
         async with self.lora_resolver_lock[request.lora_name]:
             if error := await self._check_load_lora_adapter_request(request):
                 return error
             try:
-                await _loaded(_registry, request.lora_name, folder)
+                await _registry.load(request.lora_name, folder)
             except DeltaError as error:
-                return _refusal(error, "lora_path")
+                return _refusal(request.lora_name, error, "lora_path")
         return f"Success: tenant '{request.lora_name}' added successfully."
 
     return load
+
+
+def _check_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Before anything is loaded, of either kind, and while its name is locked: vLLM gives what it loads
+    in place the number of what had the name, and a tenant's number is its weights'."""
+
+    async def check(self: Any, request: Any) -> Any:
+        error = await original(self, request)
+        if error or _registry is None:
+            return error
+        name, path = request.lora_name, request.lora_path
+        if MARK in name:
+            reason = f"{name}: expected a name without {MARK!r}, which tenants have in the engine"
+            return _refusal(name, MismatchError(reason), "lora_name")
+        if _registry.named(name) and not is_artifact(path):
+            reason = (
+                f"{path}: expected an artifact ({MANIFEST_FILE}), found none: {name} is a tenant; "
+                "unload it to give its name to an ordinary adapter"
+            )
+            return _refusal(name, ArtifactError(reason), "lora_path")
+        return None
+
+    return check
 
 
 def _unload(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,6 +132,9 @@ def _unload(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _resolve(original: Callable[..., Any]) -> Callable[..., Any]:
     async def resolve(self: Any, lora_name: str) -> Any:
+        if _registry is not None and MARK in lora_name:
+            reason = f"The model `{lora_name}` does not exist: a name has no {MARK!r}."
+            return create_error_response(reason, "NotFoundError", HTTPStatus.NOT_FOUND, "model")
         finder: Finder | None = getattr(self, "_finder", None)
         if finder is None or _registry is None:
             return await original(self, lora_name)
@@ -115,24 +144,17 @@ def _resolve(original: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 folder = await finder.find(lora_name)
                 if folder is not None:
-                    return (await _loaded(_registry, lora_name, str(folder), finder)).request
+                    return (await _registry.load(lora_name, str(folder), finder)).request
             except DeltaError as error:
-                return _refusal(error, "model")
+                return _refusal(lora_name, error, "model")
         return await original(self, lora_name)
 
     return resolve
 
 
-async def _loaded(registry: Registry, name: str, folder: str, finder: Finder | None = None) -> Any:
-    start = time.perf_counter()
-    entry = await registry.load(name, folder, finder)
-    metrics.loaded(time.perf_counter() - start)
-    return entry
-
-
-def _refusal(error: DeltaError, parameter: str) -> Any:
+def _refusal(name: str, error: DeltaError, parameter: str) -> Any:
     """What a client is told: a tenant that cannot be served is a mistake in what was asked for."""
-    metrics.refused()
+    metrics.refused(name, error)
     return create_error_response(str(error), status_code=HTTPStatus.BAD_REQUEST, param=parameter)
 
 
@@ -143,18 +165,20 @@ def _with_tenant(generate: Callable[..., Any], registry: Registry) -> Callable[.
         prompt: Any, params: Any, *args: Any, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         if lora_request is None or not has_digest(lora_request.lora_path):
-            async for output in generate(
-                prompt, params, *args, lora_request=lora_request, **kwargs
-            ):
-                yield output
+            outputs = generate(prompt, params, *args, lora_request=lora_request, **kwargs)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
             return
         async with registry.using(lora_request) as entry:
             if entry.manners.ends and isinstance(params, compat.SamplingParams):
                 ends = {"eos_token_id": sorted(entry.manners.ends)}
                 params.update_from_generation_config(ends)
             outputs = generate(prompt, params, *args, lora_request=entry.engine_request, **kwargs)
-            async for output in metrics.counted(outputs, entry.name, params):
-                yield output
+            # Closed here: the engine must be told to stop before the workers are told to drop.
+            async with aclosing(metrics.counted(outputs, entry.name, params)) as answers:
+                async for output in answers:
+                    yield output
 
     return generating
 

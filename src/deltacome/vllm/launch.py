@@ -1,7 +1,7 @@
 """What `deltacome serve` runs: vLLM with the flags and the environment that its tenants need.
 
 Nothing of vLLM is imported here. The command is that of vLLM's API server, and `--dry-run` shows it; what
-follows `--` goes to it as it is.
+follows `--` goes to it, with its additional configuration merged into what the tenants need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.format.spec import rank
-from deltacome.runtime.capacity import slot_nbytes
+from deltacome.skeleton import read_config
+from deltacome.vllm.arguments import OPTION, Arguments, read_arguments
+from deltacome.vllm.settings import Settings
+from deltacome.vllm.share import worker_nbytes
 
 MAX_BANDS = 6
 """Bands of a plan that tenants can have which are loaded later; `Settings.max_bands` by default."""
@@ -32,6 +35,8 @@ class Launch:
 
     command: list[str]
     environment: dict[str, str]
+    warnings: list[str]
+    """What whoever starts it should know."""
 
     def __str__(self) -> str:
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
@@ -62,16 +67,19 @@ def plan_launch(
             address that fsspec understands.
         slots: tenants in one batch; by default all of them, at most 16.
         slot_bytes: bytes of a slot; by default those of the largest tenant, in `tenants` or a local
-            `folder`.
+            `folder`, or of a worker's part of it.
         lora: whether ordinary LoRA adapters are served too.
         port: of the server.
-        more: arguments of vLLM.
+        more: arguments of vLLM. Settings in their additional configuration win over all of these.
 
     Raises:
         MismatchError: a tenant of another base.
         ArtifactError: a folder is not a whole artifact.
-        UnsupportedError: tenants with scale groups of different sizes.
+        UnsupportedError: tenants with scale groups of different sizes, or an additional configuration
+            that is not to be merged or has settings that do not exist.
     """
+    arguments = read_arguments(more)
+    own = Settings.parse(arguments.additional)
     known = {name: Artifact.from_pretrained(path) for name, path in tenants.items()}
     found = {artifact.path.resolve(): artifact for artifact in known.values()}
     if folder is not None and Path(folder).is_dir():
@@ -79,23 +87,15 @@ def plan_launch(
             if (one / MANIFEST_FILE).is_file():
                 found.setdefault(one, Artifact.open(one))
     checkpoint = Checkpoint(base)
+    compared = checkpoint if own.base is None else Checkpoint(own.base)
     for artifact in found.values():
-        check_base(artifact, checkpoint)
-    groups = {artifact.manifest.group_size for artifact in found.values()}
-    if len(groups) > 1:
-        raise UnsupportedError(f"tenants: expected one size of scale groups, got {sorted(groups)}")
-    settings: dict[str, object] = {"lora": lora}
-    if found:
-        records = [r for one in found.values() for r in one.manifest.records.values()]
-        settings["slot_bytes"] = max(map(slot_nbytes, found.values()))
-        settings["max_rank"] = max(1, *map(max_rank, found.values()))
-        settings["max_bands"] = max(MAX_BANDS, *(len(record.plan) for record in records))
-        settings["signs"] = any(record.sign_scales for record in records)
-        (settings["group_size"],) = groups
+        check_base(artifact, compared)
+    settings = {"lora": lora} | needed([*found.values()], compared, arguments)
     if slot_bytes is not None:
         settings["slot_bytes"] = slot_bytes
     if folder is not None:
         settings["tenants"] = folder
+    settings |= arguments.additional.get("deltacome", {})
     slots = slots or min(16, max(1, len(found)))
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", checkpoint.name_or_path]
@@ -103,11 +103,43 @@ def plan_launch(
         command += ["--revision", checkpoint.revision, "--tokenizer-revision", checkpoint.revision]
     command += ["--port", str(port), "--enable-lora", "--max-loras", str(slots)]
     command += ["--max-cpu-loras", str(max(slots, len(found), 4 * slots))]
-    command += ["--additional-config", json.dumps({"deltacome": settings})]
+    command += [OPTION, json.dumps(arguments.additional | {"deltacome": settings})]
     if known:
         modules = [f"{name}={artifact.path.resolve()}" for name, artifact in known.items()]
         command += ["--lora-modules", *modules]
-    return Launch([*command, *more], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"})
+    warnings = []
+    if arguments.open:
+        warnings.append(
+            f"whoever reaches port {port} of this machine can load and unload tenants, from its folders "
+            "and from the Hub: give --api-key (or VLLM_API_KEY) or --host 127.0.0.1 behind --"
+        )
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return Launch([*command, *arguments.rest], environment, warnings)
+
+
+def needed(
+    artifacts: Sequence[Artifact], base: Checkpoint, arguments: Arguments
+) -> dict[str, object]:
+    """Settings under which all of some artifacts can be served; none without artifacts.
+
+    Raises:
+        UnsupportedError: scale groups of different sizes.
+    """
+    if not artifacts:
+        return {}
+    groups = {artifact.manifest.group_size for artifact in artifacts}
+    if len(groups) > 1:
+        raise UnsupportedError(f"tenants: expected one size of scale groups, got {sorted(groups)}")
+    config = read_config(base.path) if arguments.tensor > 1 else None
+    workers = (config, arguments.tensor, arguments.pipeline)
+    records = [r for one in artifacts for r in one.manifest.records.values()]
+    return {
+        "slot_bytes": max(worker_nbytes(one, *workers) for one in artifacts),
+        "max_rank": max(1, *map(max_rank, artifacts)),
+        "max_bands": max(MAX_BANDS, *(len(record.plan) for record in records)),
+        "signs": any(record.sign_scales for record in records),
+        "group_size": groups.pop(),
+    }
 
 
 def max_rank(artifact: Artifact) -> int:

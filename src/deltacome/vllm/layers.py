@@ -7,8 +7,10 @@ already gets a subclass of its own class, so that whatever asks what it is gets 
 
 A norm gets another `forward`: rows of tenants are normalised again with their own weight.
 
-Without tenants in the batch nothing is added. Code that is compiled, or captured in a graph, must not
-depend on that: it always runs the ops, which find that no row has a slot.
+Without tenants in the batch nothing is added. Code that is compiled must not depend on that: it always
+runs the ops, which look at the batch themselves. A graph has what they launched when it was captured:
+nothing in the engine's graphs for batches without adapters, all in the others, whose batches may lack
+tenants (`Step.idle`).
 
 Legend: T tokens, I in, O out, H size, S slots.
 """
@@ -24,7 +26,6 @@ from torch import Tensor
 
 from deltacome.ops.bands import band_rows, bands
 from deltacome.ops.norm import norm
-from deltacome.ops.rows import Rows
 from deltacome.ops.signs import sign_rows, signs
 from deltacome.ops.slots import BandTable, Pool, SignTable
 from deltacome.vllm import compat
@@ -49,7 +50,7 @@ class Delta:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to add, where that may be asked for."""
-        return self.step.idle and not _must_run(self.bands.fields_SPBF)
+        return not torch.compiler.is_compiling() and self.step.idle
 
     def add(self, y: Tensor, x: Tensor, *, biased: bool) -> None:
         """Adds each row's own delta to a linear's output, in place.
@@ -107,19 +108,12 @@ class NormDelta:
     @property
     def idle(self) -> bool:
         """As `Delta.idle`."""
-        return self.step.idle and not _must_run(self.weights_SH)
+        return not torch.compiler.is_compiling() and self.step.idle
 
     def write(self, y: Tensor, x: Tensor) -> None:
         """Writes the norms of the rows that have a slot. Rows are (T, H) or (T, heads, H)."""
         rows = self.step.tokens(x.shape[0])
-        if x.dim() == 3:
-            slot_T = rows.slot_T.repeat_interleave(x.shape[1])
-            rows = Rows(slot_T, slot_T, slot_T, 1)  # the op reads slots alone
-        size = y.shape[-1]
-        norm(
-            *(y.view(-1, size), x.reshape(-1, size), rows, self.weights_SH, self.eps),
-            impl=self.impl,
-        )
+        norm(y, x, rows, self.weights_SH, self.eps, impl=self.impl)
 
     def load(self, slot: int, tenant: Tenant, place: Place) -> None:
         """Takes a tenant's weight, or the base's where it is the same."""
@@ -128,11 +122,6 @@ class NormDelta:
     def clear(self, slot: int) -> None:
         """A slot that is nobody's has the base's weight."""
         self.weights_SH[slot].copy_(self.base_H)
-
-
-def _must_run(tensor: Tensor) -> bool:
-    """Whether the code may run again for another batch without passing here."""
-    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def install(

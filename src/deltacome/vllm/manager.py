@@ -11,11 +11,17 @@ import contextlib
 import ctypes
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from deltacome.errors import ArtifactError, DeltaError, MismatchError, PlanError
+from deltacome.errors import (
+    ArtifactError,
+    DeltaError,
+    MismatchError,
+    PlanError,
+    UnsupportedError,
+)
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.ops.impls import check_impl, fastest
 from deltacome.ops.slots import Pool
@@ -37,7 +43,14 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
     ) -> None:
         self.vllm_config = vllm_config
         self.settings = Settings.parse(vllm_config.additional_config)
+        if vllm_config.lora_config.enable_tower_connector_lora:
+            raise UnsupportedError(
+                "enable_tower_connector_lora: not beside tenants, whose images are encoded by the base's "
+                "towers: start without it, or set VLLM_PLUGINS without deltacome"
+            )
+        refuse_reordered_heads(vllm_config)
         super().__init__(model, *args, vllm_config=vllm_config, device=device, **kwargs)
+        refuse_bypassed_heads(vllm_config.model_config, self.places)
 
     def _create_lora_modules(self) -> None:
         """Hooks every module, before vLLM wraps some of them for its own adapters."""
@@ -120,10 +133,12 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         if lost := set(mapping.index_mapping) - known:
             # Without a slot their rows would be the base's.
             raise MismatchError(f"adapters {sorted(lost)} are in the batch and in no slot")
-        self.step.set(
-            [slots.get(id, -1) for id in mapping.index_mapping],
-            [slots.get(id, -1) for id in mapping.prompt_mapping],
-        )
+        if mapping.type.name == "LANGUAGE":  # others are of an encoder's rows
+            self.step.set(
+                [slots.get(id, -1) for id in mapping.index_mapping],
+                [slots.get(id, -1) for id in mapping.prompt_mapping],
+                adapters=any(mapping.index_mapping) or any(mapping.prompt_mapping),
+            )
         # To vLLM's own kernels a tenant's row is one without an adapter.
         others = compat.LoRAMapping(
             tuple(0 if id in slots else id for id in mapping.index_mapping),
@@ -158,6 +173,14 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
                     ) from error
 
 
+class Held(NamedTuple):
+    """A tenant that the API server asked to be read."""
+
+    path: str
+    """As requests name it, with the digest of what it holds."""
+    reading: Future[Tenant]
+
+
 class WorkerManager(compat.LRUCacheWorkerLoRAManager):
     """Loads artifacts where requests name them.
 
@@ -170,11 +193,16 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deltacome")
-        self._held: dict[int, Future[Tenant]] = {}
+        self._held: dict[int, Held] = {}
 
     def _load_adapter(self, lora_request: Any) -> Any:
-        if lora_request.lora_int_id in self._held:
-            return self._held[lora_request.lora_int_id].result()
+        if held := self._held.get(lora_request.lora_int_id):
+            if lora_request.lora_path != held.path:
+                raise MismatchError(
+                    f"{lora_request.lora_path}: adapter {lora_request.lora_int_id} is the tenant that "
+                    f"was read from {held.path}"
+                )
+            return held.reading.result()
         folder = artifact_path(lora_request.lora_path)
         if not (Path(folder) / MANIFEST_FILE).is_file():
             if not self._tenants.settings.lora:
@@ -206,14 +234,14 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
     def prefetch(self, id: int, path: str) -> None:
         """Starts reading an artifact in a thread, unless it is held."""
         if id not in self._held:
-            self._held[id] = self._thread.submit(self._read, id, path)
+            self._held[id] = Held(path, self._thread.submit(self._read, id, path))
 
     def fetched(self, id: int) -> bool | str:
         """Whether a prefetch is done; or why the artifact was refused, which ends it."""
-        reading = self._held.get(id)
-        if reading is None or not reading.done():
-            return reading is None
-        if error := reading.exception():
+        held = self._held.get(id)
+        if held is None or not held.reading.done():
+            return held is None
+        if error := held.reading.exception():
             del self._held[id]
             return f"{type(error).__name__}: {error}"
         return True
@@ -227,7 +255,8 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
     def figures(self) -> dict[str, int]:
         """What this worker holds, for metrics."""
         manager = self._tenants
-        held = [f.result() for f in self._held.values() if f.done() and not f.exception()]
+        readings = [one.reading for one in self._held.values() if one.reading.done()]
+        held = [reading.result() for reading in readings if not reading.exception()]
         slots = [manager._registered_adapters.get(id) for id in manager.lora_index_to_id if id]
         return {
             "resident": sum(isinstance(one, Tenant) for one in slots),
@@ -247,6 +276,37 @@ def _trim() -> None:
     """
     with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def refuse_reordered_heads(vllm_config: Any) -> None:
+    """Refuses what gives the head other rows than the engine says whose they are.
+
+    Raises:
+        UnsupportedError: names the flag.
+    """
+    if vllm_config.speculative_config is not None and vllm_config.use_v2_model_runner:
+        raise UnsupportedError(
+            "--speculative-config: vLLM's V2 model runner does not say whose the rows are that the head "
+            "gets of drafted tokens: expected none, or VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        raise UnsupportedError(
+            "--enable-batch-sharded-sampling: gives the head its rows in another order: expected it off"
+        )
+
+
+def refuse_bypassed_heads(model_config: Any, places: list[Place]) -> None:
+    """Refuses a head that computes in another dtype than the model, which passes by where it is hooked.
+
+    Raises:
+        UnsupportedError: names the head and both dtypes.
+    """
+    for place in places:
+        if place.kind == "head" and model_config.head_dtype != model_config.dtype:
+            raise UnsupportedError(
+                f"{place.name}: head_dtype: expected the model's, {model_config.dtype}, got "
+                f"{model_config.head_dtype}: in another dtype tenants' heads would be the base's"
+            )
 
 
 def default_slot_bytes(places: list[Place]) -> int:

@@ -1,4 +1,4 @@
-"""Figures of the tenants on vLLM's own Prometheus endpoint.
+"""What an operator sees of the tenants: figures on vLLM's own Prometheus endpoint, lines in its log.
 
 Tokens, loads and refusals are counted where the API server sees them. What the workers hold is asked
 for every few seconds, as a scrape cannot wait for them.
@@ -12,7 +12,11 @@ from contextlib import aclosing
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
+from vllm.logger import init_logger
 
+from deltacome.vllm import compat
+
+logger = init_logger("vllm.deltacome")  # only what is below `vllm` has a handler
 WATCH_SECONDS = 5.0
 
 TOKENS = Counter("deltacome_tokens", "Tokens generated, by tenant", ["tenant"])
@@ -20,11 +24,16 @@ LOADS = Counter("deltacome_loads", "Artifacts loaded by request")
 LOAD_SECONDS = Histogram(
     "deltacome_load_seconds", "Seconds from a request to load until it is done"
 )
-REFUSED = Counter("deltacome_refused_loads", "Artifacts that were refused")
+REREAD_SECONDS = Histogram(
+    "deltacome_reread_seconds", "Seconds in which an idle tenant that was dropped is read again"
+)
+REFUSED = Counter(
+    "deltacome_refused_loads", "Loads, and requests for what had to be read, that were refused"
+)
 
 
 def _gauge(name: str, text: str) -> Gauge:
-    # Several API servers ask the same workers: the last answer counts.
+    # Of ordinary adapters there can be several API servers; all ask the same workers.
     return Gauge(name, text, multiprocess_mode="mostrecent")
 
 
@@ -41,15 +50,33 @@ FIGURES = {
 """By the keys of `WorkerManager.figures`."""
 
 
-def loaded(seconds: float) -> None:
+def loaded(name: str, path: str, seconds: float) -> None:
     """An artifact was loaded."""
     LOADS.inc()
     LOAD_SECONDS.observe(seconds)
+    logger.info("Loaded tenant %r in %.2f s: %s", name, seconds, path)
 
 
-def refused() -> None:
+def reread(name: str, path: str, seconds: float) -> None:
+    """A tenant that the workers had dropped was read again."""
+    REREAD_SECONDS.observe(seconds)
+    logger.info("Read tenant %r again in %.2f s: %s", name, seconds, path)
+
+
+def refused(name: str, error: Exception) -> None:
     """An artifact was refused."""
     REFUSED.inc()
+    logger.warning("Refused tenant %r: %s", name, error)
+
+
+def dropped(name: str, path: str) -> None:
+    """The workers hold a tenant's weights no more."""
+    logger.info("Dropped tenant %r from the workers: %s", name, path)
+
+
+def unloaded(name: str, path: str) -> None:
+    """A name is nobody's any more."""
+    logger.info("Unloaded tenant %r: %s", name, path)
 
 
 async def counted(outputs: Any, name: str, params: Any) -> AsyncGenerator[Any, None]:
@@ -69,13 +96,17 @@ def watch(engine_client: Any) -> None:
     """Asks the workers for their figures from now on, if an event loop runs."""
 
     async def ask() -> None:
+        failed = False
         while True:
             try:
-                figures = (await engine_client.collective_rpc("deltacome_figures"))[0]
-            except Exception:  # an engine that has died says so itself
-                return
-            for key, gauge in FIGURES.items():
-                gauge.set(figures[key])
+                figures = (await compat.ask_workers(engine_client, "deltacome_figures"))[0]
+                for key, gauge in FIGURES.items():
+                    gauge.set(figures[key])
+                failed = False
+            except Exception as error:  # figures stop nothing; one line until they come again
+                if not failed:
+                    logger.warning("No figures of tenants from the workers: %r", error)
+                failed = True
             await asyncio.sleep(WATCH_SECONDS)
 
     try:

@@ -4,6 +4,9 @@ vLLM multiplies q, k and v at once, and gate and up; a worker has some rows or c
 are those of vLLM's own classes. A place is one module of this worker, and says for each tensor of the
 checkpoint in it which rows and columns it has. What a model's loader does by hand is not guessed at: a
 tensor that no place names is reported, and a tenant that changes it is refused.
+
+What makes embeddings of images and sound has no place: its rows are not the tokens of a step, and what
+it gives is kept for all adapters alike.
 """
 
 from __future__ import annotations
@@ -55,14 +58,16 @@ def find_places(model: nn.Module) -> list[Place]:
     """All modules of a model that a delta can reach.
 
     Raises:
-        UnsupportedError: a module that computes with a matrix in a way that is not covered (experts).
+        UnsupportedError: a module that computes with a matrix in a way that is not covered (experts); a
+            model of images or sound that does not say what encodes them.
     """
     packed = compat.packed_modules(model)
+    encoders = encoder_prefixes(model)
     embeddings: list[Place] = []
     places = []
     seen: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in seen:
+        if id(module) in seen or f"{name}.".startswith(encoders):
             continue
         place = _place(name, module, packed)
         if place is not None:
@@ -75,6 +80,28 @@ def find_places(model: nn.Module) -> list[Place]:
             (embedding,) = embeddings or (place,)
             place.parts, place.tied = embedding.parts, True
     return places
+
+
+def encoder_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """How names begin of what encodes images and sound, towers and connectors; none for a model of text.
+
+    Raises:
+        UnsupportedError: the model takes more than text and names no such modules.
+    """
+    if not getattr(model, "supports_multimodal", False):
+        return ()
+    # Some models have the one, some the other, and the marks are those of the last tower alone.
+    marked: list[str] = getattr(model, "_tower_model_names", [])
+    prefixes = [f"{name}." for name in marked]
+    if hasattr(model, "get_mm_mapping"):
+        mapping: Any = model.get_mm_mapping()  # pyright: ignore[reportCallIssue]
+        prefixes += [*mapping.tower_model, *mapping.connector, *mapping.generator]
+    if not prefixes:
+        raise UnsupportedError(
+            f"{type(model).__name__}: takes more than text, and names no tower that encodes it: not "
+            "covered yet"
+        )
+    return tuple(prefixes)
 
 
 def missing_prefixes(model: nn.Module) -> list[str]:

@@ -14,6 +14,9 @@ def register() -> None:
     Raises:
         UnsupportedError: a vLLM that the hooks were not written for.
     """
+    from deltacome.vllm.version import check_version
+
+    check_version()
     from deltacome.vllm import compat
 
     compat.check()

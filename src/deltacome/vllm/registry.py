@@ -9,6 +9,8 @@ they are told to drop it. That is done when nobody uses it any more:
   the engine, so that no step and no cached prefix ever mixes the two;
 - more tenants than `--max-cpu-loras` are too many to hold: of those that are idle, the one used longest
   ago is dropped, and read again when it is asked for. What its folder holds must be what it held.
+
+Workers are told by one API server: a second one would drop what the first one's requests use.
 """
 
 from __future__ import annotations
@@ -16,23 +18,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
-from deltacome.errors import ArtifactError, DeltaError, MismatchError
+from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
-from deltacome.vllm import compat
+from deltacome.vllm import compat, metrics
 from deltacome.vllm.canary import check_canary
 from deltacome.vllm.find import Finder
 from deltacome.vllm.manners import Manners
 from deltacome.vllm.request import artifact_path, content_path
 from deltacome.vllm.settings import Settings
 
-POLL_SECONDS = 0.01
-"""Between two questions whether the workers have read an artifact."""
+POLL_SECONDS = (0.01, 0.25)
+"""Between two questions whether the workers have read an artifact, at first and at most: an answer waits
+for the steps that run."""
+MARK = "#"
+"""Between name and number in what the engine calls a tenant; no adapter's name has one."""
 
 
 @dataclass(eq=False)
@@ -43,8 +49,8 @@ class Entry:
     request: Any
     """What vLLM's registry has: the name, the folder with a digest of what it holds."""
     engine_request: Any
-    """What the engine gets. It tells adapters apart by name where it should by number, so later
-    weights under a name have another name there."""
+    """What the engine gets. It tells adapters apart by name where it should by number, so no two
+    weights have one name there, whatever kinds of adapters had it before."""
     manners: Manners
     finder: Finder | None
     """What found it, if a request and not a command named it first."""
@@ -54,6 +60,9 @@ class Entry:
     used: int = 0
     """The clock when it was used last."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the workers read or drop it."""
+    reading: asyncio.Task[None] | None = None
+    """What reads it again, for all who wait for it."""
 
 
 class Registry:
@@ -71,8 +80,10 @@ class Registry:
         self.capacity: int = engine.vllm_config.lora_config.max_cpu_loras
         self.entries: dict[int, Entry] = {}
         self._engine = engine
+        self._servers = compat.api_servers(engine.vllm_config)
         self._generate = engine.generate
         self._clock = itertools.count()
+        self._polling = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def named(self, name: str | None) -> Entry | None:
@@ -84,34 +95,40 @@ class Registry:
         """Lets a name be an artifact's; the caller holds the lock of the name.
 
         Raises:
+            UnsupportedError: there are several API servers.
             DeltaError: a worker or the canary refused it; whatever had the name still has it.
         """
+        if self._servers > 1:
+            raise UnsupportedError(
+                f"{folder}: expected one API server, which alone knows the tenants that are in use, got "
+                f"{self._servers}: set --api-server-count 1"
+            )
+        start = time.perf_counter()
         path = await asyncio.to_thread(_content_path, folder)
         artifact = await asyncio.to_thread(Artifact.open, artifact_path(path))
         manners = await asyncio.to_thread(Manners.read, artifact, self._vocabulary)
         id = self.models.lora_id_counter.inc(1)
-        known = any(entry.name == name for entry in self.entries.values())
         request = compat.LoRARequest(name, id, path)
-        engine_request = compat.LoRARequest(f"{name}#{id}" if known else name, id, path)
-        entry = Entry(name, request, engine_request, manners, finder, users=1)
-        self.entries[id] = entry
-        try:
-            await self._hold(entry)
-            await check_canary(self._generate, artifact, engine_request, self.settings.canary)
-        except BaseException:
-            self._retire(entry)
-            raise
-        finally:
-            self._release(entry)
-        previous = self.named(name)
-        self.models.lora_requests[name] = request
-        if previous is not None:
-            self._retire(previous)
+        engine_request = compat.LoRARequest(f"{name}{MARK}{id}", id, path)
+        entry = self.entries[id] = Entry(name, request, engine_request, manners, finder)
+        with self._counted(entry):
+            try:
+                await asyncio.shield(self._start(self._read(entry)))
+                await check_canary(self._generate, artifact, engine_request, self.settings.canary)
+            except BaseException:
+                self._retire(entry)
+                raise
+            previous = self.named(name)
+            self.models.lora_requests[name] = request
+            if previous is not None:
+                self._retire(previous)
+        metrics.loaded(name, path, time.perf_counter() - start)
         return entry
 
     def unload(self, request: Any) -> None:
         """Lets the workers drop what a name had, when the last request that uses it has ended."""
         if entry := self.entries.get(request.lora_int_id):
+            metrics.unloaded(entry.name, entry.request.lora_path)
             self._retire(entry)
 
     @contextlib.asynccontextmanager
@@ -127,59 +144,98 @@ class Registry:
             entry = self.named(request.lora_name)
         if entry is None:
             raise VLLMNotFoundError(f"The model `{request.lora_name}` was unloaded.")
-        entry.users += 1
-        try:
+        with contextlib.ExitStack() as counts:
+            counts.enter_context(self._counted(entry))
             try:
-                entry = await self._ready(entry)
+                entry = await self._latest(entry)
+                counts.enter_context(self._counted(entry))
+                await self._hold(entry)
             except DeltaError as error:
+                metrics.refused(entry.name, error)
                 raise VLLMValidationError(f"{entry.name}: {error}", parameter="model") from error
             yield entry
-        finally:
-            self._release(entry)
 
-    async def _ready(self, entry: Entry) -> Entry:
-        """A held entry, used once: this one, or that of the weights found under its name now."""
-        if not entry.held and entry.finder is not None:
-            folder = await entry.finder.find(entry.name)
-            if folder is not None and _content_path(str(folder)) != entry.request.lora_path:
-                async with self.models.lora_resolver_lock[entry.name]:
-                    current = self.named(entry.name)
-                    if current in (entry, None):
-                        current = await self.load(entry.name, str(folder), entry.finder)
-                current.users += 1
-                self._release(entry)
-                entry = current
-        await self._hold(entry)
-        return entry
+    @contextlib.contextmanager
+    def _counted(self, entry: Entry) -> Iterator[None]:
+        """While open, an entry has one more user."""
+        entry.users += 1
+        try:
+            yield
+        finally:
+            entry.users -= 1
+            entry.used = next(self._clock)
+            self._trim()
+
+    async def _latest(self, entry: Entry) -> Entry:
+        """The entry of the weights that are found under a name now; any other entry as it is."""
+        if entry.held or entry.finder is None:
+            return entry
+        folder = await entry.finder.find(entry.name)
+        if folder is None:
+            return entry
+        if await asyncio.to_thread(_content_path, str(folder)) == entry.request.lora_path:
+            return entry
+        async with self.models.lora_resolver_lock[entry.name]:
+            current = self.named(entry.name)
+            if current in (entry, None):
+                current = await self.load(entry.name, str(folder), entry.finder)
+        return current
 
     async def _hold(self, entry: Entry) -> None:
-        """Has the workers read a tenant beside their work, unless they hold it."""
+        """Has the workers read a tenant again, unless they hold it.
+
+        They read on when nobody waits any more, so the reading is not any request's.
+        """
+        if entry.held:
+            return
+        if entry.reading is None:
+            entry.reading = self._start(self._reread(entry))
+        await asyncio.shield(entry.reading)
+
+    async def _reread(self, entry: Entry) -> None:
+        start = time.perf_counter()
+        try:
+            await self._read(entry)
+        finally:
+            entry.reading = None
+        metrics.reread(entry.name, entry.request.lora_path, time.perf_counter() - start)
+
+    async def _read(self, entry: Entry) -> None:
+        """Has the workers read a tenant beside their work."""
+        id, path = entry.request.lora_int_id, entry.request.lora_path
         async with entry.lock:
-            if entry.held:
-                return
-            path = entry.request.lora_path
             if await asyncio.to_thread(_content_path, artifact_path(path)) != path:
                 raise MismatchError(
                     f"{artifact_path(path)}: holds other weights than those that were loaded: load it "
                     "again, with load_inplace"
                 )
-            id, ask = entry.request.lora_int_id, self._engine.collective_rpc
-            await ask("deltacome_prefetch", args=(id, path))
-            while True:
-                states = await ask("deltacome_fetched", args=(id,))
-                refusals = [state for state in states if isinstance(state, str)]
-                if refusals:
-                    raise DeltaError(refusals[0])
-                if all(states):
-                    break
-                await asyncio.sleep(POLL_SECONDS)
+            try:
+                await self._ask("deltacome_prefetch", id, path)
+                await self._fetched(id)
+            except DeltaError:
+                await self._ask("deltacome_drop", id)  # a worker refused it, others have read it
+                raise
             entry.held = True
         self._trim()
 
-    def _release(self, entry: Entry) -> None:
-        entry.users -= 1
-        entry.used = next(self._clock)
-        self._trim()
+    async def _fetched(self, id: int) -> None:
+        """Waits until the workers have read an artifact.
+
+        They read one after the other in the order of asking, and so are asked about one at a time.
+        """
+        pause, longest = POLL_SECONDS
+        async with self._polling:
+            while True:
+                states = await self._ask("deltacome_fetched", id)
+                if refusals := [state for state in states if isinstance(state, str)]:
+                    raise DeltaError(refusals[0])
+                if all(states):
+                    return
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest)
+
+    async def _ask(self, method: str, *args: Any) -> list[Any]:
+        return await compat.ask_workers(self._engine, method, *args)
 
     def _retire(self, entry: Entry) -> None:
         entry.gone = True
@@ -200,15 +256,18 @@ class Registry:
         async with entry.lock:  # who asks for it meanwhile waits, and has it read again
             if entry.users or not (entry.held or entry.gone):
                 return
-            entry.held = False
-            if entry.gone and self.entries.pop(entry.request.lora_int_id, None) is None:
+            id, held, entry.held = entry.request.lora_int_id, entry.held, False
+            if entry.gone and self.entries.pop(id, None) is None:
                 return
-            await self._engine.collective_rpc("deltacome_drop", args=(entry.request.lora_int_id,))
+            await self._ask("deltacome_drop", id)
+        if held:
+            metrics.dropped(entry.name, entry.request.lora_path)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     @property
     def _vocabulary(self) -> dict[str, int]:

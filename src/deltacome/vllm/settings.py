@@ -53,6 +53,10 @@ class Settings:
             UnsupportedError: a key that does not exist, or a value of another type.
         """
         values = (additional_config or {}).get("deltacome", {})
+        if not isinstance(values, dict):
+            raise UnsupportedError(
+                f"additional_config: deltacome: expected an object, got {values!r}"
+            )
         known = {field.name: str(field.type) for field in fields(cls)}
         for key, value in values.items():
             if key not in known:
@@ -60,6 +64,7 @@ class Settings:
                     f"additional_config: deltacome: expected keys of {sorted(known)}, got {key!r}"
                 )
             kinds = {kind.strip() for kind in known[key].split("|")}
+            kinds |= {"int"} if "float" in kinds else set()  # JSON has 1 for 1.0
             if type(value).__name__.replace("NoneType", "None") not in kinds:
                 raise UnsupportedError(
                     f"additional_config: deltacome: {key}: expected {known[key]}, got {value!r}"

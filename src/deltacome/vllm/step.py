@@ -1,7 +1,8 @@
 """Which slot each row of the running batch belongs to: written once a step, read by every layer.
 
 The buffers keep their addresses, since captured graphs read them. On a CPU the kernels group rows
-themselves, so only the slots are kept there.
+themselves, so only the slots are kept there. What is read of them in code that a compiler traces must not
+depend on the number of rows: it traces once for all batches, and keeps what it saw.
 
 Legend: T tokens.
 """
@@ -14,71 +15,67 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deltacome.ops.rows import Rows, group_rows
-
-TILES = (16, 64)
-"""Rows of a tile for decoding, and for prefill."""
-PREFILL = 256
-"""Rows from which on the larger tiles are used."""
+from deltacome.ops.rows import Rows, group_all, group_rows, set_unused
 
 
 class _Rows:
-    """The slots of up to `size` rows, and their grouping."""
+    """The slots of up to `size` rows, and with `grouped` their tiles, of each size."""
 
-    def __init__(self, slots: int, size: int, device: torch.device) -> None:
-        self.slots = slots
-        self.slot_T = torch.full((size,), -1, dtype=torch.int32, device=device)
-        # What `group_rows` gives of rows without a slot.
-        self.groups = (
-            {}
-            if device.type == "cpu"
-            else {t: group_rows(self.slot_T, slots, tile=t) for t in TILES}
-        )
+    def __init__(self, slots: int, size: int, device: torch.device, *, grouped: bool) -> None:
+        self.slots, self.grouped = slots, grouped
+        slot_T = torch.full((size,), -1, dtype=torch.int32, device=device)
+        self.all = group_all(slot_T, slots) if grouped else Rows(slot_T, slot_T, slot_T, 1)
         self.used = 0
 
     def set(self, slots: Sequence[int]) -> None:
-        slot_T = torch.tensor(slots, dtype=torch.int32)
-        self.slot_T[: len(slots)].copy_(slot_T, non_blocking=True)
         # A graph can be larger than the batch that it runs.
-        self.slot_T[len(slots) : max(self.used, len(slots))] = -1
+        rows = max(self.used, len(slots))
         self.used = len(slots)
-        for tile, rows in self.groups.items():
-            new = group_rows(slot_T, self.slots, tile=tile)  # on the host: no kernels for it
-            rows.order_T[: len(slots)].copy_(new.order_T, non_blocking=True)
-            rows.tiles_M3[:, 0] = -1
-            rows.tiles_M3[: len(new.tiles_M3)].copy_(new.tiles_M3, non_blocking=True)
+        slot_T = torch.tensor([*slots, *[-1] * (rows - len(slots))], dtype=torch.int32)
+        self.all.slot_T[:rows].copy_(slot_T, non_blocking=True)
+        if self.grouped:
+            new = group_all(slot_T, self.slots)  # on the host: no kernels for it
+            self.all.order_T[:rows].copy_(new.order_T, non_blocking=True)
+            self.all.tiles_M3[:, :rows].copy_(new.tiles_M3, non_blocking=True)
 
     def get(self, tokens: int) -> Rows:
-        slot_T = self.slot_T[:tokens]
-        if not self.groups:
-            return Rows(slot_T, slot_T, slot_T, 1)
-        tile = TILES[tokens > PREFILL]
-        rows = self.groups[tile]
-        # As many tiles as a batch of this size can need (`group_rows`).
-        tiles = min(tokens, min(self.slots, tokens) + tokens // tile)
-        return Rows(slot_T, rows.order_T[:tokens], rows.tiles_M3[:tiles], tile)
+        rows = self.all
+        return Rows(rows.slot_T[:tokens], rows.order_T, rows.tiles_M3, rows.tile)
 
 
 class Step:
     """Rows of the tokens of a step, and of those whose logits are asked for.
 
     Attributes:
-        idle: no row has a slot. Code that is compiled or captured must not look at it.
+        idle: no row has a slot, and no graph that is captured now will run for rows that have one. Code
+            that is compiled must not look at it; the ops do, when they run.
     """
 
     _prompts: Tensor | None = None
     """Hidden states of all tokens, while logprobs of prompts are computed from runs of their rows."""
 
     def __init__(self, slots: int, max_tokens: int, device: torch.device) -> None:
-        self.idle = True
-        self._tokens = _Rows(slots, max_tokens, device)
-        self._sampled = _Rows(slots, max_tokens, device)
+        self.graphs = device.type != "cpu"
+        self._tokens = _Rows(slots, max_tokens, device, grouped=self.graphs)
+        self._sampled = _Rows(slots, max_tokens, device, grouped=self.graphs)
+        self.set([], [])
 
-    def set(self, token_slots: Sequence[int], sampled_slots: Sequence[int]) -> None:
-        """Takes the slots of the batch's rows, −1 for the base."""
-        self.idle = max(token_slots, default=-1) < 0 and max(sampled_slots, default=-1) < 0
-        self._tokens.set(token_slots)
-        self._sampled.set(sampled_slots)
+    def set(
+        self, token_slots: Sequence[int], sampled_slots: Sequence[int], *, adapters: bool = False
+    ) -> None:
+        """Takes the slots of the batch's rows, −1 for the base.
+
+        Args:
+            token_slots: of each token.
+            sampled_slots: of each row that the head gets.
+            adapters: whether the batch has any adapters. The engine captures graphs of their own for
+                batches without; for the others with made-up adapters, that no tenant's slot stands for.
+        """
+        slots = max(token_slots, default=-1) >= 0 or max(sampled_slots, default=-1) >= 0
+        self.idle = not (slots or (adapters and self.graphs))
+        for rows, new in ((self._tokens, token_slots), (self._sampled, sampled_slots)):
+            rows.set(new)
+            set_unused(rows.all.slot_T, self.idle)
 
     def tokens(self, count: int) -> Rows:
         """The rows of a layer's input."""
@@ -89,7 +86,7 @@ class Step:
         first = self.first_row(x_TI)
         if first is None:
             return self._sampled.get(x_TI.shape[0])
-        return self._regrouped(self._tokens.slot_T[first : first + x_TI.shape[0]])
+        return self._regrouped(self._tokens.all.slot_T[first : first + x_TI.shape[0]])
 
     @classmethod
     def first_row(cls, x_TI: Tensor) -> int | None:
@@ -100,9 +97,9 @@ class Step:
         return (x_TI.data_ptr() - cls._prompts.data_ptr()) // row
 
     def _regrouped(self, slot_T: Tensor) -> Rows:
-        if not self._tokens.groups:
+        if not self._tokens.grouped:
             return Rows(slot_T, slot_T, slot_T, 1)
-        return group_rows(slot_T, self._tokens.slots, tile=TILES[0])
+        return group_rows(slot_T, self._tokens.slots)
 
     @classmethod
     @contextlib.contextmanager

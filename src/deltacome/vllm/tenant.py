@@ -27,7 +27,7 @@ from deltacome.format.spec import ALIGN
 from deltacome.ops.slots import PlacedBands, PlacedSigns
 from deltacome.runtime.match import check_config
 from deltacome.vllm import compat
-from deltacome.vllm.places import Place, missing_prefixes
+from deltacome.vllm.places import Place, encoder_prefixes, missing_prefixes
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.shard import shard_bands, shard_signs
 from deltacome.vllm.tokenizers import check_tokenizer
@@ -135,7 +135,7 @@ def load_tenant(
     for place in places:
         for index, part in enumerate(place.parts):
             where.setdefault(part.name, []).append((place, index))
-    own_head = {rename(name) for name in artifact.manifest.records}
+    accounted = {rename(name) for name in artifact.manifest.records}
     tenant, unknown = Tenant(id, path), []
     for record in artifact.manifest.records.values():
         if record.base_name is not None:
@@ -150,19 +150,32 @@ def load_tenant(
         found = [
             (p, i)
             for p, i in found
-            if not (p.tied and name != p.name and f"{p.name}.weight" in own_head)
+            if not (p.tied and name != p.name and f"{p.name}.weight" in accounted)
         ]
         if not found:
             unknown.append(record.name)
         for place, index in found:
             _add(tenant, artifact, record, place, index, attribute, base, settings)
     if unknown:
-        shown = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+        encoded = any(rename(name).startswith(encoder_prefixes(model)) for name in unknown)
+        why = (
+            "; images and sound are encoded by the base's towers for all tenants" if encoded else ""
+        )
         raise MismatchError(
             f"{path}: {len(unknown)} tensors that this artifact changes have no place in "
-            f"{type(model).__name__} as vLLM runs it: {shown}"
+            f"{type(model).__name__} as vLLM runs it: {_listed(unknown)}{why}"
+        )
+    used = [n for n in base.checkpoint.tensors if rename(n).rpartition(".")[0] in where]
+    if lost := [name for name in used if rename(name) not in accounted]:
+        raise MismatchError(
+            f"{path}: the tuned model lacks {len(lost)} of the base's tensors, which would stay: "
+            f"{_listed(lost)}: merge the artifact"
         )
     return tenant
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _check_artifact(artifact: Artifact, model: nn.Module, settings: Settings) -> None:
@@ -180,6 +193,13 @@ def _check_artifact(artifact: Artifact, model: nn.Module, settings: Settings) ->
         )
     config = artifact.json_file(TUNED_CONFIG_FILE)
     check_config(SimpleNamespace(config=model.config), config)  # pyright: ignore
+    if config is not None and not compat.ties_head(model):
+        tuned: Any = SimpleNamespace(config=type(model.config).from_dict(config))  # pyright: ignore
+        if compat.ties_head(tuned):
+            raise UnsupportedError(
+                f"{artifact.path}: tie_word_embeddings: the tuned model's head is its embedding, the "
+                "base has a head of its own, which would stay: merge the artifact"
+            )
 
 
 def _untied_head(name: str, record: Record, places: Sequence[Place]) -> Place | None:

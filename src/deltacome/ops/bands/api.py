@@ -5,7 +5,8 @@ bytes as they lie in the artifact and add to an output that the caller owns. In 
 base's output is already there and a second one of the same size would be written and read again for
 nothing. All that an implementation needs comes through the arguments, and what a slot holds is data on
 the device: a layer's number in place of its tensors would be smaller, but then the op depends on state
-that neither a compiler nor a CUDA graph can see.
+that neither a compiler nor a CUDA graph can see. (One thing does not come so: that a batch is known to be
+of the base alone, `rows.set_unused`.)
 
 The ops are defined by `torch.library.Library`, not by its decorator `custom_op`: what that does for
 views and derivatives takes as long in each call as a small layer.
@@ -31,7 +32,7 @@ from deltacome.ops.impls import (
     check_impl,
     refuse_gradients,
 )
-from deltacome.ops.rows import Rows, nobody
+from deltacome.ops.rows import Rows, chosen, nobody
 from deltacome.ops.slots import BandTable
 
 
@@ -152,6 +153,7 @@ def _bands(
     elif impl == "triton":
         from deltacome.ops.bands import triton
 
+        tiles, tile = chosen(tiles, tile, x.shape[0], blobs.shape[0])
         triton.bands(
             *(y, x, order, tiles, blobs, fields, outs),
             *(tile, max_rank, group_size),
@@ -195,6 +197,8 @@ def _band_rows(
     scale: float,
     impl: str,
 ) -> None:
+    if nobody(slot):
+        return
     check_impl("band_rows", impl)
     check_ids("band_rows", y, ids, slot, blobs, fields)
     if impl == "cpu":
@@ -202,6 +206,7 @@ def _band_rows(
     elif impl == "triton":
         from deltacome.ops.bands import triton
 
+        tiles, tile = chosen(tiles, tile, y.shape[0], blobs.shape[0])
         triton.band_rows(
             *(y, ids, slot, order, tiles, blobs, fields, out),
             *(tile, max_rank, group_size, scale),

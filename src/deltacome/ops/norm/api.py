@@ -34,8 +34,9 @@ def norm(
     Rows without a slot keep every bit. Sums are float32 and rounded to y's dtype once.
 
     Args:
-        y_TH: (T, H), float32, float16 or bfloat16 (the reference: any float dtype), any strides.
-        x_TH: (T, H), likewise; what the norm is of.
+        y_TH: (T, H), float32, float16 or bfloat16 (the reference: any float dtype), any strides. Or
+            (T, heads, H), each head normalised by itself.
+        x_TH: likewise; what the norm is of.
         rows: the slots of the rows, from `group_rows`.
         weights_SH: float32 (S, H), each slot's weight (one that multiplies: Gemma's with the 1 added).
         eps: added to the mean of squares.
@@ -62,6 +63,7 @@ for name in ("norm", "norm_python"):  # the library may take the first over
 def _norm(y: Tensor, x: Tensor, slot: Tensor, weights: Tensor, eps: float, impl: str) -> None:
     if nobody(slot):
         return
+    y, x, slot = _flat(y, x, slot)
     _check(y, x, slot, weights, impl)
     if impl == "cpu":
         cpu.norm(y, x, slot, weights, eps)
@@ -75,7 +77,15 @@ def _norm(y: Tensor, x: Tensor, slot: Tensor, weights: Tensor, eps: float, impl:
 
 @torch.library.register_fake("deltacome::norm", lib=_library)
 def _(y: Tensor, x: Tensor, slot: Tensor, weights: Tensor, eps: float, impl: str) -> None:
-    _check(y, x, slot, weights, impl)
+    _check(*_flat(y, x, slot), weights, impl)
+
+
+def _flat(y: Tensor, x: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads as rows. Here and not before the op, which knows a buffer of slots by its address."""
+    if y.dim() != 3 or y.shape != x.shape:
+        return y, x, slot
+    size = y.shape[2]
+    return y.view(-1, size), x.reshape(-1, size), slot.repeat_interleave(y.shape[1])
 
 
 def _check(y: Tensor, x: Tensor, slot: Tensor, weights: Tensor, impl: str) -> None:

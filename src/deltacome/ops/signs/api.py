@@ -21,7 +21,7 @@ from deltacome.ops.impls import (
     check_impl,
     refuse_gradients,
 )
-from deltacome.ops.rows import Rows, nobody
+from deltacome.ops.rows import Rows, chosen, nobody
 from deltacome.ops.signs import cpu, reference
 from deltacome.ops.signs import rows as plain
 from deltacome.ops.slots import SignTable
@@ -128,6 +128,7 @@ def _signs(
     elif impl == "triton":
         from deltacome.ops.signs import triton
 
+        tiles, tile = chosen(tiles, tile, x.shape[0], blobs.shape[0], least=triton.LEAST)
         triton.signs(y, x, order, tiles, blobs, fields, outs, tile)
     else:
         reference.signs(y, x, slot, blobs, fields, outs)
@@ -167,6 +168,8 @@ def _sign_rows(
     out: int,
     scale: float,
 ) -> None:
+    if nobody(slot):
+        return
     check_ids("sign_rows", y, ids, slot, blobs, fields)
     plain.sign_rows(y, ids, slot, blobs, fields, out, scale)
 

@@ -33,6 +33,9 @@ CONFIGS = {
 }
 """(warps, stages, outputs of a block, inputs taken at a time), by the dtype of x; none spills."""
 
+LEAST = 16
+"""Rows that a tensor core takes: tiles of fewer are padded."""
+
 _WORDS = tl.constexpr(fields.WORDS)
 _SCALES = tl.constexpr(fields.SCALES)
 _SCALE_COUNT = tl.constexpr(fields.SCALE_COUNT)
@@ -66,7 +69,7 @@ def signs(
             *(*y_TO.stride(), *x_TI.stride(), blobs_SN.shape[1], x_TI.shape[1]),
             OUTS=tuple(outs),
             PARTS=len(outs),
-            TILE=max(16, tile),
+            TILE=max(LEAST, tile),
             OUTPUTS=outputs,
             CHUNK=chunk,
             num_warps=warps,

@@ -1,0 +1,432 @@
+"""Tenants as the API server knows them, with workers that are played: who holds what, and until when."""
+
+import asyncio
+import contextlib
+import re
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from artifact_helpers import random_artifact
+from tiny_pairs import make_base
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.utils.counter import AtomicCounter
+
+from deltacome.errors import DeltaError, MismatchError, UnsupportedError
+from deltacome.vllm import compat, frontend, metrics, registry
+from deltacome.vllm.manager import Held, WorkerManager
+from deltacome.vllm.registry import Registry
+from deltacome.vllm.settings import Settings
+
+
+class Workers:
+    """Engines of one worker each, which hold what they are asked to read."""
+
+    def __init__(self, engines=1, capacity=1, servers=1):
+        self.vllm_config = SimpleNamespace(
+            lora_config=SimpleNamespace(max_cpu_loras=capacity),
+            parallel_config=SimpleNamespace(_api_process_count=servers),
+        )
+        self.engine_core = self
+        self.held = [{} for _ in range(engines)]
+        self.refused = [set() for _ in range(engines)]
+        """Numbers that an engine's worker refuses when it has read them."""
+        self.may_read = asyncio.Event()
+        self.may_read.set()
+        self.said = []
+
+    async def call_utility_all_async(self, method, name, timeout, args, kwargs):
+        assert (method, timeout, kwargs) == ("collective_rpc", None, None)
+        self.said.append((name.removeprefix("deltacome_"), *args))
+        answers = [getattr(self, name)(engine, *args) for engine in range(len(self.held))]
+        await asyncio.sleep(0)
+        return [[answer] for answer in answers]
+
+    async def collective_rpc(self, name, timeout=None, args=(), kwargs=None):
+        return (await self.call_utility_all_async("collective_rpc", name, None, args, None))[0]
+
+    def deltacome_prefetch(self, engine, id, path):
+        self.held[engine][id] = path
+
+    def deltacome_fetched(self, engine, id):
+        if id in self.refused[engine]:
+            del self.held[engine][id]
+            return "MismatchError: w: wrong base"
+        return self.may_read.is_set()
+
+    def deltacome_drop(self, engine, id):
+        self.held[engine].pop(id, None)
+
+    async def generate(self, prompt, params, *args, lora_request=None, **kwargs):
+        try:
+            while True:
+                yield SimpleNamespace(outputs=[])
+                await asyncio.sleep(0)
+        finally:
+            self.said.append(("abort", lora_request.lora_int_id))
+            await asyncio.sleep(0)
+
+
+class Finder:
+    """Finds every name in one folder, which can change."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    async def find(self, name):
+        return self.folder
+
+
+def serve(workers):
+    models = SimpleNamespace(
+        lora_requests={},
+        lora_id_counter=AtomicCounter(0),
+        lora_resolver_lock=defaultdict(asyncio.Lock),
+        renderer=SimpleNamespace(tokenizer=None),
+    )
+    return Registry(models, workers, Settings(canary=None))
+
+
+async def settle(tenants):
+    """Until nothing is started any more."""
+    while tenants._tasks:
+        await asyncio.wait(list(tenants._tasks))
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Five artifacts of one base."""
+    folder = tmp_path_factory.mktemp("tenants")
+    make_base("small", folder / "base", torch.float32)
+    for i in range(5):
+        random_artifact(folder / "base", folder / f"t{i}", seed=i)
+    return [folder / f"t{i}" for i in range(5)]
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """Lines of the tenants; whether vLLM's loggers hand theirs on depends on its settings."""
+    monkeypatch.setattr(metrics.logger, "propagate", False)
+    metrics.logger.addHandler(caplog.handler)
+    caplog.set_level("INFO", metrics.logger.name)
+    yield lambda: [record.getMessage() for record in caplog.records]
+    metrics.logger.removeHandler(caplog.handler)
+
+
+def figure(metric, suffix="total"):
+    (family,) = metric.collect()
+    return next(sample.value for sample in family.samples if sample.name.endswith(suffix))
+
+
+def counts():
+    """Loads, re-reads, refusals."""
+    return (
+        figure(metrics.LOADS),
+        figure(metrics.REREAD_SECONDS, "count"),
+        figure(metrics.REFUSED),
+    )
+
+
+# --- names and numbers ---------------------------------------------------------------------------
+
+
+def test_the_engine_has_one_name_for_one_tenants_weights(folders):
+    """Two adapters of one name in a batch would be one to the engine, whatever their kinds."""
+
+    async def run():
+        tenants = serve(Workers())
+        ordinary = compat.LoRARequest("x", tenants.models.lora_id_counter.inc(1), "/lora")
+        tenants.models.lora_requests["x"] = ordinary  # whose requests may run on
+        first = await tenants.load("x", str(folders[0]))
+        second = await tenants.load("x", str(folders[1]))
+        assert len({ordinary, first.engine_request, second.engine_request}) == 3
+        assert {e.request.lora_name for e in (first, second)} == {"x"}
+        assert tenants.named("x") is second
+
+    asyncio.run(run())
+
+
+def test_a_tenants_name_is_not_an_ordinary_adapters(folders, monkeypatch, tmp_path, log):
+    """vLLM would load it under the tenant's number, and go on serving the tenant."""
+
+    async def run():
+        tenants = serve(Workers())
+        monkeypatch.setattr(frontend, "_registry", tenants)
+        await tenants.load("math", str(folders[0]))
+
+        async def original(self, request):
+            return "taken" if request.lora_name == "base" else None
+
+        async def ask(name, path):
+            request = SimpleNamespace(lora_name=name, lora_path=str(path))
+            return await frontend._check_load(original)(None, request)
+
+        before = figure(metrics.REFUSED)
+        for path in ("/srv/typo/does-not-exist", tmp_path):
+            refusal = await ask("math", path)
+            assert refusal.error.code == 400
+            assert refusal.error.param == "lora_path"
+            assert "expected an artifact (delta_config.json)" in refusal.error.message
+            assert f"{path}: expected" in log()[-1]  # a client is not told paths of the server
+        refusal = await ask("math#3", folders[0])
+        assert (refusal.error.code, refusal.error.param) == (400, "lora_name")
+        assert "expected a name without '#'" in refusal.error.message
+        assert figure(metrics.REFUSED) == before + 3
+        assert await ask("math", folders[1]) is None
+        assert await ask("other", tmp_path) is None
+        assert await ask("base", tmp_path) == "taken"
+
+        async def resolved(self, name):
+            return name  # an ordinary adapter that vLLM found
+
+        resolve = frontend._resolve(resolved)
+        assert await resolve(None, "other") == "other"
+        assert (await resolve(None, "math#3")).error.code == 404
+
+    asyncio.run(run())
+
+
+def test_a_worker_gives_a_tenant_to_its_own_path_alone():
+    manager = object.__new__(WorkerManager)
+    held = Held("/t#deltacome-0", SimpleNamespace(result=lambda: "tenant"))
+    manager._held = {1: held}
+    request = compat.LoRARequest("math#1", 1, "/t#deltacome-0")
+    assert manager._load_adapter(request) == "tenant"
+    with pytest.raises(MismatchError, match=r"/typo: adapter 1 is the tenant .* /t#deltacome-0"):
+        manager._load_adapter(compat.LoRARequest("math", 1, "/typo", load_inplace=True))
+
+
+# --- several engines, several servers -------------------------------------------------------------
+
+
+def test_every_engine_is_asked(folders):
+    async def run():
+        workers = Workers(engines=2)
+        tenants = serve(workers)
+        workers.refused[1] = {1}
+        with pytest.raises(DeltaError, match="wrong base"):
+            await tenants.load("math", str(folders[0]))
+        await settle(tenants)
+        assert tenants.named("math") is None
+        assert workers.held == [{}, {}]  # nor does the engine that took it hold it
+        entry = await tenants.load("math", str(folders[0]))
+        await tenants._drop(entry)
+        assert workers.held == [{}, {}]
+        workers.refused[1] = {2}
+        before = figure(metrics.REFUSED)
+        with pytest.raises(VLLMValidationError, match="wrong base"):
+            async with tenants.using(entry.request):
+                pass
+        assert workers.held == [{}, {}]
+        assert figure(metrics.REFUSED) == before + 1
+
+    asyncio.run(run())
+
+
+def test_several_api_servers_are_refused(folders):
+    async def run():
+        tenants = serve(Workers(servers=2))
+        with pytest.raises(UnsupportedError, match=r"got 2: set --api-server-count 1"):
+            await tenants.load("math", str(folders[0]))
+
+    asyncio.run(run())
+
+
+# --- how long workers hold a tenant ---------------------------------------------------------------
+
+
+def test_who_goes_while_a_tenant_is_read_leaves_nothing(folders):
+    """The workers read on; what they then hold is known, and dropped as any idle tenant's."""
+
+    async def run():
+        workers = Workers()
+        tenants = serve(workers)
+        entries = [await tenants.load(f"t{i}", str(f)) for i, f in enumerate(folders)]
+        await settle(tenants)
+        for entry in entries:
+            await tenants._drop(entry)
+        assert workers.held == [{}]
+        workers.may_read.clear()
+
+        async def ask(entry):
+            async with tenants.using(entry.request):
+                pass
+
+        asked = [asyncio.create_task(ask(entry)) for entry in entries for _ in range(2)]
+        while len(workers.held[0]) < len(entries):
+            await asyncio.sleep(0)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        workers.may_read.set()
+        await settle(tenants)
+        held = {entry.request.lora_int_id for entry in entries if entry.held}
+        assert set(workers.held[0]) == held
+        assert len(held) == 1
+        assert [entry.users for entry in entries] == [0] * 5
+        for entry in entries:
+            tenants.unload(entry.request)
+        await settle(tenants)
+        assert workers.held == [{}]
+        assert not tenants.entries
+
+    asyncio.run(run())
+
+
+def test_other_weights_that_cannot_be_read_again_leave_no_user(folders):
+    """Another request loads what is found now; it is dropped and refused before this one has it."""
+
+    async def run():
+        workers = Workers()
+        tenants = serve(workers)
+        finder = Finder(folders[0])
+        old = await tenants.load("math", str(folders[0]), finder)
+        await tenants._drop(old)
+        finder.folder = folders[1]
+
+        async def ask():
+            async with tenants.using(old.request):
+                pass
+
+        lock = tenants.models.lora_resolver_lock["math"]
+        async with lock:
+            asked = asyncio.create_task(ask())
+            while not lock._waiters:
+                await asyncio.sleep(0.001)
+            new = await tenants.load("math", str(finder.folder), finder)
+            await tenants._drop(new)
+            workers.refused[0] = {new.request.lora_int_id}
+        with pytest.raises(VLLMValidationError, match="wrong base"):
+            await asked
+        assert (old.users, new.users) == (0, 0)
+        tenants.unload(tenants.models.lora_requests.pop("math"))
+        await settle(tenants)
+        assert not tenants.entries
+        with pytest.raises(VLLMNotFoundError):
+            await ask()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("end", ["close", "cancel"])
+def test_a_request_is_aborted_before_its_tenant_is_dropped(end, folders):
+    """A step in between would read the tenant again, in the engine's loop."""
+
+    async def run():
+        workers = Workers()
+        tenants = serve(workers)
+        entry = await tenants.load("math", str(folders[0]))
+        generate = frontend._with_tenant(workers.generate, tenants)
+        outputs = generate("", None, lora_request=entry.request)
+        await anext(outputs)
+        tenants.unload(entry.request)
+        await settle(tenants)
+        assert workers.held != [{}]  # it runs
+        workers.said = []
+        if end == "close":
+            await outputs.aclose()
+        else:
+            task = asyncio.create_task(drain(outputs))
+            await asyncio.sleep(0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await settle(tenants)
+        assert workers.said == [("abort", 1), ("drop", 1)]
+
+    asyncio.run(run())
+
+
+async def drain(outputs):
+    async for _ in outputs:
+        pass
+
+
+# --- how often workers are asked ------------------------------------------------------------------
+
+
+def test_workers_are_asked_less_and_less_and_about_one_at_a_time(folders, monkeypatch):
+    async def run():
+        workers = Workers()
+        tenants = serve(workers)
+        workers.may_read.clear()
+        pauses, sleep = [], asyncio.sleep
+
+        async def slept(seconds):
+            if seconds:
+                pauses.append(seconds)
+                if len(pauses) == 8:
+                    workers.may_read.set()
+            await sleep(0)
+
+        monkeypatch.setattr(registry.asyncio, "sleep", slept)
+        names = enumerate(folders[:3])
+        await asyncio.gather(*(tenants.load(f"t{i}", str(folder)) for i, folder in names))
+        assert pauses == [0.01, 0.02, 0.04, 0.08, 0.16, 0.25, 0.25, 0.25]
+        asked = [id for name, id, *_ in workers.said if name == "fetched"]
+        assert asked == [asked[0]] * 9 + asked[9:]
+        assert len(asked) == 11
+
+    asyncio.run(run())
+
+
+# --- what operators see ---------------------------------------------------------------------------
+
+
+def test_what_happens_to_tenants_is_counted_and_logged(folders, log):
+    async def run():
+        workers = Workers()
+        tenants = serve(workers)
+        before = counts()
+        entry = await tenants.load("math", str(folders[0]))
+        await tenants._drop(entry)
+        assert counts() == (before[0] + 1, *before[1:])
+        for _ in range(2):  # at the second time it is held
+            async with tenants.using(entry.request):
+                assert counts() == (before[0] + 1, before[1] + 1, before[2])
+        await tenants._drop(entry)
+        workers.refused[0] = {1}
+        with pytest.raises(VLLMValidationError):
+            async with tenants.using(entry.request):
+                pass
+        assert counts() == tuple(count + 1 for count in before)
+        tenants.unload(entry.request)
+        await settle(tenants)
+
+    asyncio.run(run())
+    assert [re.split(" in |: ", line)[0] for line in log()] == [
+        "Loaded tenant 'math'",
+        "Dropped tenant 'math' from the workers",
+        "Read tenant 'math' again",
+        "Dropped tenant 'math' from the workers",
+        "Refused tenant 'math'",
+        "Unloaded tenant 'math'",
+    ]
+    assert log()[4].endswith("w: wrong base")
+    assert f"{folders[0]}#deltacome-" in log()[0]  # which weights
+    assert metrics.logger.name.startswith("vllm.")  # others have no handler in a server
+
+
+def test_figures_go_on_when_workers_could_not_be_asked(log, monkeypatch):
+    async def run():
+        asked = 0
+
+        async def ask(*args):
+            nonlocal asked
+            asked += 1
+            if asked in (1, 2, 4):
+                raise RuntimeError("busy")
+            return [[dict.fromkeys(metrics.FIGURES, asked)]]
+
+        monkeypatch.setattr(metrics, "WATCH_SECONDS", 0)
+        engine = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=ask))
+        metrics.watch(engine)
+        while asked < 6:
+            await asyncio.sleep(0)
+        engine._deltacome_watch.cancel()
+        assert figure(metrics.FIGURES["held"], "tenants") >= 5
+
+    asyncio.run(run())
+    assert log() == ["No figures of tenants from the workers: RuntimeError('busy')"] * 2

@@ -1,0 +1,212 @@
+"""Rows of a step as a GPU has them: traced once for batches of any size, captured in graphs.
+
+There is no GPU here. What one would run is a stand-in for the kernel, which adds up by its tiles.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from deltacome.errors import UnsupportedError
+from deltacome.ops.bands import triton as kernels
+from deltacome.ops.slots import BandTable, Pool
+from deltacome.vllm import compat
+from deltacome.vllm.layers import Delta, NormDelta, _norm_forward, _with_delta
+from deltacome.vllm.manager import ModelManager
+from deltacome.vllm.places import Part, Place
+from deltacome.vllm.step import Step, _Rows
+from deltacome.vllm.tenant import Tenant
+
+SLOTS, MOST = 8, 400
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The sizes of tiles that the kernel was launched with; each row gets 1 + its slot."""
+    sizes = []
+
+    def bands(y_TO, x_TI, order_T, tiles_M3, blobs_SN, fields_SPBF, outs, tile, *_):
+        sizes.append(tile)
+        for slot, start, rows in tiles_M3.tolist():
+            assert rows <= tile
+            y_TO[order_T[start : start + rows]] += 1 + slot
+
+    monkeypatch.setattr(kernels, "bands", bands)
+    return sizes
+
+
+def step_of_a_gpu():
+    step = Step(SLOTS, MOST, torch.device("cpu"))
+    step.graphs = True
+    step._tokens, step._sampled = (
+        _Rows(SLOTS, MOST, torch.device("cpu"), grouped=True) for _ in range(2)
+    )
+    step.set([], [])
+    return step
+
+
+class Method:
+    """In place of the engine's way to multiply."""
+
+    def apply(self, layer, x, bias=None):
+        return x.cos()
+
+
+class Model(nn.Module):
+    """A norm of heads and a linear, hooked."""
+
+    def __init__(self, step):
+        super().__init__()
+        pool = Pool(SLOTS, 64, device="cpu")
+        table = BandTable(pool, 140, [140], max_rank=1, max_bands=1)
+        self._delta = Delta(step, table, None, None, False, "triton")
+        self.method = _with_delta(Method)()
+        ones_SH, base_H = 2 * torch.ones(SLOTS, 70), torch.ones(70)
+        delta = NormDelta(step, base_H, ones_SH, 1e-6, "reference")
+        self.norm = _norm_forward(lambda x: nn.functional.rms_norm(x, (70,)), delta)
+
+    def forward(self, x_TI):
+        heads_THN = self.norm(x_TI.view(-1, 2, 70))
+        return self.method.apply(self, heads_THN.view(-1, 140))
+
+
+def expected(x_TI, slots):
+    slot_T1 = torch.tensor(slots)[:, None]
+    heads = nn.functional.rms_norm(x_TI.view(-1, 2, 70), (70,)).view(-1, 140)
+    return torch.where(slot_T1 < 0, heads, 2 * heads).cos() + 1 + slot_T1
+
+
+def traced(model):
+    """As the engine does it: the whole of it, for any number of rows, all guards dropped."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    run = torch.compile(
+        model,
+        fullgraph=True,
+        dynamic=False,
+        backend=backend,
+        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+    )
+    return run, graphs
+
+
+def test_traced_once_for_batches_of_any_size(launched):
+    torch._dynamo.reset()
+    step = step_of_a_gpu()
+    model, graphs = traced(Model(step))
+    for tokens, tile in ((300, 64), (3, 1), (9, 16), (MOST, 64), (2, 1)):
+        slots = [(5 * i) % (SLOTS + 1) - 1 for i in range(tokens)]
+        step.set(slots, slots, adapters=True)
+        x_TI = torch.randn(tokens, 140)
+        torch._dynamo.mark_dynamic(x_TI, 0)
+        torch.testing.assert_close(model(x_TI), expected(x_TI, slots))
+        assert launched.pop() == tile
+    assert len(graphs) == 1
+
+
+def test_a_graph_is_larger_than_its_batch(launched):
+    step = step_of_a_gpu()
+    model = Model(step)
+    for tokens in (300, 3):
+        slots = [i % SLOTS for i in range(tokens)]
+        step.set(slots, slots, adapters=True)
+        padded = [*slots, *[-1] * 5]
+        x_TI = torch.randn(tokens + 5, 140)
+        torch.testing.assert_close(model(x_TI), expected(x_TI, padded))
+    assert launched == [64, 16]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_of_the_base_alone_have_no_kernels(compiled, launched):
+    """And those of any adapters have them, whatever was said when they were traced."""
+    torch._dynamo.reset()
+    step = step_of_a_gpu()
+    model = traced(Model(step))[0] if compiled else Model(step)
+    x_TI = torch.randn(9, 140)
+    for adapters in (False, True, False):
+        step.set([-1] * 9, [-1] * 9, adapters=adapters)
+        # Were they looked at, all rows would have one.
+        step._tokens.all.slot_T.zero_()
+        launched.clear()
+        model(x_TI)
+        assert launched == ([16] if adapters else [])
+
+
+def test_on_a_cpu_only_tenants_count():
+    step = Step(SLOTS, MOST, torch.device("cpu"))
+    step.set([-1, -1], [-1], adapters=True)
+    assert step.idle
+
+
+def mapped(monkeypatch, adapters, index, prompt):
+    """The step of a manager that was given a mapping of ids."""
+    monkeypatch.setattr(
+        compat.LRUCacheLoRAModelManager, "_set_adapter_mapping", lambda self, mapping: None
+    )
+    manager = object.__new__(ModelManager)
+    manager.lora_index_to_id, manager._registered_adapters = [*adapters], adapters
+    manager.step = step_of_a_gpu()
+    manager._set_adapter_mapping(compat.LoRAMapping(index, prompt))
+    return manager.step
+
+
+def test_made_up_adapters_are_adapters(monkeypatch):
+    """The engine captures graphs with them, which tenants then run."""
+    tenants, made_up = {7: Tenant(7, "")}, {7: object()}
+    for adapters in (tenants, made_up):
+        assert not mapped(monkeypatch, adapters, (7, 0), (7, 0)).idle
+        assert mapped(monkeypatch, adapters, (0, 0), (0, 0)).idle
+
+
+# --- heads that would not get their tenants' deltas -----------------------------------------------
+
+
+def managed(monkeypatch, places=(), **config):
+    """A manager, but for what the engine's own makes."""
+
+    def made(self, *args, **kwargs):
+        self.places = places
+
+    monkeypatch.setattr(compat.LRUCacheLoRAModelManager, "__init__", made)
+    usual = {
+        "additional_config": None,
+        "lora_config": SimpleNamespace(enable_tower_connector_lora=False),
+        "speculative_config": None,
+        "use_v2_model_runner": True,
+        "parallel_config": SimpleNamespace(enable_batch_sharded_sampling=False),
+        "model_config": SimpleNamespace(dtype=torch.bfloat16, head_dtype=torch.bfloat16),
+    }
+    return ModelManager(None, vllm_config=SimpleNamespace(**usual | config), device="cpu")
+
+
+def test_drafted_tokens_of_the_v2_runner_are_refused(monkeypatch):
+    drafts = SimpleNamespace(method="ngram")
+    with pytest.raises(UnsupportedError, match=r"--speculative-config: .*V2 model runner"):
+        managed(monkeypatch, speculative_config=drafts)
+    managed(monkeypatch, speculative_config=drafts, use_v2_model_runner=False)
+    managed(monkeypatch)
+
+
+def test_batch_sharded_sampling_is_refused(monkeypatch):
+    sharded = SimpleNamespace(enable_batch_sharded_sampling=True)
+    with pytest.raises(UnsupportedError, match="--enable-batch-sharded-sampling: "):
+        managed(monkeypatch, parallel_config=sharded)
+
+
+def test_a_head_of_another_dtype_is_refused(monkeypatch):
+    fine = SimpleNamespace(dtype=torch.bfloat16, head_dtype=torch.float32)
+    head, linear = (
+        Place(name, nn.Module(), kind, (Part(name, ((0, 64),), (0, 64)),))
+        for name, kind in (("lm_head", "head"), ("up_proj", "linear"))
+    )
+    why = r"lm_head: head_dtype: expected the model's, torch\.bfloat16, got torch\.float32"
+    with pytest.raises(UnsupportedError, match=why):
+        managed(monkeypatch, [linear, head], model_config=fine)
+    managed(monkeypatch, [linear], model_config=fine)  # this worker has no head
+    managed(monkeypatch, [linear, head])
