@@ -57,7 +57,7 @@ def main() -> None:
             tuned,
             delta,
             ratio=options.ratio,
-            samples=48,
+            samples=options.samples,
             seq_len=96,
             progress=_print_progress,
         )
@@ -117,6 +117,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of fine-tuning, instead of minutes")
     parser.add_argument("--ratio", type=float, default=16)
     parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=48, help="rows of calibration text")
     return parser.parse_args()
 
 

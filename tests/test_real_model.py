@@ -23,7 +23,8 @@ DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(DEMO), "-o", str(out), "--steps", "8", "--questions", "8"]
+    little = ("--steps", "8", "--questions", "8", "--samples", "12")
+    command = [sys.executable, str(DEMO), "-o", str(out), *little]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for shown in ("base", "tuned", "delta", "ratio", "right", "Sum:"):

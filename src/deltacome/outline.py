@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from deltacome.arch.checkpoint import Checkpoint, TensorInfo, json_folder
-from deltacome.skeleton import is_stack, make_skeleton, read_config
+from deltacome.skeleton import first_stack, make_skeleton, read_config
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ def outline(name_or_path: str | Path) -> Outline:
     model = make_skeleton(config, torch.float32, folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tensors = {name: TensorInfo(folder, shape, dtype) for name, shape in shapes.items()}
-    return Outline(folder, tensors, next((name for name in shapes if is_stack(model, name)), None))
+    return Outline(folder, tensors, first_stack(model))

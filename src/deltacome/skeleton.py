@@ -151,11 +151,13 @@ def _stacked(name: str, parameter: str, pattern: str, converters: list[WeightCon
     return Target(parameter, int(number[1]), part, len(rule.source_patterns))
 
 
-def is_stack(model: nn.Module, parameter: str) -> bool:
-    """Whether a parameter holds what checkpoints may store as a tensor for each expert."""
+def first_stack(model: nn.Module) -> str | None:
+    """The first parameter that holds what checkpoints may store as a tensor for each expert, if any."""
     rules = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
-    targets = [t for r in rules if isinstance(r, WeightConverter) for t in r.target_patterns]
-    return any(re.search(target.replace(".", r"\.") + "$", parameter) for target in targets)
+    ends = [t for r in rules if isinstance(r, WeightConverter) for t in r.target_patterns]
+    matches = [re.compile(end.replace(".", r"\.") + "$").search for end in ends]
+    names = (name for name, _ in model.named_parameters())
+    return next((name for name in names if any(match(name) for match in matches)), None)
 
 
 def set_weight(model: nn.Module, name: str, value: Tensor) -> None:

@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import MismatchError
-from deltacome.ops.rows import Rows, group_rows
+from deltacome.ops.rows import Rows, group_rows, tile_for
 
 KEPT = 16
 """Groupings that are remembered: those of a prompt and of decoding, for a few batches."""
-
-
-def tile_for(tokens: int) -> int:
-    """Rows of a tile for a batch of so many: decoding, or a prompt."""
-    return 16 if tokens <= 256 else 64
 
 
 class Choice:
@@ -97,4 +92,4 @@ class Choice:
             slot_T = slot_B.repeat_interleave(tokens // max(1, x.shape[0]), output_size=tokens)
         if x.device.type == "cpu":  # its kernels, and the reference, look at the slots alone
             return Rows(slot_T, slot_T, slot_T, 1)
-        return group_rows(slot_T, len(self.names), tile=tile_for(tokens))
+        return group_rows(slot_T, len(self.names), tile=tile_for(tokens, len(self.names)))
