@@ -25,11 +25,11 @@ from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.canary import Canary, canary_ids
 from deltacome.format.codec import dense, read_bands, write_bands
-from deltacome.format.spec import Band
+from deltacome.format.spec import Band, bands_nbytes
 from deltacome.vllm import compat, version
 from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.launch import Launch, plan_launch
-from deltacome.vllm.manager import ModelManager
+from deltacome.vllm.manager import ModelManager, default_slot_bytes
 from deltacome.vllm.manners import Manners
 from deltacome.vllm.places import Part, Place, find_places
 from deltacome.vllm.plugin import register
@@ -530,6 +530,26 @@ def test_a_workers_share_fits(size, stages, tmp_path, monkeypatch):
     assert (bound < 0.95 * whole) == (size * stages > 1)
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,1")
     assert worker_nbytes(artifact, config, size, stages) == worker_nbytes(artifact, config, size, 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["rows", "columns", "head"])
+def test_a_slot_has_room_for_a_worker_s_part_of_a_sixteenth(kind, workers):
+    matrices = [(4096, 512), (1024, 1024)] if kind == "head" else [(256, 1024), (1024, 256)]
+    needed, places = 0, []
+    for rows, columns in matrices:
+        directions = 2 * rows * columns // 16 // (rows + columns)
+        assert bands_nbytes((rows, columns), (Band(8, directions),)) == pytest.approx(
+            2 * rows * columns / 16, rel=0.1
+        )
+        if kind == "columns":
+            columns //= workers
+        else:
+            rows //= workers
+        part = Part("m", ((0, rows),), (0, columns))
+        places.append(Place("m", nn.Module(), "head" if kind == "head" else "linear", (part,)))
+        needed += bands_nbytes((rows, columns), (Band(8, directions),), 64)
+    assert needed <= default_slot_bytes(places, workers) <= 2 * needed
 
 
 @pytest.mark.parametrize("spelt", ["-tp 2", "--tensor-parallel-size=2", "--tensor_parallel_size 2"])

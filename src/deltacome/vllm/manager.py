@@ -61,7 +61,9 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         check_impl("vLLM", impl)
         self.evictions = 0
         self._slot_of: dict[int, int] = {}
-        nbytes = self.settings.slot_bytes or default_slot_bytes(places)
+        nbytes = self.settings.slot_bytes or default_slot_bytes(
+            places, self.vllm_config.parallel_config.tensor_parallel_size
+        )
         self.pool = Pool(slots, nbytes, device=device)
         scheduler = self.vllm_config.scheduler_config
         rows = max(self.max_num_batched_tokens, scheduler.max_num_seqs)
@@ -309,12 +311,21 @@ def refuse_bypassed_heads(model_config: Any, places: list[Place]) -> None:
             )
 
 
-def default_slot_bytes(places: list[Place]) -> int:
-    """A sixteenth of the bytes of this worker's matrices at 16 bit, and a fifth more: papers count codes
-    alone."""
-    entries = 0
+def default_slot_bytes(places: list[Place], workers: int) -> int:
+    """What this worker has at most of an artifact of a sixteenth, and a fifth more: papers count codes
+    alone.
+
+    Args:
+        places: of this worker.
+        workers: that share each layer. A direction has as many entries as rows and columns together, of
+            which a worker lacks some rows or some columns: fewer, the shorter the side is that is cut.
+    """
+    entries = 0.0
     for place in places:
         if place.kind != "norm" and not place.tied:
             for part in place.parts:
-                entries += part.size * (part.columns[1] - part.columns[0])
+                rows, columns = part.size, part.columns[1] - part.columns[0]
+                cut = rows if place.kind in ("embedding", "head") else min(rows, columns)
+                whole = rows + columns + (workers - 1) * cut
+                entries += workers * rows * columns * (rows + columns) / whole
     return int(2 * entries / 16 * 1.2)

@@ -20,7 +20,8 @@ class Settings:
     """Settings of one engine."""
 
     slot_bytes: int | None = None
-    """Bytes of packed terms that a resident tenant can have (on each worker); None: 1/16 of the base."""
+    """Bytes of packed terms that a resident tenant can have (on each worker); None: those
+    of a worker's part of 1/16 of the base."""
     max_rank: int | None = None
     """Directions that a layer of a tenant can have; None: as many as there can be."""
     max_bands: int = 6
