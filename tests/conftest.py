@@ -3,6 +3,13 @@ import sys
 import pytest
 import torch
 
+LONGEST = ("tests/vllm/", "tests/test_real_model.py", "tests/ops/test_triton")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take minutes go first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():

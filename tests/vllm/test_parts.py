@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 from artifact_helpers import PLAN, random_artifact, random_bands
@@ -338,8 +339,6 @@ def test_canary():
 @pytest.fixture
 def memory(base, tmp_path):
     """An fsspec place with one artifact."""
-    import fsspec
-
     random_artifact(base, tmp_path / "a", seed=1)
     system = fsspec.filesystem("memory")
     system.put(str(tmp_path / "a"), "/bucket/tenants/math", recursive=True)
@@ -392,20 +391,23 @@ def test_an_upload_that_still_runs(base, tmp_path, memory):
     Artifact.open(asyncio.run(finder.find("math"))).check_bytes()
 
 
-def test_who_comes_together_copies_once(memory, tmp_path, monkeypatch):
-    """Of one server; of two the first stays."""
-    copied, copy = [], type(memory).get_file
+def test_who_comes_together_copies_once(base, tmp_path, monkeypatch):
+    """Of one server; of two the first stays. (Files in fsspec's memory are not for several threads.)"""
+    random_artifact(base, tmp_path / "tenants" / "math", seed=1)
+    place = f"file://{tmp_path / 'tenants'}"
+    system = type(fsspec.filesystem("file"))
+    copied, copy = [], system.get_file
 
     def counted(self, source, target, **kwargs):
         copied.append(source)
         copy(self, source, target, **kwargs)
 
-    monkeypatch.setattr(type(memory), "get_file", counted)
+    monkeypatch.setattr(system, "get_file", counted)
 
     async def together(*finders):
         return await asyncio.gather(*(finder.find("math") for finder in finders))
 
-    finder = Finder("memory://bucket/tenants", tmp_path / "one")
+    finder = Finder(place, tmp_path / "one")
     assert len({*asyncio.run(together(*[finder] * 5))}) == 1
     assert len(copied) == len({*copied})
 
@@ -416,8 +418,8 @@ def test_who_comes_together_copies_once(memory, tmp_path, monkeypatch):
             both.wait(20)  # neither is there when the other looks
         copy(self, source, target, **kwargs)
 
-    monkeypatch.setattr(type(memory), "get_file", late)
-    servers = [Finder("memory://bucket/tenants", tmp_path / "two") for _ in range(2)]
+    monkeypatch.setattr(system, "get_file", late)
+    servers = [Finder(place, tmp_path / "two") for _ in range(2)]
     (folder,) = {*asyncio.run(together(*servers))}
     assert list((tmp_path / "two").iterdir()) == [folder]
     Artifact.open(folder).check_bytes()
