@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Python compiles what it imports; pip would spend more than a minute on compiling all there is.
+# Python compiles what it imports when it does; pip would compile all there is, most of it for nobody.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Threads that wait by sleeping: two of them on two busy cores spin each other to a standstill.
 export OMP_WAIT_POLICY ?= PASSIVE

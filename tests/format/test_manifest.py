@@ -176,6 +176,8 @@ INFO = {"bytes": 1, "sha256": "0" * 64}
         ((*LAYER, "exact_rows", [0, 7]), "only where they cover rows"),
         (("files", ABSENT), "'files' is missing"),
         (("files", []), "files: expected an object"),
+        (("dropped_files", "chat_template.jinja"), "dropped_files: expected a list of strings"),
+        (("dropped_files", [1]), "dropped_files: expected a string"),
         (
             ("files", "../tokenizer.json", INFO),
             r"files\['../tokenizer.json'\]: expected a name like",

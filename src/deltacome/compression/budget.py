@@ -42,8 +42,9 @@ def make_plans(
         raise PlanError(f"{name}: expected a ratio, which its plans adapt to, got none")
     if not matrices:
         # An artifact that stores nothing is as small as can be.
-        if ratio is not None and any(record.exact_rows for record in manifest.records.values()):
-            _check_met(manifest, {}, {}, {}, ratio)
+        stored = any(record.exact_rows for record in manifest.records.values())
+        if ratio is not None and stored and _exceeds(manifest, {}, ratio):
+            raise PlanError(_refusal(manifest, {}, {}, ratio))
         return {}
     planner = method.planner(matrices)
     if ratio is None or not method.adapts:
@@ -57,7 +58,8 @@ def make_plans(
         plans = planner(target - around)
         # Never less than before: plans that leave matrices out need less, which the next ones fill.
         around = max(around, _total(manifest, plans) - _terms_nbytes(matrices, plans))
-    _check_met(manifest, plans, matrices, planner(0), ratio)
+    if _exceeds(manifest, plans, ratio):
+        raise PlanError(_refusal(manifest, matrices, planner(0), ratio))
     return plans
 
 
@@ -81,15 +83,9 @@ def _total(manifest: Manifest, plans: Mapping[str, Terms]) -> int:
     return terms + overhead_nbytes(planned)
 
 
-def _check_met(
-    manifest: Manifest,
-    plans: Mapping[str, Terms],
-    matrices: Mapping[str, Matrix],
-    least: Mapping[str, Terms],
-    ratio: float,
-) -> None:
-    if _total(manifest, plans) > manifest.tuned_nbytes() / ratio * (1 + TOLERANCE):
-        raise PlanError(_refusal(manifest, matrices, least, ratio))
+def _exceeds(manifest: Manifest, plans: Mapping[str, Terms], ratio: float) -> bool:
+    """Whether the artifact would be larger than the ratio allows."""
+    return _total(manifest, plans) > manifest.tuned_nbytes() / ratio * (1 + TOLERANCE)
 
 
 def _check_fixed(manifest: Manifest, plans: Mapping[str, Terms], name: str, ratio: float) -> None:

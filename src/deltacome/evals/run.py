@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from deltacome.arch.checkpoint import SIDE_FILES
+from deltacome.device import pick_device
 from deltacome.errors import CheckpointError, DeltaError, MismatchError
 from deltacome.evals.divergence import (
     Reference,
@@ -26,7 +27,7 @@ from deltacome.evals.divergence import (
     record,
     text_rows,
 )
-from deltacome.evals.models import load_model, pick_device, tuned_by
+from deltacome.evals.models import load_model, tuned_by
 from deltacome.evals.prompts import prompt_ids
 from deltacome.evals.score import answer, generate, score
 from deltacome.evals.tasks import Question, load_questions
@@ -143,7 +144,7 @@ def answer_with(
     dtype: str = "auto",
 ) -> str:
     """The greedy answer to one prompt, by the base or by the fine-tune that a delta stands for."""
-    model = load_model(base, pick_device(device), dtype)
+    model = load_model(base, device, dtype)
     if delta is None:
         return answer(model, _tokenizer(base), prompt, max_new_tokens=max_new_tokens)
     artifact = opened(delta)
