@@ -6,6 +6,8 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Threads that wait by sleeping: two of them on two busy cores spin each other to a standstill.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Of others' code, which is compiled when it is first imported.
+export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
 .PHONY: install demo tables test lint docs check clean
 .DEFAULT_GOAL := check
