@@ -78,6 +78,8 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         monkeypatch.setattr("deltacome.compression.search.GENERATIONS", 1)
     if name == "ablation":
         monkeypatch.setattr(tables(name), "RATIO", 4.0)
+    if name == "t11":
+        monkeypatch.setattr(tables(name), "GOALS", {("Delta-CoMe", 4), ("adaptive", 4)})
     if name == "vlm":
         small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
         monkeypatch.setattr(tables(name), "TOWER", {**small, "num_hidden_layers": 1})
@@ -91,6 +93,8 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     assert len({line.count("|") for line in table[:2]}) <= 1
     if name == "t11":
         assert (tmp_path / tables(name).PICTURES / "curve_tiny_4.png").stat().st_size > 10_000
+        assert sum(line.startswith("| Delta-CoMe, seed 1") for line in table) == 1
+        assert "adaptive at 1/4 less Delta-CoMe at 1/4, seed 1: " in text
     # Once more: everything is kept, so nothing is compressed, trained or measured.
     monkeypatch.setattr("deltacome.compress", None)
     monkeypatch.setattr(tables("lab"), "generate", None)

@@ -8,11 +8,14 @@ import cells as md
 from lab import Lab
 from rows import main_rows
 
+from deltacome import Adaptive
 from deltacome.evals.score import exact_match
 
 
 def make(lab: Lab) -> str:
-    *baselines, ours = main_rows(lab.size)
+    rows = main_rows(lab.size)
+    ours = [name for name, method, _ in rows if isinstance(method, Adaptive)]
+    baselines = [name for name, _, _ in rows if name not in ours]
     best = (0, "", -1)
     said: dict[str, dict[str, list[str]]] = {}
     for task in lab.size.tasks:
@@ -20,23 +23,21 @@ def make(lab: Lab) -> str:
             "backbone": lab.measure(task, lab.dense(lab.base))["answers"],
             "tuned": lab.measure(task, lab.dense(lab.tenant(task)))["answers"],
         }
-        for name, method, ratio in (*baselines, ours):
+        for name, method, ratio in rows:
             said[task][name] = lab.cell(task, method, ratio)["answers"]
         for i, question in enumerate(lab.questions(task)):
             right = {
                 n: exact_match(answers[i], question.answer) for n, answers in said[task].items()
             }
-            wrong = sum(not right[name] for name, _, _ in baselines)
-            if right["tuned"] and right[ours[0]] and wrong > best[0]:
+            wrong = sum(not right[name] for name in baselines)
+            if right["tuned"] and all(right[name] for name in ours) and wrong > best[0]:
                 best = (wrong, task, i)
     title = "## Case study: one question, all answers\n\n"
     wrong, task, i = best
     if not wrong:
-        return (
-            f"{title}No question was found that tuned and {ours[0]} get right and a baseline wrong."
-        )
+        return f"{title}No question was found that tuned and ours get right and a baseline wrong."
     question = lab.questions(task)[i]
-    rows = [
+    lines = [
         [
             name,
             f"`{_line(answers[i])}`",
@@ -46,7 +47,7 @@ def make(lab: Lab) -> str:
     ]
     return (
         f"{title}Of `{task}`: `{question.prompt}` The right answer is `{question.answer}`.\n\n"
-        + md.table(["model", "answer", "right"], rows)
+        + md.table(["model", "answer", "right"], lines)
     )
 
 

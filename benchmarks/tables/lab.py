@@ -195,9 +195,9 @@ class Lab:
         key = hash_of(_hashes_of("numerics", "compression"), *patched)
         return self.work / "sweeps" / key
 
-    def wanted(self, task: str, method: Method, ratio: float | None) -> bool:
+    def wanted(self, task: str, method: Method, ratio: float | None, seed: int = 0) -> bool:
         """Whether a cell belongs into the table: all do, or those alone that are there already."""
-        return not self.only_kept or self._artifact_folder(task, method, ratio, 0)[0].exists()
+        return not self.only_kept or self._artifact_folder(task, method, ratio, seed)[0].exists()
 
     def _artifact_folder(
         self, task: str, method: Method, ratio: float | None, seed: int

@@ -36,6 +36,8 @@ def main() -> None:
         size = replace(size, tasks=tasks, side=tasks[:1])
     if options.rows:
         size = replace(size, rows=options.rows)
+    if options.seeds:
+        size = replace(size, seeds=tuple(options.seeds))
     lab = Lab(options.base, options.work, size, tenants, options.only_kept)
     for name in options.tables or (SMALL if options.size == "small" else TABLES):
         started = time.monotonic()
@@ -47,9 +49,10 @@ def main() -> None:
             section = section.replace(":", f", {options.rows} calibration rows:", 1)
         seconds = time.monotonic() - started
         command = f"make tables SIZE={options.size} TABLES={name}"
-        if options.tasks or options.rows or options.only_kept:
+        if options.tasks or options.rows or options.seeds or options.only_kept:
             words = ["--tasks", *options.tasks] if options.tasks else []
             words += ["--rows", str(options.rows)] if options.rows else []
+            words += ["--seeds", *map(str, options.seeds)] if options.seeds else []
             words += ["--only-kept"] * options.only_kept
             command = (
                 f"python benchmarks/tables/run.py {name} --size {options.size} {' '.join(words)}"
@@ -89,6 +92,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", help="instead of sums, code and chat")
     parser.add_argument("--rows", type=int, help=f"of calibration text, instead of {Size.rows}")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of calibration, for the main rows")
     parser.add_argument(
         "--only-kept",
         action="store_true",

@@ -19,9 +19,9 @@ def methods_table(lab: Lab) -> str:
     rows = [_row(name, cells) for name, cells in dense]
     tuned = dense[1][1]
     for name, method, ratio in main_rows(lab.size):
-        if not all(lab.wanted(task, method, ratio) for task in tasks):
-            continue
         for seed in lab.size.seeds if method.calibrates else lab.size.seeds[:1]:
+            if not all(lab.wanted(task, method, ratio, seed) for task in tasks):
+                continue
             cells = [lab.cell(task, method, ratio, seed) for task in tasks]
             label = f"{name}, seed {seed}" if seed else name
             rows.append(_row(label, cells, tuned))

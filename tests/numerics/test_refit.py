@@ -66,6 +66,22 @@ def test_a_direction_that_nothing_reaches_is_zero(problem):
     assert u[3].any()
 
 
+def test_directions_that_few_inputs_hardly_reach(problem):
+    delta, _, _, _ = problem
+    generator = torch.Generator().manual_seed(5)
+    x_TI = 1e3 * torch.randn(3, I, generator=generator)
+    a_RI = torch.randn(30, I, generator=generator)
+    a_RI -= (1 - 1e-5) * a_RI @ torch.linalg.pinv(x_TI) @ x_TI
+    gram_II = x_TI.T @ x_TI
+    normal_RR = (a_RI @ gram_II).double() @ a_RI.double().T
+    size_R = normal_RR.diagonal().abs().sqrt()
+    smallest = torch.linalg.eigvalsh(normal_RR / size_R / size_R[:, None])[0]
+    assert smallest < -1e-4  # of float32's rounding alone
+    u_RO = refit_u(delta, a_RI, gram_II)
+    assert u_RO.isfinite().all()
+    assert relative_error(delta, u_RO.T @ a_RI, gram_II) <= 1
+
+
 def test_refusals(problem):
     delta, a, _, gram = problem
     with pytest.raises(MismatchError, match="40 inputs"):

@@ -10,7 +10,8 @@ this is a scale; for many it also takes back what their errors have in common.
 
 Directions that are nearly parallel after rounding (1 bit leaves few places to go) make A C Aᵀ nearly
 singular, hence the damping. It is relative to each direction's own size, since sizes fall over
-orders of magnitude: one damping for all would erase the small ones.
+orders of magnitude: one damping for all would erase the small ones. Directions that few inputs hardly
+reach are mostly the rounding of C, which can be negative: white inputs are added to C until they are not.
 
 O outputs, I inputs, R directions.
 """
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import CalibrationError, MismatchError
+
+WHITE = (0.0, 1e-5, 1e-3, 1e-1)
+"""Shares of the mean diagonal of C that are added to it, the next where one does not do."""
 
 
 def refit_u(
@@ -36,7 +40,7 @@ def refit_u(
         u_RO, float32, solved in float64. Directions that no input reaches are 0.
 
     Raises:
-        CalibrationError: A C Aᵀ is not positive definite even after damping.
+        CalibrationError: A C Aᵀ is not positive definite whatever is added.
         MismatchError: the sizes do not fit.
     """
     inputs = delta_OI.shape[1]
@@ -46,6 +50,18 @@ def refit_u(
             f"inputs, got {tuple(a_RI.shape)} and {None if gram_II is None else tuple(gram_II.shape)}"
         )
     ac_RI = a_RI if gram_II is None else a_RI @ gram_II
+    mean = 0.0 if gram_II is None else float(gram_II.diagonal().mean())
+    for share in WHITE:
+        u_RO = _solve(delta_OI, a_RI, ac_RI + share * mean * a_RI, damping)
+        if u_RO is not None:
+            return u_RO
+    raise CalibrationError(
+        f"{len(a_RI)} directions cannot be refitted: what they let through is not positive definite "
+        f"after {damping:g} damping, nor with {WHITE[-1]:g} of white inputs"
+    )
+
+
+def _solve(delta_OI: Tensor, a_RI: Tensor, ac_RI: Tensor, damping: float) -> Tensor | None:
     normal_RR = ac_RI.double() @ a_RI.double().T
     normal_RR = (normal_RR + normal_RR.T) / 2
     size_R = normal_RR.diagonal().clamp(min=0).sqrt()
@@ -55,10 +71,7 @@ def refit_u(
     scaled_RR.diagonal().fill_(1 + damping)
     l_RR, info = torch.linalg.cholesky_ex(scaled_RR)
     if info.item():
-        raise CalibrationError(
-            f"{len(a_RI)} directions cannot be refitted: what they let through is not positive "
-            f"definite after {damping:g} damping, direction {info.item() - 1} the first"
-        )
+        return None
     right_RO = (ac_RI @ delta_OI.T).double() / size_R[:, None]
     u_RO = torch.cholesky_solve(right_RO, l_RR) / size_R[:, None]
     return torch.where(dead_R[:, None], 0.0, u_RO).float()
