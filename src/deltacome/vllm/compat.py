@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
@@ -61,6 +61,7 @@ __all__ = [
     "LRUCacheWorkerLoRAManager",
     "LinearBase",
     "LoRAMapping",
+    "LoRAMappingType",
     "LoRAModel",
     "LoRAModelManager",
     "LoRARequest",
@@ -173,6 +174,17 @@ def tensor_parallel(module: nn.Module) -> tuple[int, int]:
     if rank is None or size is None:
         return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     return rank, size
+
+
+def encoders(model: nn.Module) -> tuple[str, ...]:
+    """How names begin of the modules that a multimodal model says encode what is not text."""
+    # Some models have the one, some the other, and the marks are those of the last tower alone.
+    marked: list[str] = getattr(model, "_tower_model_names", [])
+    prefixes = [f"{name}." for name in marked]
+    if hasattr(model, "get_mm_mapping"):
+        mapping: Any = model.get_mm_mapping()  # pyright: ignore[reportCallIssue]
+        prefixes += [*mapping.tower_model, *mapping.connector, *mapping.generator]
+    return tuple(prefixes)
 
 
 async def ask_workers(engine: Any, method: str, *args: Any) -> list[Any]:

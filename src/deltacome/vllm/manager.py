@@ -135,7 +135,7 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         if lost := set(mapping.index_mapping) - known:
             # Without a slot their rows would be the base's.
             raise MismatchError(f"adapters {sorted(lost)} are in the batch and in no slot")
-        if mapping.type.name == "LANGUAGE":  # others are of an encoder's rows
+        if mapping.type == compat.LoRAMappingType.LANGUAGE:  # others are of an encoder's rows
             self.step.set(
                 [slots.get(id, -1) for id in mapping.index_mapping],
                 [slots.get(id, -1) for id in mapping.prompt_mapping],

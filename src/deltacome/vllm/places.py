@@ -90,18 +90,13 @@ def encoder_prefixes(model: nn.Module) -> tuple[str, ...]:
     """
     if not getattr(model, "supports_multimodal", False):
         return ()
-    # Some models have the one, some the other, and the marks are those of the last tower alone.
-    marked: list[str] = getattr(model, "_tower_model_names", [])
-    prefixes = [f"{name}." for name in marked]
-    if hasattr(model, "get_mm_mapping"):
-        mapping: Any = model.get_mm_mapping()  # pyright: ignore[reportCallIssue]
-        prefixes += [*mapping.tower_model, *mapping.connector, *mapping.generator]
+    prefixes = compat.encoders(model)
     if not prefixes:
         raise UnsupportedError(
             f"{type(model).__name__}: takes more than text, and names no tower that encodes it: not "
             "covered yet"
         )
-    return tuple(prefixes)
+    return prefixes
 
 
 def missing_prefixes(model: nn.Module) -> list[str]:
