@@ -44,7 +44,11 @@ PAGES = sorted(
 BASE, TUNED, DELTA, QUESTIONS = "base", "tuned", "delta", "questions"
 STANDS_IN = {
     "README.md": dict(
-        BASE=BASE, TUNED=TUNED, base=BASE, tuned=TUNED, **{"questions.jsonl": QUESTIONS}
+        BASE=BASE,
+        TUNED=TUNED,
+        base=BASE,
+        tuned=TUNED,
+        **{"code-delta": DELTA, "questions.jsonl": QUESTIONS},
     ),
     "docs/compress.md": {"BASE": BASE, "TUNED": TUNED, "questions.jsonl": QUESTIONS},
     "docs/methods.md": {"base": BASE, "tuned": TUNED},
