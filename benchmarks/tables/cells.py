@@ -19,25 +19,34 @@ def score(cell: dict[str, Any]) -> str:
 
 
 def kl(cell: dict[str, Any], kind: str) -> str:
-    """`0.00025 ± 0.00003`: a KL in nats per token and its standard error, of `task` or `text`."""
+    """`0.000252 ± 0.000031`: a KL in nats per token and its standard error, of `task` or `text`."""
     value, error = cell[f"kl_{kind}"], cell[f"kl_{kind}_error"]
-    return "–" if value is None else nats(value) + (f" ± {nats(error)}" if value and error else "")
+    return nats(value, error)
 
 
 def farther(cell: dict[str, Any], than: dict[str, Any], kind: str) -> str:
-    """`+0.00038 ± 0.00018`: how much farther from the tuned model a cell is than another.
+    """`+0.000382 ± 0.000184`: how much farther from the tuned model a cell is than another.
 
     Both were asked the same, so the error is that of differences, row by row: much smaller than those
     of the two KLs where both find the same rows hard.
     """
     pairs = zip(cell[f"rows_{kind}"], than[f"rows_{kind}"], strict=True)
     found = over_rows([(a - b, tokens) for (a, tokens), (b, _) in pairs])
-    return f"{found.nats:+.5f} ± {nats(found.error)}"
+    digits = _digits(found.nats)
+    return f"{found.nats:+.{digits}f} ± {found.error:.{digits}f}"
 
 
-def nats(value: float | None) -> str:
-    """A KL in nats per token; float32 may find a little less than nothing."""
-    return "–" if value is None else f"{max(0.0, value):.5f}"
+def nats(value: float | None, error: float | None = None) -> str:
+    """A KL in nats per token and its standard error; float32 may find a little less than nothing."""
+    if value is None:
+        return "–"
+    digits = _digits(value)
+    return f"{max(0.0, value):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
+
+
+def _digits(value: float) -> int:
+    """Behind the point: of small ones five would leave a figure or none."""
+    return 6 if 0 < abs(value) < 1e-3 else 5
 
 
 def sizes(cell: dict[str, Any]) -> list[str]:

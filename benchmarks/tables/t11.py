@@ -83,7 +83,8 @@ def _draw(
     picture: Path, task: str, found: dict[str, list[dict[str, Any]]], tuned: dict[str, Any]
 ) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.axhline(100 * tuned["score"], color="grey", linestyle=":", label="tuned")
+    left.axhline(100 * tuned["score"], color="grey", linestyle=":", label="tuned, and its interval")
+    left.axhspan(100 * tuned["score_low"], 100 * tuned["score_high"], color="grey", alpha=0.12)
     markers = "osD^vP*"
     sizes = [cell["bytes"] / 1e6 for cell in max(found.values(), key=len)]
     for (name, cells), marker in zip(found.items(), markers, strict=False):

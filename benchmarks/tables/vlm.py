@@ -71,7 +71,7 @@ def make(lab: Lab) -> str:
         exact = f"{sum(r.nbytes() for r in kinds):,}"
         figures = [
             f"{100 * sum(same) / positions:.1f}",
-            f"{md.nats(kl.nats)} ± {md.nats(kl.error)}",
+            md.nats(kl.nats, kl.error),
         ]
         table.append([name, *md.sizes(size), exact, *figures])
     header = ["", *md.SIZES, "of it tower and projector", "same next token %", "KL"]
