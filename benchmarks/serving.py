@@ -60,15 +60,23 @@ those of random weights a lot."""
 
 
 def mix(
-    base: Path, work: Path, load: Load, rounds: int, engine: list[str], like: str, adapters: bool
+    base: Path,
+    work: Path,
+    load: Load,
+    rounds: int,
+    engine: list[str],
+    like: list[Path],
+    adapters: bool,
 ) -> dict:
     """Rows of the first stage."""
-    made = tenants(base, work / "tenants", max(MIXES))
-    small = tenants(base, work / "tenants", SMALL, "small", Artifact.open(like)) if like else {}
+    folder = work / "tenants"
+    made = tenants(base, folder, max(MIXES))
+    small = {of.name: tenants(base, folder, SMALL, of.name, Artifact.open(of)) for of in like}
     count = max(ADAPTERS) if adapters else 0
     loras = [random_lora(base, work / "loras" / f"lora-{i:02}", RANK, i) for i in range(count)]
     names = list(made)
-    named = [f"--tenant={name}={folder}" for name, folder in (made | small).items()]
+    all_of_them = [*made.items(), *(item for some in small.values() for item in some.items())]
+    named = [f"--tenant={name}={folder}" for name, folder in all_of_them]
     modules = [f"{folder.name}={folder}" for folder in loras]
     common = ["--served-model-name", "base", *engine]
     room = ["--enable-lora", "--max-loras", count, "--max-lora-rank", RANK]
@@ -86,7 +94,8 @@ def mix(
         )
         if adapters:
             stack.enter_context(lora)
-        for name, folder in [*made.items()][:CHECKED] + [*small.items()][:1]:
+        first = [next(iter(some.items())) for some in small.values()]
+        for name, folder in [*made.items()][:CHECKED] + first:
             expected = expected_logprobs(base, folder)
             away = expected.distance(stock.logprobs("base", expected.ids))
             distance = ours.check(name, expected, ROUNDING * away)
@@ -102,9 +111,9 @@ def mix(
         rows[f"plugin, {MIXES[1]} tenants while others load"] = lambda seed: while_loading(
             ours, list(made.values()), lambda: run(ours.url, names[: MIXES[1]], load, seed)
         )
-        if small:
-            row = f"plugin, {SMALL} tenants with the plans of {Path(like).name}"
-            rows[row] = lambda seed: run(ours.url, list(small), load, seed)
+        for of, some in small.items():
+            row = f"plugin, {SMALL} tenants with the plans of {of}"
+            rows[row] = lambda seed, some=some: run(ours.url, list(some), load, seed)
         for count in ADAPTERS if adapters else ():
             rows[f"stock vLLM, {count} LoRA of rank {RANK}"] = lambda seed, count=count: run(
                 lora.url, [folder.name for folder in loras[:count]], load, seed
@@ -117,7 +126,13 @@ def mix(
 
 
 def apart(
-    base: Path, work: Path, load: Load, rounds: int, engine: list[str], like: str, adapters: bool
+    base: Path,
+    work: Path,
+    load: Load,
+    rounds: int,
+    engine: list[str],
+    like: list[Path],
+    adapters: bool,
 ) -> dict:
     """Rows of the second stage."""
     made = tenants(base, work / "tenants", APART)
@@ -252,7 +267,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, nargs="+", help="results to write a page of")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("work/serving"))
-    parser.add_argument("--like", default="", help="artifact whose plans some tenants have")
+    parser.add_argument(
+        "--like", type=Path, nargs="+", default=[], help="artifacts whose plans some tenants have"
+    )
     parser.add_argument(
         "--no-adapters",
         action="store_true",
