@@ -48,7 +48,7 @@ STANDS_IN = {
         TUNED=TUNED,
         base=BASE,
         tuned=TUNED,
-        **{"code-delta": DELTA, "questions.jsonl": QUESTIONS},
+        **{"code-delta": DELTA, "questions.jsonl": QUESTIONS, "training.jsonl": QUESTIONS},
     ),
     "docs/compress.md": {"BASE": BASE, "TUNED": TUNED, "questions.jsonl": QUESTIONS},
     "docs/methods.md": {"base": BASE, "tuned": TUNED},
