@@ -235,7 +235,7 @@ def test_rows_of_an_encoder_are_not_the_batchs(monkeypatch):
 def test_adapters_of_towers_are_refused_by_name():
     lora = SimpleNamespace(enable_tower_connector_lora=True)
     config = SimpleNamespace(additional_config=None, lora_config=lora)
-    with pytest.raises(UnsupportedError, match="enable_tower_connector_lora"):
+    with pytest.raises(UnsupportedError, match="--enable-tower-connector-lora: "):
         ModelManager(None, vllm_config=config, device="cpu")
 
 

@@ -167,6 +167,10 @@ def test_made_up_adapters_are_adapters(monkeypatch):
 # --- heads that would not get their tenants' deltas -----------------------------------------------
 
 
+def model_config(head_dtype, sleeps=False):
+    return SimpleNamespace(dtype=torch.bfloat16, head_dtype=head_dtype, enable_sleep_mode=sleeps)
+
+
 def managed(monkeypatch, places=(), **config):
     """A manager, but for what the engine's own makes."""
 
@@ -180,7 +184,7 @@ def managed(monkeypatch, places=(), **config):
         "speculative_config": None,
         "use_v2_model_runner": True,
         "parallel_config": SimpleNamespace(enable_batch_sharded_sampling=False),
-        "model_config": SimpleNamespace(dtype=torch.bfloat16, head_dtype=torch.bfloat16),
+        "model_config": model_config(torch.bfloat16),
     }
     return ModelManager(None, vllm_config=SimpleNamespace(**usual | config), device="cpu")
 
@@ -199,8 +203,13 @@ def test_batch_sharded_sampling_is_refused(monkeypatch):
         managed(monkeypatch, parallel_config=sharded)
 
 
+def test_sleep_is_refused(monkeypatch):
+    with pytest.raises(UnsupportedError, match="--enable-sleep-mode: "):
+        managed(monkeypatch, model_config=model_config(torch.bfloat16, sleeps=True))
+
+
 def test_a_head_of_another_dtype_is_refused(monkeypatch):
-    fine = SimpleNamespace(dtype=torch.bfloat16, head_dtype=torch.float32)
+    fine = model_config(torch.float32)
     head, linear = (
         Place(name, nn.Module(), kind, (Part(name, ((0, 64),), (0, 64)),))
         for name, kind in (("lm_head", "head"), ("up_proj", "linear"))

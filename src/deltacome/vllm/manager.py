@@ -20,7 +20,6 @@ from deltacome.errors import (
     DeltaError,
     MismatchError,
     PlanError,
-    UnsupportedError,
 )
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.ops.impls import check_impl, fastest
@@ -29,6 +28,7 @@ from deltacome.vllm import compat
 from deltacome.vllm.layers import Delta, NormDelta, install
 from deltacome.vllm.mends import mend_heads, one_more_slot
 from deltacome.vllm.places import Place, find_places
+from deltacome.vllm.refuse import refuse_heads, refuse_options
 from deltacome.vllm.request import artifact_path, content_path, has_digest
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step
@@ -43,14 +43,9 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
     ) -> None:
         self.vllm_config = vllm_config
         self.settings = Settings.parse(vllm_config.additional_config)
-        if vllm_config.lora_config.enable_tower_connector_lora:
-            raise UnsupportedError(
-                "enable_tower_connector_lora: not beside tenants, whose images are encoded by the base's "
-                "towers: start without it, or set VLLM_PLUGINS without deltacome"
-            )
-        refuse_reordered_heads(vllm_config)
+        refuse_options(vllm_config)
         super().__init__(model, *args, vllm_config=vllm_config, device=device, **kwargs)
-        refuse_bypassed_heads(vllm_config.model_config, self.places)
+        refuse_heads(vllm_config.model_config, self.places)
 
     def _create_lora_modules(self) -> None:
         """Hooks every module, before vLLM wraps some of them for its own adapters."""
@@ -278,37 +273,6 @@ def _trim() -> None:
     """
     with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def refuse_reordered_heads(vllm_config: Any) -> None:
-    """Refuses what gives the head other rows than the engine says whose they are.
-
-    Raises:
-        UnsupportedError: names the flag.
-    """
-    if vllm_config.speculative_config is not None and vllm_config.use_v2_model_runner:
-        raise UnsupportedError(
-            "--speculative-config: vLLM's V2 model runner does not say whose the rows are that the head "
-            "gets of drafted tokens: expected none, or VLLM_USE_V2_MODEL_RUNNER=0"
-        )
-    if vllm_config.parallel_config.enable_batch_sharded_sampling:
-        raise UnsupportedError(
-            "--enable-batch-sharded-sampling: gives the head its rows in another order: expected it off"
-        )
-
-
-def refuse_bypassed_heads(model_config: Any, places: list[Place]) -> None:
-    """Refuses a head that computes in another dtype than the model, which passes by where it is hooked.
-
-    Raises:
-        UnsupportedError: names the head and both dtypes.
-    """
-    for place in places:
-        if place.kind == "head" and model_config.head_dtype != model_config.dtype:
-            raise UnsupportedError(
-                f"{place.name}: head_dtype: expected the model's, {model_config.dtype}, got "
-                f"{model_config.head_dtype}: in another dtype tenants' heads would be the base's"
-            )
 
 
 def default_slot_bytes(places: list[Place], workers: int) -> int:
