@@ -56,16 +56,16 @@ def test_this_vllm_is_known():
     compat.check()
 
 
-@pytest.mark.parametrize("number", ["0.31.9", "0.33.0", "1.0", "0.33.0rc1", "0.33.0.dev5"])
+@pytest.mark.parametrize("number", ["0.31.9", "0.34.0", "1.0", "0.34.0rc1", "0.34.0.dev5"])
 def test_another_version_is_refused_before_it_is_imported(number, monkeypatch):
     monkeypatch.setattr(version.importlib.metadata, "version", lambda name: number)
     monkeypatch.delattr(deltacome.vllm, "compat")
     monkeypatch.setitem(sys.modules, "deltacome.vllm.compat", None)
-    with pytest.raises(UnsupportedError, match=rf"from 0\.32 on and before 0\.33, got {number}"):
+    with pytest.raises(UnsupportedError, match=rf"from 0\.32 on and before 0\.34, got {number}"):
         register()
 
 
-@pytest.mark.parametrize("number", ["0.32.0", "0.32.1rc1", "0.32.1+cpu"])
+@pytest.mark.parametrize("number", ["0.32.0", "0.32.1rc1", "0.32.1+cpu", "0.33.0"])
 def test_versions_that_are_known(number, monkeypatch):
     monkeypatch.setattr(version.importlib.metadata, "version", lambda name: number)
     version.check_version()
@@ -634,8 +634,6 @@ def test_dry_run(base, tmp_path):
     )
     assert run.exit_code == 0
     assert run.stdout.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 ")
-    assert re.search(
-        r"-m vllm\.entrypoints\.openai\.api_server --model .* --seed 3$", run.stdout.strip()
-    )
+    assert re.search(r"-m vllm\.entrypoints\.cli\.main serve .* --seed 3$", run.stdout.strip())
     for wrong in (["--tenant", "m"], ["--tenant", "m=a", "--tenant", "m=b"]):
         assert CliRunner().invoke(app, ["serve", str(base), *wrong]).exit_code == 2

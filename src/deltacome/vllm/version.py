@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from deltacome.errors import UnsupportedError
 
-OLDEST, NEXT = Version("0.32"), Version("0.33")
+OLDEST, NEXT = Version("0.32"), Version("0.34")
 """vLLM from the first on and before the second is known to work."""
 
 
@@ -36,7 +36,7 @@ def check_version() -> None:
     Raises:
         UnsupportedError: names the versions that are known, and what was got.
     """
-    # 0.33.0rc1 sorts before 0.33, and is what 0.33 is.
+    # 0.34.0rc1 sorts before 0.34, and is what 0.34 is.
     if not OLDEST <= Version(version().base_version) < NEXT:
         raise UnsupportedError(
             f"vLLM: this deltacome knows versions from {OLDEST} on and before {NEXT}, got {version()}: "
