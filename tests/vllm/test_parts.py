@@ -634,6 +634,8 @@ def test_dry_run(base, tmp_path):
     )
     assert run.exit_code == 0
     assert run.stdout.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 ")
-    assert re.search(r"-m vllm\.entrypoints\.cli\.main serve .* --seed 3$", run.stdout.strip())
+    assert re.search(
+        r"-m vllm\.entrypoints\.openai\.api_server --model .* --seed 3$", run.stdout.strip()
+    )
     for wrong in (["--tenant", "m"], ["--tenant", "m=a", "--tenant", "m=b"]):
         assert CliRunner().invoke(app, ["serve", str(base), *wrong]).exit_code == 2
