@@ -26,12 +26,11 @@ KINDS = {
     "qwen3": FAMILIES["qwen3"],
     "gemma3": FAMILIES["gemma3"],
     "phi3": FAMILIES["phi3"],
-    "mistral": FAMILIES["mistral"],
     "wide": lambda: LlamaConfig(
         **WIDE | {"max_position_embeddings": 4096}, tie_word_embeddings=False
     ),
 }
-"""Ties, biases, norms of heads, norms that add 1, matrices fused in the checkpoint, windows."""
+"""Ties, biases, norms of heads, norms that add 1 and windows, matrices fused in the checkpoint."""
 SIGNS = {"terms": "mixed"}
 
 
