@@ -27,7 +27,7 @@ COMPILED = ".so"
 
 def overlay(version: str, work: Path, needs: list[str]) -> Path:
     """The folder with the package and what it needs beyond the installed one."""
-    folder = work / f"vllm-{version}"
+    folder = work / "-".join([f"vllm-{version}", *needs])
     if folder.is_dir():
         return folder
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

@@ -16,6 +16,8 @@ reach are mostly the rounding of C, which can be negative: white inputs are adde
 O outputs, I inputs, R directions.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def refit_u(
         damping: share of its diagonal that is added to A C Aᵀ.
 
     Returns:
-        u_RO, float32, solved in float64. Directions that no input reaches are 0.
+        u_RO, float32, solved in float64. Directions that no input reaches are 0. Warns where white
+        inputs were added.
 
     Raises:
         CalibrationError: A C Aᵀ is not positive definite whatever is added.
@@ -54,6 +57,12 @@ def refit_u(
     for share in WHITE:
         u_RO = _solve(delta_OI, a_RI, ac_RI + share * mean * a_RI, damping)
         if u_RO is not None:
+            if share:
+                warnings.warn(
+                    f"calibration text reaches too few of {len(a_RI)} directions to refit them: "
+                    f"{share:g} of white inputs were added; more text is better",
+                    stacklevel=2,
+                )
             return u_RO
     raise CalibrationError(
         f"{len(a_RI)} directions cannot be refitted: what they let through is not positive definite "
