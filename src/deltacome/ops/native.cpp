@@ -2,11 +2,13 @@
 //
 // Compiled once for each instruction set into a library of its own; the compiler's flags pick the
 // width of a vector below. A block of 64 codes is decoded into V vectors that stay in registers and
-// are used for a chunk of up to 4 tokens. The layout of codes makes that three instructions a
-// vector: the words of a block, repeated over the lanes, shifted by a number of bits that depends
-// on the lane alone, are consecutive codes (docs/format.md). Up to 4 bits a code then indexes a
-// register that holds the values of its group; the lookup ignores higher bits, so nothing is
-// masked. What a thread reads next is fetched beside its sums (`Ahead`).
+// are used for a chunk of up to 4 tokens. The layout of codes makes that two instructions a vector:
+// the words of a block, repeated over the lanes, hold consecutive codes, each at a place that depends
+// on the lane alone (docs/format.md). Codes are not brought down from there: what a mask leaves of a
+// word, made a float, is the code times a power of two, and that is divided out of sums or rows.
+// Scales and zero points stay out of the innermost loops too: a scale multiplies what a direction
+// weighs, a zero point the sum of a group's inputs. What a thread reads next is fetched beside its
+// sums (`Ahead`).
 //
 // Sums never depend on the number of threads: one direction, or one block of outputs, is summed by
 // one thread in one order.
@@ -31,16 +33,13 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-constexpr int TILE = 4;  // blocks × tokens whose sums fit into registers
-constexpr int TABLE_BITS = 4;
+constexpr int TILE = 16;  // vectors of sums that fit into registers
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
-constexpr int TILE = 1;
-constexpr int TABLE_BITS = 3;
+constexpr int TILE = 8;
 #else
 constexpr int LANES = 4;
-constexpr int TILE = 1;
-constexpr int TABLE_BITS = 0;
+constexpr int TILE = 16;
 #endif
 constexpr int BLOCK = 64;
 constexpr int V = BLOCK / LANES;
@@ -118,31 +117,47 @@ inline float from_half(uint16_t h) {
 #endif
 }
 
-// Numbers as floats, up to 16 at a time; `to` has room for 16.
-inline void from_halves(const uint8_t *from, float *to, int64_t count) {
+// The first `count` of up to 16 numbers as floats; up to `left` of them may be read. Of `to`, which has
+// room for 16, the rest of the last vector is finite.
+inline void from_halves(const uint8_t *from, float *to, int64_t count, int64_t left) {
 #if defined(__AVX512F__)
+  (void)left;
   const __m256i raw = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
   _mm512_storeu_ps(to, _mm512_cvtph_ps(raw));
 #else
-  for (int64_t i = 0; i < count; ++i) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i < count && i + LANES <= left; i += LANES)
+    store(to + i, (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 2 * i))));
+#endif
+  for (; i < count; ++i) {
     uint16_t h;
     std::memcpy(&h, from + 2 * i, 2);
     to[i] = from_half(h);
   }
+  for (; i % LANES; ++i) to[i] = 0;
 #endif
 }
 
-inline void from_bytes(const uint8_t *from, float *to, int64_t count) {
+inline void from_bytes(const uint8_t *from, float *to, int64_t count, int64_t left) {
 #if defined(__AVX512F__)
+  (void)left;
   const __m128i raw = _mm_maskz_loadu_epi8(__mmask16((1u << count) - 1), from);
   _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(raw)));
 #else
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i < count && i + LANES <= left; i += LANES)
+    store(to + i, (vf)_mm256_cvtepi32_ps(
+                      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + i)))));
+#endif
+  for (; i < count; ++i) to[i] = from[i];
+  for (; i % LANES; ++i) to[i] = 0;
 #endif
 }
 
 struct Factor {
-  int64_t bits, size, blocks, groups, group_size;
+  int64_t bits, directions, size, blocks, groups, group_size;
   const uint8_t *low, *high, *scale, *zero;  // at 16 bits, `low` are the values
 
   uint16_t half(const uint8_t *array, int64_t index) const {
@@ -166,8 +181,21 @@ struct Factor {
     const int64_t g = r * groups + n / group_size;
     return (float(code) - float(zero[g])) * from_half(half(scale, g));
   }
+
+  // Whether codes of a block have one scale: not numbers, and not groups that cut through blocks.
+  bool gridded() const { return bits != 16 && group_size % BLOCK == 0; }
 };
 
+// Scales and zero points of up to 16 groups of a direction, from `first` on.
+struct Grids {
+  float scale[16], zero[16];
+
+  Grids(const Factor &f, int64_t r, int64_t first, int64_t count) {
+    const int64_t at = r * f.groups + first, left = f.directions * f.groups - at;
+    from_halves(f.scale + 2 * at, scale, count, left);
+    from_bytes(f.zero + at, zero, count, left);
+  }
+};
 
 // The words of a block of a plane of P bits, those of vector i, repeated over the lanes.
 template <int P>
@@ -203,114 +231,75 @@ inline vu words(const uint8_t *block, int i) {
   return v;
 }
 
+// Where the codes of a plane of P bits lie in their words: the masks that leave them, and what makes
+// codes of that again. A code at the top of its word, which would be a sign, is moved down first.
 template <int P>
-struct Shifts {
-  uint32_t at[BLOCK] __attribute__((aligned(64)));
-  constexpr Shifts() : at() {
-    for (int k = 0; k < BLOCK; ++k) at[k] = uint32_t(P * (k / (2 * P)));
+struct Places {
+  uint32_t mask[BLOCK] __attribute__((aligned(64)));
+  float unit[BLOCK] __attribute__((aligned(64)));  // 2^−place
+
+  static constexpr int place(int k) { return P * (k / (2 * P)) - down(k / LANES); }
+  static constexpr int down(int i) {  // of vector i
+    return P * ((i * LANES + LANES - 1) / (2 * P)) + P == 32 ? P : 0;
   }
-};
-template <int P>
-constexpr Shifts<P> SHIFTS{};
-
-// Codes of vector i of a block in the low P bits of each lane; what is above is other codes.
-template <int P>
-inline vu digits(const uint8_t *block, int i) {
-  vu shift;
-  std::memcpy(&shift, SHIFTS<P>.at + i * LANES, sizeof shift);
-  return words<P>(block, i) >> shift;
-}
-
-template <int BITS>
-constexpr bool TABLE = BITS != RAGGED && BITS <= TABLE_BITS;
-
-// Every code as a float, for lookup.
-template <int BITS>
-struct Codes {
-  float at[LANES] __attribute__((aligned(64)));
-  constexpr Codes() : at() {
-    for (int lane = 0; lane < LANES; ++lane) at[lane] = float(lane % (1 << BITS));
-  }
-};
-template <int BITS>
-constexpr Codes<BITS> CODES{};
-
-// The scale and zero point of a group, ready for use.
-template <int BITS>
-struct Grid {
-  vf table, scale, zero;
-
-  Grid(float scale_, float zero_) : scale(splat(scale_)), zero(splat(zero_)) {
-    if constexpr (TABLE<BITS>) table = (load(CODES<BITS>.at) - zero) * scale;
-  }
-};
-
-// Those of a direction's groups from `first` on, not more than G.
-template <int BITS, int G>
-struct Grids {
-  static constexpr bool USED = BITS != 16 && BITS != RAGGED;
-  static constexpr int ROOM = USED ? (G + 15) / 16 * 16 : 1;
-  float scale[ROOM], zero[ROOM];
-  int64_t first;
-
-  Grids(const Factor &f, int64_t r, int64_t first, int64_t end) : first(first) {
-    if constexpr (USED) {
-      const int64_t at = r * f.groups + first;
-      for (int64_t i = 0; i < ROOM; i += 16) {
-        const int64_t count = std::min<int64_t>(16, end - first - i);
-        if (i && count <= 0) break;
-        from_halves(f.scale + 2 * (at + i), scale + i, count);
-        from_bytes(f.zero + at + i, zero + i, count);
-      }
+  constexpr Places() : mask(), unit() {
+    for (int k = 0; k < BLOCK; ++k) {
+      mask[k] = ((1u << P) - 1) << place(k);
+      unit[k] = 1.f / float(1u << place(k));
     }
   }
-  Grid<BITS> operator[](int64_t g) const {
-    if constexpr (USED) return {scale[g - first], zero[g - first]};
-    return {0.f, 0.f};
-  }
 };
+template <int P>
+constexpr Places<P> PLACES{};
 
-inline vf lookup(vf table, vu index) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
-#elif defined(__AVX2__)
-  return (vf)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
-#else
-  (void)index;
-  return table;
-#endif
+template <int BITS>
+constexpr int PLANE = BITS == 3 ? 2 : BITS;  // bits of a code in the lower plane
+
+// Codes of vector i of a block, times 2^place.
+template <int P>
+inline vf in_place(const uint8_t *block, int i) {
+  vu mask;
+  std::memcpy(&mask, PLACES<P>.mask + i * LANES, sizeof mask);
+  const vu word = words<P>(block, i) >> Places<P>::down(i);
+  return __builtin_convertvector((vi)(word & mask), vf);
 }
 
-// Values of block b of direction r.
+// What brings the third bit of a code to the place of the other two.
+struct Lift {
+  float at[BLOCK] __attribute__((aligned(64)));
+  constexpr Lift() : at() {
+    for (int k = 0; k < BLOCK; ++k) at[k] = 4 * PLACES<1>.unit[k] / PLACES<2>.unit[k];
+  }
+};
+constexpr Lift LIFT{};
+
 template <int BITS>
-inline void decode(const Factor &f, int64_t r, int64_t b, const Grid<BITS> &grid, vf *v) {
-  if constexpr (BITS == RAGGED || BITS == 16) {
-    const int64_t first = b * BLOCK, count = std::min<int64_t>(BLOCK, f.size - first);
-    float values[BLOCK] = {};
-    if (BITS == 16)
-      for (int64_t k = 0; k < count; k += 16)
-        from_halves(f.low + 2 * (r * f.size + first + k), values + k,
-                    std::min<int64_t>(16, count - k));
-    else
-      for (int64_t k = 0; k < count; ++k) values[k] = f.value(r, first + k);
-    UNROLL
-    for (int i = 0; i < V; ++i) v[i] = load(values + i * LANES);
+constexpr bool GRID = BITS != 16 && BITS != RAGGED;
+
+// 2^−place of vector i, or 1 where `decode` gives values.
+template <int BITS>
+inline vf unit(int i) {
+  if constexpr (GRID<BITS>) return load(PLACES<PLANE<BITS>>.unit + i * LANES);
+  return splat(1.f);
+}
+
+// Vector i of block b of direction r: codes times 2^place, or values. One at a time, each used at once:
+// a compiler that has all of a block first runs out of registers.
+template <int BITS>
+inline vf decode(const Factor &f, int64_t r, int64_t b, int i) {
+  if constexpr (GRID<BITS>) {
+    const int64_t at = (r * f.blocks + b) * 8;
+    vf v = in_place<PLANE<BITS>>(f.low + at * PLANE<BITS>, i);
+    if constexpr (BITS == 3) v += in_place<1>(f.high + at, i) * load(LIFT.at + i * LANES);
+    return v;
   } else {
-    constexpr int P = BITS == 3 ? 2 : BITS;
-    const int64_t at = r * f.blocks + b;
-    const uint8_t *low = f.low + at * 8 * P;
-    const uint8_t *high = f.high + at * 8;
-    UNROLL
-    for (int i = 0; i < V; ++i) {
-      vu code = digits<P>(low, i);
-      if constexpr (BITS == 3) code = (code & 3) | digits<1>(high, i) << 2;
-      if constexpr (TABLE<BITS>) {
-        v[i] = lookup(grid.table, code);
-      } else {
-        code &= (1u << BITS) - 1;
-        v[i] = (__builtin_convertvector((vi)code, vf) - grid.zero) * grid.scale;
-      }
-    }
+    const int64_t first = b * BLOCK + i * LANES;
+    const int64_t count = std::clamp<int64_t>(f.size - first, 0, LANES), at = r * f.size + first;
+    float values[16] = {};
+    if (BITS == 16) from_halves(f.low + 2 * at, values, count, f.directions * f.size - at);
+    for (int64_t k = 0; BITS != 16 && k < count; ++k) values[k] = f.value(r, first + k);
+    for (int64_t k = count; k < LANES; ++k) values[k] = 0;  // another direction's
+    return load(values);
   }
 }
 
@@ -318,7 +307,7 @@ inline void decode(const Factor &f, int64_t r, int64_t b, const Grid<BITS> &grid
 template <int BITS>
 inline void prefetch(const Factor &f, int64_t r, int64_t b) {
   if constexpr (BITS != RAGGED && BITS != 16)
-    __builtin_prefetch(f.low + (r * f.blocks + b) * 8 * (BITS == 3 ? 2 : BITS));
+    __builtin_prefetch(f.low + (r * f.blocks + b) * 8 * PLANE<BITS>);
 }
 
 // Bytes that this thread reads next, fetched beside its sums as fast as it uses up what it has. A
@@ -344,10 +333,41 @@ constexpr int BITS_OF = BITS == RAGGED ? 8 : BITS;
 
 template <int BITS>
 inline int64_t blocks_of_group(const Factor &f) {
-  return BITS == RAGGED || BITS == 16 ? f.blocks : f.group_size / BLOCK;
+  return GRID<BITS> ? f.group_size / BLOCK : f.blocks;
 }
 
-// t[r, j] += Σ_n x[j, n] · value[r, n] over blocks b0 … b1, for TT tokens.
+// The sums of a row's groups, zero up to `room`; nothing to be used where groups cut through blocks.
+void sum_groups(const float *x, int64_t size, int64_t group_size, float *sums, int64_t room) {
+  std::fill(sums, sums + room, 0.f);
+  if (group_size % BLOCK) return;
+  for (int64_t n = 0, g = 0; n < size; ++g) {
+    vf total = {};
+    for (const int64_t end = std::min(size, n + group_size); n < end; n += LANES) total += load(x + n);
+    sums[g] = sum(total);
+  }
+}
+
+// t[r, j] = −Σ_g Σ x[j, g] · scale[r, g] · zero[r, g], for the sums over groups of TT rows, zero up to
+// a multiple of 16.
+template <int TT>
+void start(const Factor &f, int64_t r0, int64_t r1, const float *sums, int64_t ld, float *t) {
+  for (int64_t r = r0; r < r1; ++r) {
+    vf total[TT] = {};
+    for (int64_t g = 0; f.gridded() && g < f.groups; g += 16) {
+      const int64_t count = std::min<int64_t>(16, f.groups - g);
+      const Grids grids(f, r, g, count);
+      for (int64_t k = 0; k < count; k += LANES) {
+        const vf both = load(grids.scale + k) * load(grids.zero + k);
+        UNROLL
+        for (int j = 0; j < TT; ++j) total[j] -= both * load(sums + j * ld + g + k);
+      }
+    }
+    UNROLL
+    for (int j = 0; j < TT; ++j) t[r * TT + j] = sum(total[j]);
+  }
+}
+
+// t[r, j] += Σ_n x[j, n] · scale[r, g] · code[r, n] over blocks b0 … b1, for TT tokens.
 template <int BITS, int TT>
 NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t b1,
                      const float *x, int64_t ldx, float *t, Ahead &next) {
@@ -355,68 +375,129 @@ NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t
   const int32_t per_group = int32_t(blocks_of_group<BITS>(f));
   const int64_t g0 = int32_t(b0) / per_group, g1 = int32_t(b1 + per_group - 1) / per_group;
   const int64_t lines = (b1 - b0) * BITS_OF<BITS> / 8 + 1;  // of a direction
+  // Divided once for all directions, by what codes are multiplied with where they lie.
+  float scaled[TT * CHUNK * BLOCK] __attribute__((aligned(64)));
+  for (int64_t j = 0; j < TT; ++j)
+    for (int64_t n = b0; n < b1; ++n)
+      UNROLL
+      for (int i = 0; i < V; ++i)
+        store(scaled + (j * CHUNK + n - b0) * BLOCK + i * LANES,
+              load(x + j * ldx + n * BLOCK + i * LANES) * unit<BITS>(i));
   for (int64_t r = r0; r < r1; ++r) {
     next.lines(lines);
-    const Grids<BITS, CHUNK + 1> grids(f, r, g0, g1);
-    vf acc[TT][SUMS] = {};
+    vf total[TT][SUMS] = {};
     int64_t b = b0;
-    for (int64_t g = g0; g < g1; ++g) {
-      const Grid<BITS> grid = grids[g];
-      for (const int64_t end = std::min<int64_t>(b1, (g + 1) * per_group); b < end; ++b) {
-        vf v[V];
-        decode<BITS>(f, r, b, grid, v);
+    for (int64_t g = g0; g < g1; g += 16) {
+      const int64_t count = std::min<int64_t>(16, g1 - g);
+      float scale[16];
+      if constexpr (GRID<BITS>) {
+        const int64_t at = r * f.groups + g;
+        from_halves(f.scale + 2 * at, scale, count, f.directions * f.groups - at);
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        vf acc[TT][SUMS] = {};
+        for (const int64_t end = std::min<int64_t>(b1, (g + k + 1) * per_group); b < end; ++b)
+          UNROLL
+          for (int i = 0; i < V; ++i) {
+            const vf v = decode<BITS>(f, r, b, i);
+            UNROLL
+            for (int j = 0; j < TT; ++j)
+              acc[j][i % SUMS] += load(scaled + (j * CHUNK + b - b0) * BLOCK + i * LANES) * v;
+          }
         UNROLL
         for (int j = 0; j < TT; ++j)
           UNROLL
-          for (int i = 0; i < V; ++i)
-            acc[j][i % SUMS] += load(x + j * ldx + b * BLOCK + i * LANES) * v[i];
+          for (int i = 0; i < SUMS; ++i)
+            total[j][i] += GRID<BITS> ? splat(scale[k]) * acc[j][i] : acc[j][i];
       }
     }
     UNROLL
     for (int j = 0; j < TT; ++j) {
-      vf total = acc[j][0];
-      for (int i = 1; i < SUMS; ++i) total += acc[j][i];
-      t[r * TT + j] += sum(total);
+      vf all = total[j][0];
+      UNROLL
+      for (int i = 1; i < SUMS; ++i) all += total[j][i];
+      t[r * TT + j] += sum(all);
     }
   }
 }
 
-// y[j, block, :] += Σ_r t[r, j] · value[r, block, :] for NB blocks from b on and TT tokens, whose y lie
-// ldy floats apart.
-template <int BITS, int TT, int NB>
-NOINLINE void expand(const Factor f, int64_t count, int64_t b, const float *t, float *y,
-                     int64_t ldy, Ahead &next) {
-  const int64_t per_group = blocks_of_group<BITS>(f);
-  const int64_t g0 = b / per_group, g1 = (b + NB + per_group - 1) / per_group;
-  vf acc[TT][NB * V];
-  UNROLL
-  for (int j = 0; j < TT; ++j)
-    UNROLL
-    for (int i = 0; i < NB * V; ++i) acc[j][i] = load(y + j * ldy + i * LANES);
-  for (int64_t r = 0; r < count; ++r) {
-    vf weight[TT];
-    UNROLL
-    for (int j = 0; j < TT; ++j) weight[j] = splat(t[r * TT + j]);
-    prefetch<BITS>(f, r + AHEAD, b);
-    next.lines(NB * BITS_OF<BITS> / 8 + 1);
-    const Grids<BITS, NB + 1> grids(f, r, g0, g1);
-    int64_t g = g0;
-    Grid<BITS> grid = grids[g];
-    UNROLL
-    for (int n = 0; n < NB; ++n) {
-      if (b + n >= (g + 1) * per_group) grid = grids[++g];
-      vf v[V];
-      decode<BITS>(f, r, b + n, grid, v);
-      UNROLL
-      for (int j = 0; j < TT; ++j)
-        UNROLL
-        for (int i = 0; i < V; ++i) acc[j][n * V + i] += weight[j] * v[i];
+// What each direction weighs in up to 16 groups of TT tokens' outputs, and what zero points add there.
+struct Weights {
+  const float *at;      // (count, TT, apart)
+  const float *offset;  // (TT, apart)
+  int64_t first, apart;  // first: group
+
+  static int64_t apart_of(int64_t groups) { return (groups + LANES - 1) / LANES * LANES; }
+  static int64_t room(int64_t count, int64_t groups, int64_t tokens) {
+    return (count + 1) * tokens * apart_of(groups);
+  }
+  // `t` (count, tokens); `memory` has `room`.
+  Weights(const Factor &f, int64_t count, int64_t first, int64_t groups, const float *t,
+          int64_t tokens, float *memory)
+      : first(first), apart(apart_of(groups)) {
+    float *add = memory, *weight = memory + tokens * apart;
+    at = weight, offset = add;
+    std::fill(add, weight, 0.f);
+    for (int64_t r = 0; r < count; ++r) {
+      if (f.gridded()) {
+        const Grids grids(f, r, first, groups);
+        for (int64_t j = 0; j < tokens; ++j, weight += apart)
+          for (int64_t g = 0; g < groups; g += LANES) {
+            const vf w = load(grids.scale + g) * t[r * tokens + j];
+            float *to = add + j * apart + g;
+            store(weight + g, w);
+            store(to, load(to) - w * load(grids.zero + g));
+          }
+      } else {
+        for (int64_t j = 0; j < tokens; ++j, weight += apart)
+          std::fill(weight, weight + apart, t[r * tokens + j]);
+      }
     }
   }
+};
+
+// y[j, block, :] += Σ_r weight[r, j] · code[r, block, :] + offset[j] for NB blocks from b on and TT tokens,
+// whose y lie ldy floats apart. W vectors of a block have sums in registers at a time.
+template <int BITS, int TT, int NB>
+NOINLINE void expand(const Factor f, int64_t count, int64_t b, const Weights weights, float *y,
+                     int64_t ldy, Ahead &next) {
+  constexpr int W = std::min(V, TILE / TT);
+  const int64_t per_group = blocks_of_group<BITS>(f);
+  int64_t lane[NB];
+  for (int n = 0; n < NB; ++n) lane[n] = (b + n) / per_group - weights.first;
   UNROLL
-  for (int j = 0; j < TT; ++j)
+  for (int i0 = 0; i0 < V; i0 += W) {
+    vf acc[TT][NB * W] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      if (i0 == 0) {
+        prefetch<BITS>(f, r + AHEAD, b);
+        next.lines(NB * BITS_OF<BITS> / 8 + 1);
+      }
+      UNROLL
+      for (int n = 0; n < NB; ++n) {
+        vf weight[TT];
+        UNROLL
+        for (int j = 0; j < TT; ++j)
+          weight[j] = splat(weights.at[(r * TT + j) * weights.apart + lane[n]]);
+        UNROLL
+        for (int i = 0; i < W; ++i) {
+          const vf v = decode<BITS>(f, r, b + n, i0 + i);
+          UNROLL
+          for (int j = 0; j < TT; ++j) acc[j][n * W + i] += weight[j] * v;
+        }
+      }
+    }
     UNROLL
-    for (int i = 0; i < NB * V; ++i) store(y + j * ldy + i * LANES, acc[j][i]);
+    for (int j = 0; j < TT; ++j)
+      UNROLL
+      for (int n = 0; n < NB; ++n)
+        UNROLL
+        for (int i = 0; i < W; ++i) {
+          float *to = y + j * ldy + n * BLOCK + (i0 + i) * LANES;
+          const vf offset = splat(weights.offset[j * weights.apart + lane[n]]);
+          store(to, load(to) + (acc[j][n * W + i] * unit<BITS>(i0 + i) + offset));
+        }
+  }
 }
 
 // Entries n … n1 of direction r, times a factor, as bfloat16; n is the first of a block.
@@ -424,9 +505,14 @@ template <int BITS>
 NOINLINE void write(const Factor f, int64_t r, int64_t n, int64_t n1, float times, uint16_t *to) {
   const int64_t per_group = blocks_of_group<BITS>(f);
   for (int64_t b = n / BLOCK; b * BLOCK < n1; ++b, to += BLOCK) {
-    const Grids<BITS, 1> grids(f, r, b / per_group, b / per_group + 1);
     vf v[V];
-    decode<BITS>(f, r, b, grids[b / per_group], v);
+    UNROLL
+    for (int i = 0; i < V; ++i) v[i] = decode<BITS>(f, r, b, i);
+    if constexpr (GRID<BITS>) {
+      const Grids grid(f, r, b / per_group, 1);
+      UNROLL
+      for (int i = 0; i < V; ++i) v[i] = (v[i] * unit<BITS>(i) - grid.zero[0]) * grid.scale[0];
+    }
     uint16_t part[BLOCK], *all = b * BLOCK + BLOCK <= n1 ? to : part;
     UNROLL
     for (int i = 0; i < V; ++i) store(all + i * LANES, v[i] * times);
@@ -435,8 +521,7 @@ NOINLINE void write(const Factor f, int64_t r, int64_t n, int64_t n1, float time
 }
 
 void write_any(const Factor &f, int64_t r, int64_t n, int64_t n1, float times, uint16_t *to) {
-  const bool ragged = f.bits != 16 && f.group_size % BLOCK;
-  switch (ragged ? RAGGED : f.bits) {
+  switch (f.bits == 16 || f.gridded() ? f.bits : RAGGED) {
     case 1: return write<1>(f, r, n, n1, times, to);
     case 2: return write<2>(f, r, n, n1, times, to);
     case 3: return write<3>(f, r, n, n1, times, to);
@@ -447,19 +532,27 @@ void write_any(const Factor &f, int64_t r, int64_t n, int64_t n1, float times, u
   }
 }
 
+// How far each bit of a block is from the top of its word.
+struct SignPlaces {
+  uint32_t up[BLOCK] __attribute__((aligned(64)));
+  constexpr SignPlaces() : up() {
+    for (int k = 0; k < BLOCK; ++k) up[k] = 31 - uint32_t(k / 2);
+  }
+};
+constexpr SignPlaces SIGN_PLACES{};
+
 // Σ_n ±x[j, n] over all blocks of a row of signs, for TT tokens.
 template <int TT>
-NOINLINE void sign_sums(const uint8_t *words, int64_t blocks, const float *x, int64_t ldx,
+NOINLINE void sign_sums(const uint8_t *signs, int64_t blocks, const float *x, int64_t ldx,
                         float *sums) {
-  vf table;  // at every even place −1, at every odd one +1
-  for (int lane = 0; lane < LANES; ++lane) table[lane] = lane % 2 ? 1.f : -1.f;
   vf acc[TT][2] = {};
   for (int64_t b = 0; b < blocks; ++b)
     UNROLL
     for (int i = 0; i < V; ++i) {
-      const vu code = digits<1>(words + b * 8, i);
-      const vf sign = TABLE<1> ? lookup(table, code)
-                               : __builtin_convertvector((vi)(code & 1), vf) * 2.f - 1.f;
+      // The bit becomes the sign of −1.
+      vu up;
+      std::memcpy(&up, SIGN_PLACES.up + i * LANES, sizeof up);
+      const vf sign = (vf)(((words<1>(signs + b * 8, i) << up) & 0x80000000) ^ 0xbf800000);
       UNROLL
       for (int j = 0; j < TT; ++j)
         acc[j][i % 2] += load(x + j * ldx + b * BLOCK + i * LANES) * sign;
@@ -470,8 +563,7 @@ NOINLINE void sign_sums(const uint8_t *words, int64_t blocks, const float *x, in
 template <int TT>
 void shrink_any(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1, const float *x,
                 int64_t ldx, float *t, Ahead &next) {
-  const bool ragged = f.bits != 16 && f.group_size % BLOCK;
-  switch (ragged ? RAGGED : f.bits) {
+  switch (f.bits == 16 || f.gridded() ? f.bits : RAGGED) {
     case 1: return shrink<1, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
     case 2: return shrink<2, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
     case 3: return shrink<3, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
@@ -483,17 +575,16 @@ void shrink_any(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1,
 }
 
 template <int TT, int NB>
-void expand_any(const Factor &f, int64_t count, int64_t b, const float *t, float *y, int64_t ldy,
+void expand_any(const Factor &f, int64_t count, int64_t b, const Weights &w, float *y, int64_t ldy,
                 Ahead &next) {
-  const bool ragged = f.bits != 16 && f.group_size % BLOCK;
-  switch (ragged ? RAGGED : f.bits) {
-    case 1: return expand<1, TT, NB>(f, count, b, t, y, ldy, next);
-    case 2: return expand<2, TT, NB>(f, count, b, t, y, ldy, next);
-    case 3: return expand<3, TT, NB>(f, count, b, t, y, ldy, next);
-    case 4: return expand<4, TT, NB>(f, count, b, t, y, ldy, next);
-    case 8: return expand<8, TT, NB>(f, count, b, t, y, ldy, next);
-    case 16: return expand<16, TT, NB>(f, count, b, t, y, ldy, next);
-    default: return expand<RAGGED, TT, NB>(f, count, b, t, y, ldy, next);
+  switch (f.bits == 16 || f.gridded() ? f.bits : RAGGED) {
+    case 1: return expand<1, TT, NB>(f, count, b, w, y, ldy, next);
+    case 2: return expand<2, TT, NB>(f, count, b, w, y, ldy, next);
+    case 3: return expand<3, TT, NB>(f, count, b, w, y, ldy, next);
+    case 4: return expand<4, TT, NB>(f, count, b, w, y, ldy, next);
+    case 8: return expand<8, TT, NB>(f, count, b, w, y, ldy, next);
+    case 16: return expand<16, TT, NB>(f, count, b, w, y, ldy, next);
+    default: return expand<RAGGED, TT, NB>(f, count, b, w, y, ldy, next);
   }
 }
 
@@ -539,8 +630,9 @@ struct Table {
   // Adds the bands of a slot, part by part.
   void read(int64_t slot, std::vector<Band> &bands) const {
     const uint8_t *base = blobs + slot * slot_bytes;
-    const auto factor = [&](const int64_t *offset, int64_t bits, int64_t size) {
+    const auto factor = [&](const int64_t *offset, int64_t bits, int64_t count, int64_t size) {
       return Factor{bits,
+                    count,
                     size,
                     (size + BLOCK - 1) / BLOCK,
                     (size + group_size - 1) / group_size,
@@ -554,8 +646,8 @@ struct Table {
     for (int64_t part = 0; part < parts; ++part)
       for (int64_t i = 0; i < max_bands; ++i, f += FIELDS)
         if (f[1])
-          bands.push_back({part, f[1], f[2], factor(f + 3, f[0], in),
-                           factor(f + 7, f[0], outs[part]), base + f[11]});
+          bands.push_back({part, f[1], f[2], factor(f + 3, f[0], f[1], in),
+                           factor(f + 7, f[0], f[1], outs[part]), base + f[11]});
   }
 };
 
@@ -617,22 +709,60 @@ struct Target {
   const Factor &factor(const Band *band) const { return with_u ? band->u : band->v; }
 };
 
-template <int TT, int NB>
-void expand_tile(const Target &to, int64_t b, int64_t j, const Matrix &y, Ahead &next) {
-  float tile[TT * NB * BLOCK] __attribute__((aligned(64))) = {};
-  const float *t = to.t + j * to.rank;
+// What a thread keeps from call to call.
+thread_local std::vector<Weights> weighed;
+thread_local std::vector<float> weight_memory;
+
+// The weights of each band that is read as floats, and of some tokens from j on, for blocks b … b1.
+template <class AsFloats>
+void weigh(const Target &to, int64_t b, int64_t b1, int64_t j, int64_t tokens, AsFloats as_floats) {
+  const auto groups_of = [&](const Factor &f, int64_t &first) {
+    const int64_t per_group = f.gridded() ? f.group_size / BLOCK : f.blocks;
+    first = b / per_group;
+    return (b1 - 1) / per_group + 1 - first;
+  };
+  int64_t room = 0, first;
   for (const Band *band = to.bands; band != to.end; ++band)
-    expand_any<TT, NB>(to.factor(band), band->count, b, t + band->first * TT, tile, NB * BLOCK, next);
-  const int64_t first = b * BLOCK, count = std::min<int64_t>(NB * BLOCK, to.size - first);
-  for (int64_t i = 0; i < TT; ++i)
-    y.add(to.rows[j + i], to.column + first, tile + i * NB * BLOCK, count);
+    if (as_floats(band)) room += Weights::room(band->count, groups_of(to.factor(band), first), tokens);
+  if (int64_t(weight_memory.size()) < room) weight_memory.resize(room);
+  weighed.clear();
+  float *memory = weight_memory.data();
+  for (const Band *band = to.bands; band != to.end; ++band) {
+    if (!as_floats(band)) continue;
+    const Factor &f = to.factor(band);
+    const int64_t groups = groups_of(f, first);
+    const float *t = to.t + j * to.rank + band->first * tokens;
+    weighed.emplace_back(f, band->count, first, groups, t, tokens, memory);
+    memory += Weights::room(band->count, groups, tokens);
+  }
 }
 
+// tile[j, n, :] += Σ_r t[r, j] · value[r, block b + n, :] for up to SPAN blocks of TT tokens.
+template <int TT>
+void expand_floats(const Factor &f, int64_t count, int64_t b, int64_t blocks, const Weights &weights,
+                   float *tile, Ahead &next) {
+  constexpr int NB = std::max(1, TILE / (TT * V));
+  int64_t n = 0;
+  for (; n + NB <= blocks; n += NB)
+    expand_any<TT, NB>(f, count, b + n, weights, tile + n * BLOCK, SPAN * BLOCK, next);
+  for (; n < blocks; ++n)
+    expand_any<TT, 1>(f, count, b + n, weights, tile + n * BLOCK, SPAN * BLOCK, next);
+}
+
+// Blocks b … b1 of the outputs of TT tokens from j on, SPAN at a time.
 template <int TT>
 void expand_span(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y, Ahead &next) {
-  constexpr int NB = std::max(1, TILE / TT);
-  for (; b + NB <= b1; b += NB) expand_tile<TT, NB>(to, b, j, y, next);
-  for (; b < b1; ++b) expand_tile<TT, 1>(to, b, j, y, next);
+  weigh(to, b, b1, j, TT, [](const Band *) { return true; });
+  for (int64_t at = b; at < b1; at += SPAN) {
+    const int64_t blocks = std::min(SPAN, b1 - at);
+    float tile[TT * SPAN * BLOCK] __attribute__((aligned(64))) = {};
+    const Weights *weights = weighed.data();
+    for (const Band *band = to.bands; band != to.end; ++band)
+      expand_floats<TT>(to.factor(band), band->count, at, blocks, *weights++, tile, next);
+    const int64_t first = at * BLOCK, count = std::min(blocks * BLOCK, to.size - first);
+    for (int i = 0; i < TT; ++i)
+      y.add(to.rows[j + i], to.column + first, tile + i * SPAN * BLOCK, count);
+  }
 }
 
 #if defined(__AVX512VNNI__)
@@ -662,8 +792,8 @@ void expand_blocks(const Target &to, int64_t b, int64_t b1, const Matrix &y, Ahe
 }
 
 void shrink_range(const Band &band, int64_t r0, int64_t r1, int64_t tokens, int64_t rank,
-                  const float *x, int64_t ldx, const float *halves, int64_t ldh, float *t,
-                  Ahead &next) {
+                  const float *x, int64_t ldx, const float *sums, int64_t lds,
+                  const float *halves, int64_t ldh, float *t, Ahead &next) {
   const int64_t blocks = band.v.blocks;
   for (int64_t j = 0; j < tokens;) {
     const int64_t chunk = chunk_of(j, tokens);
@@ -677,7 +807,9 @@ void shrink_range(const Band &band, int64_t r0, int64_t r1, int64_t tokens, int6
     } else
 #endif
     {
-      std::fill(tj + r0 * chunk, tj + r1 * chunk, 0.f);
+      if (chunk == 4) start<4>(band.v, r0, r1, sums + j * lds, lds, tj);
+      if (chunk == 2) start<2>(band.v, r0, r1, sums + j * lds, lds, tj);
+      if (chunk == 1) start<1>(band.v, r0, r1, sums + j * lds, lds, tj);
       for (int64_t b = 0; b < blocks; b += CHUNK) {
         const int64_t b1 = std::min(blocks, b + CHUNK);
         const float *xj = x + j * ldx;
@@ -850,8 +982,9 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
   const int64_t ldx = (in + BLOCK - 1) / BLOCK * BLOCK;
   const int64_t blocks = ldx / BLOCK, in_groups = (in + group_size - 1) / group_size;
   const int64_t ldh = x.bf16 ? halves_room(blocks, in_groups) : 0;
-  float *x_TI = work.scratch(live * (ldx + ldh) + floats);
-  float *halves = x_TI + live * ldx, *t = halves + live * ldh;
+  const int64_t lds = ldh ? 0 : (in_groups + 15) / 16 * 16;
+  float *x_TI = work.scratch(live * (ldx + ldh + lds) + floats);
+  float *halves = x_TI + live * ldx, *sums = halves + live * ldh, *t = sums + live * lds;
   const int64_t *rows = work.rows.data();
   for (Group &g : work.groups) {
     const int64_t span = g.tokens > 32 ? 64 : 16;  // directions that use one piece of x from L1
@@ -873,11 +1006,13 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
       [&](int64_t j) {
         x.get(rows[j], in, x_TI + j * ldx, ldx);
         if (ldh) to_halves(x_TI + j * ldx, halves + j * ldh, blocks, in_groups, group_size);
+        if (lds) sum_groups(x_TI + j * ldx, ldx, group_size, sums + j * lds, lds);
       },
       [&](const Task &task, Ahead &next) {
         const Group &g = *task.group;
         shrink_range(*task.bands, task.first, task.last, g.tokens, g.rank, x_TI + g.first * ldx,
-                     ldx, ldh ? halves + g.first * ldh : nullptr, ldh, t + g.t, next);
+                     ldx, sums + g.first * lds, lds, ldh ? halves + g.first * ldh : nullptr, ldh,
+                     t + g.t, next);
       },
       [&](const Task &task, Ahead &next) {
         const Group &g = *task.group;

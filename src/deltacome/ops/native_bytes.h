@@ -2,7 +2,7 @@
 // among its own definitions.
 //
 // Such an instruction multiplies 64 codes of one byte with 64 signed bytes and adds fours of them, where
-// floats take four lookups and four multiplications. What meets the codes (a row, or what a direction
+// floats take four conversions and four multiplications. What meets the codes (a row, or what a direction
 // weighs in a row) therefore becomes numbers of 16 bits, 256 · high + low, with a unit for each group:
 // finer than bfloat16 where it counts, at a cost of two products. Sums of bytes are exact, in any order.
 //
@@ -16,7 +16,7 @@ constexpr float LARGEST = 127 * 256;  // of the numbers of 16 bits
 constexpr float NOTHING = 1e-30f;     // what is smaller counts as 0
 
 // Whether the codes of a factor are read as bytes.
-inline bool as_bytes(const Factor &f) { return f.bits != 16 && f.group_size % BLOCK == 0; }
+inline bool as_bytes(const Factor &f) { return f.gridded(); }
 
 inline vf as_floats(__m512i high, __m512i low) {
   const __m512 times = _mm512_set1_ps(256.f);
@@ -39,9 +39,6 @@ struct Scales {
     zero = (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, f.zero + at)));
   }
 };
-
-template <int BITS>
-constexpr int PLANE = BITS == 3 ? 2 : BITS;  // bits of a code in the lower plane
 
 // Bits of a code to shift a lane by, for planes of P bits.
 template <int P>
@@ -387,12 +384,13 @@ void make_mixes(const Target &to, int64_t b, int64_t b1, int64_t j, int64_t toke
 template <int TT>
 void expand_span_bytes(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y,
                        Ahead &next) {
-  constexpr int NB = std::max(1, TILE / TT);
   make_mixes(to, b, b1, j, TT);
+  weigh(to, b, b1, j, TT, [&](const Band *band) { return !mixed(to, band); });
   for (int64_t at = b; at < b1; at += SPAN) {
     const int64_t blocks = std::min(SPAN, b1 - at);
     float tile[TT * SPAN * BLOCK] __attribute__((aligned(64))) = {};
     const Mix *mix = mixes.data();
+    const Weights *weights = weighed.data();
     for (const Band *band = to.bands; band != to.end; ++band) {
       const Factor &f = to.factor(band);
       if (mixed(to, band)) {
@@ -401,12 +399,7 @@ void expand_span_bytes(const Target &to, int64_t b, int64_t b1, int64_t j, const
         mix += TT;
         continue;
       }
-      const float *t = to.t + j * to.rank + band->first * TT;
-      int64_t n = 0;
-      for (; n + NB <= blocks; n += NB)
-        expand_any<TT, NB>(f, band->count, at + n, t, tile + n * BLOCK, SPAN * BLOCK, next);
-      for (; n < blocks; ++n)
-        expand_any<TT, 1>(f, band->count, at + n, t, tile + n * BLOCK, SPAN * BLOCK, next);
+      expand_floats<TT>(f, band->count, at, blocks, *weights++, tile, next);
     }
     const int64_t first = at * BLOCK, count = std::min(blocks * BLOCK, to.size - first);
     for (int i = 0; i < TT; ++i)
