@@ -74,13 +74,18 @@ inline vf splat(float a) { return a - vf{}; }
 inline float sum(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
-#endif
+#elif defined(__AVX2__)
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+#else
   // Halves, so that the order is that of a tree.
   float lane[LANES];
   store(lane, v);
   for (int n = LANES / 2; n; n /= 2)
     for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
   return lane[0];
+#endif
 }
 
 inline float from_bf16(uint16_t h) {
@@ -347,30 +352,27 @@ void sum_groups(const float *x, int64_t size, int64_t group_size, float *sums, i
   }
 }
 
-// t[r, j] = −Σ_g Σ x[j, g] · scale[r, g] · zero[r, g], for the sums over groups of TT rows, zero up to
-// a multiple of 16.
+// −Σ_g Σ x[j, g] · scale[r, g] · zero[r, g], a part of it in each lane, for the sums over groups of a row,
+// which are zero up to a multiple of 16.
 template <int TT>
-void start(const Factor &f, int64_t r0, int64_t r1, const float *sums, int64_t ld, float *t) {
-  for (int64_t r = r0; r < r1; ++r) {
-    vf total[TT] = {};
-    for (int64_t g = 0; f.gridded() && g < f.groups; g += 16) {
-      const int64_t count = std::min<int64_t>(16, f.groups - g);
-      const Grids grids(f, r, g, count);
-      for (int64_t k = 0; k < count; k += LANES) {
-        const vf both = load(grids.scale + k) * load(grids.zero + k);
-        UNROLL
-        for (int j = 0; j < TT; ++j) total[j] -= both * load(sums + j * ld + g + k);
-      }
+inline void zero_points(const Factor &f, int64_t r, const float *sums, int64_t ld, vf *total) {
+  for (int64_t g = 0; g < f.groups; g += 16) {
+    const int64_t count = std::min<int64_t>(16, f.groups - g);
+    const Grids grids(f, r, g, count);
+    for (int64_t k = 0; k < count; k += LANES) {
+      const vf both = load(grids.scale + k) * load(grids.zero + k);
+      UNROLL
+      for (int j = 0; j < TT; ++j) total[j] -= both * load(sums + j * ld + g + k);
     }
-    UNROLL
-    for (int j = 0; j < TT; ++j) t[r * TT + j] = sum(total[j]);
   }
 }
 
-// t[r, j] += Σ_n x[j, n] · scale[r, g] · code[r, n] over blocks b0 … b1, for TT tokens.
+// t[r, j] += Σ_n x[j, n] · value[r, n] over blocks b0 … b1, for TT tokens; what zero points add, for all
+// blocks, comes with the first.
 template <int BITS, int TT>
 NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t b1,
-                     const float *x, int64_t ldx, float *t, Ahead &next) {
+                     const float *x, int64_t ldx, const float *sums, int64_t lds, float *t,
+                     Ahead &next) {
   constexpr int SUMS = TT == 1 ? std::min(V, 4) : 2;  // enough of them to hide the adder's latency
   const int32_t per_group = int32_t(blocks_of_group<BITS>(f));
   const int64_t g0 = int32_t(b0) / per_group, g1 = int32_t(b1 + per_group - 1) / per_group;
@@ -385,7 +387,8 @@ NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t
               load(x + j * ldx + n * BLOCK + i * LANES) * unit<BITS>(i));
   for (int64_t r = r0; r < r1; ++r) {
     next.lines(lines);
-    vf total[TT][SUMS] = {};
+    vf all[TT] = {}, total[TT][SUMS] = {};
+    if (GRID<BITS> && !b0) zero_points<TT>(f, r, sums, lds, all);
     int64_t b = b0;
     for (int64_t g = g0; g < g1; g += 16) {
       const int64_t count = std::min<int64_t>(16, g1 - g);
@@ -413,10 +416,10 @@ NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t
     }
     UNROLL
     for (int j = 0; j < TT; ++j) {
-      vf all = total[j][0];
       UNROLL
-      for (int i = 1; i < SUMS; ++i) all += total[j][i];
-      t[r * TT + j] += sum(all);
+      for (int n = SUMS / 2; n; n /= 2)
+        for (int i = 0; i < n; ++i) total[j][i] += total[j][i + n];
+      t[r * TT + j] += sum(total[j][0] + all[j]);
     }
   }
 }
@@ -431,30 +434,34 @@ struct Weights {
   static int64_t room(int64_t count, int64_t groups, int64_t tokens) {
     return (count + 1) * tokens * apart_of(groups);
   }
-  // `t` (count, tokens); `memory` has `room`.
-  Weights(const Factor &f, int64_t count, int64_t first, int64_t groups, const float *t,
-          int64_t tokens, float *memory)
-      : first(first), apart(apart_of(groups)) {
-    float *add = memory, *weight = memory + tokens * apart;
-    at = weight, offset = add;
-    std::fill(add, weight, 0.f);
+};
+
+// `t` (count, TT); `memory` has room.
+template <int TT>
+Weights weights_of(const Factor &f, int64_t count, int64_t first, int64_t groups, const float *t,
+                   float *memory) {
+  const int64_t apart = Weights::apart_of(groups);
+  float *offset = memory, *weight = memory + TT * apart;
+  for (int64_t g = 0; g < groups; g += LANES) {
+    vf add[TT] = {};
     for (int64_t r = 0; r < count; ++r) {
+      vf scale = splat(1.f), zero = {};
       if (f.gridded()) {
-        const Grids grids(f, r, first, groups);
-        for (int64_t j = 0; j < tokens; ++j, weight += apart)
-          for (int64_t g = 0; g < groups; g += LANES) {
-            const vf w = load(grids.scale + g) * t[r * tokens + j];
-            float *to = add + j * apart + g;
-            store(weight + g, w);
-            store(to, load(to) - w * load(grids.zero + g));
-          }
-      } else {
-        for (int64_t j = 0; j < tokens; ++j, weight += apart)
-          std::fill(weight, weight + apart, t[r * tokens + j]);
+        const Grids grids(f, r, first + g, std::min<int64_t>(LANES, groups - g));
+        scale = load(grids.scale), zero = load(grids.zero);
+      }
+      UNROLL
+      for (int j = 0; j < TT; ++j) {
+        const vf w = scale * t[r * TT + j];
+        store(weight + (r * TT + j) * apart + g, w);
+        add[j] -= w * zero;
       }
     }
+    UNROLL
+    for (int j = 0; j < TT; ++j) store(offset + j * apart + g, add[j]);
   }
-};
+  return {weight, offset, first, apart};
+}
 
 // y[j, block, :] += Σ_r weight[r, j] · code[r, block, :] + offset[j] for NB blocks from b on and TT tokens,
 // whose y lie ldy floats apart. W vectors of a block have sums in registers at a time.
@@ -562,15 +569,15 @@ NOINLINE void sign_sums(const uint8_t *signs, int64_t blocks, const float *x, in
 
 template <int TT>
 void shrink_any(const Factor &f, int64_t r0, int64_t r1, int64_t b0, int64_t b1, const float *x,
-                int64_t ldx, float *t, Ahead &next) {
+                int64_t ldx, const float *sums, int64_t lds, float *t, Ahead &next) {
   switch (f.bits == 16 || f.gridded() ? f.bits : RAGGED) {
-    case 1: return shrink<1, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
-    case 2: return shrink<2, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
-    case 3: return shrink<3, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
-    case 4: return shrink<4, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
-    case 8: return shrink<8, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
-    case 16: return shrink<16, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
-    default: return shrink<RAGGED, TT>(f, r0, r1, b0, b1, x, ldx, t, next);
+    case 1: return shrink<1, TT>(f, r0, r1, b0, b1, x, ldx, sums, lds, t, next);
+    case 2: return shrink<2, TT>(f, r0, r1, b0, b1, x, ldx, sums, lds, t, next);
+    case 3: return shrink<3, TT>(f, r0, r1, b0, b1, x, ldx, sums, lds, t, next);
+    case 4: return shrink<4, TT>(f, r0, r1, b0, b1, x, ldx, sums, lds, t, next);
+    case 8: return shrink<8, TT>(f, r0, r1, b0, b1, x, ldx, sums, lds, t, next);
+    case 16: return shrink<16, TT>(f, r0, r1, b0, b1, x, ldx, sums, lds, t, next);
+    default: return shrink<RAGGED, TT>(f, r0, r1, b0, b1, x, ldx, sums, lds, t, next);
   }
 }
 
@@ -714,8 +721,8 @@ thread_local std::vector<Weights> weighed;
 thread_local std::vector<float> weight_memory;
 
 // The weights of each band that is read as floats, and of some tokens from j on, for blocks b … b1.
-template <class AsFloats>
-void weigh(const Target &to, int64_t b, int64_t b1, int64_t j, int64_t tokens, AsFloats as_floats) {
+template <int TT, class AsFloats>
+void weigh(const Target &to, int64_t b, int64_t b1, int64_t j, AsFloats as_floats) {
   const auto groups_of = [&](const Factor &f, int64_t &first) {
     const int64_t per_group = f.gridded() ? f.group_size / BLOCK : f.blocks;
     first = b / per_group;
@@ -723,7 +730,7 @@ void weigh(const Target &to, int64_t b, int64_t b1, int64_t j, int64_t tokens, A
   };
   int64_t room = 0, first;
   for (const Band *band = to.bands; band != to.end; ++band)
-    if (as_floats(band)) room += Weights::room(band->count, groups_of(to.factor(band), first), tokens);
+    if (as_floats(band)) room += Weights::room(band->count, groups_of(to.factor(band), first), TT);
   if (int64_t(weight_memory.size()) < room) weight_memory.resize(room);
   weighed.clear();
   float *memory = weight_memory.data();
@@ -731,9 +738,9 @@ void weigh(const Target &to, int64_t b, int64_t b1, int64_t j, int64_t tokens, A
     if (!as_floats(band)) continue;
     const Factor &f = to.factor(band);
     const int64_t groups = groups_of(f, first);
-    const float *t = to.t + j * to.rank + band->first * tokens;
-    weighed.emplace_back(f, band->count, first, groups, t, tokens, memory);
-    memory += Weights::room(band->count, groups, tokens);
+    const float *t = to.t + j * to.rank + band->first * TT;
+    weighed.push_back(weights_of<TT>(f, band->count, first, groups, t, memory));
+    memory += Weights::room(band->count, groups, TT);
   }
 }
 
@@ -752,7 +759,7 @@ void expand_floats(const Factor &f, int64_t count, int64_t b, int64_t blocks, co
 // Blocks b … b1 of the outputs of TT tokens from j on, SPAN at a time.
 template <int TT>
 void expand_span(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y, Ahead &next) {
-  weigh(to, b, b1, j, TT, [](const Band *) { return true; });
+  weigh<TT>(to, b, b1, j, [](const Band *) { return true; });
   for (int64_t at = b; at < b1; at += SPAN) {
     const int64_t blocks = std::min(SPAN, b1 - at);
     float tile[TT * SPAN * BLOCK] __attribute__((aligned(64))) = {};
@@ -807,15 +814,13 @@ void shrink_range(const Band &band, int64_t r0, int64_t r1, int64_t tokens, int6
     } else
 #endif
     {
-      if (chunk == 4) start<4>(band.v, r0, r1, sums + j * lds, lds, tj);
-      if (chunk == 2) start<2>(band.v, r0, r1, sums + j * lds, lds, tj);
-      if (chunk == 1) start<1>(band.v, r0, r1, sums + j * lds, lds, tj);
+      std::fill(tj + r0 * chunk, tj + r1 * chunk, 0.f);
       for (int64_t b = 0; b < blocks; b += CHUNK) {
         const int64_t b1 = std::min(blocks, b + CHUNK);
-        const float *xj = x + j * ldx;
-        if (chunk == 4) shrink_any<4>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
-        if (chunk == 2) shrink_any<2>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
-        if (chunk == 1) shrink_any<1>(band.v, r0, r1, b, b1, xj, ldx, tj, next);
+        const float *xj = x + j * ldx, *sj = sums + j * lds;
+        if (chunk == 4) shrink_any<4>(band.v, r0, r1, b, b1, xj, ldx, sj, lds, tj, next);
+        if (chunk == 2) shrink_any<2>(band.v, r0, r1, b, b1, xj, ldx, sj, lds, tj, next);
+        if (chunk == 1) shrink_any<1>(band.v, r0, r1, b, b1, xj, ldx, sj, lds, tj, next);
       }
     }
     for (int64_t r = r0; r < r1; ++r)

@@ -385,7 +385,7 @@ template <int TT>
 void expand_span_bytes(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y,
                        Ahead &next) {
   make_mixes(to, b, b1, j, TT);
-  weigh(to, b, b1, j, TT, [&](const Band *band) { return !mixed(to, band); });
+  weigh<TT>(to, b, b1, j, [&](const Band *band) { return !mixed(to, band); });
   for (int64_t at = b; at < b1; at += SPAN) {
     const int64_t blocks = std::min(SPAN, b1 - at);
     float tile[TT * SPAN * BLOCK] __attribute__((aligned(64))) = {};
