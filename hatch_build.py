@@ -27,7 +27,10 @@ except ImportError:  # run by itself, or by a test
     BuildHookInterface = object
 
 FOLDER = Path(__file__).resolve().parent / "src" / "deltacome" / "ops"
-SOURCES = tuple(FOLDER / name for name in ("native.cpp", "native_bytes.h", "native_torch.h"))
+SOURCES = (
+    FOLDER / "native.cpp",
+    *(FOLDER / f"native_{part}.h" for part in ("vectors", "floats", "bytes", "torch")),
+)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
