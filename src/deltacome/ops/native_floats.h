@@ -118,7 +118,7 @@ inline vf decode(const Factor &f, int64_t r, int64_t b, int i) {
 // Directions of a large matrix lie pages apart: too far for the CPU to see which line is next.
 template <int BITS>
 inline void prefetch(const Factor &f, int64_t r, int64_t b) {
-  if constexpr (BITS != RAGGED && BITS != 16)
+  if constexpr (GRID<BITS>)
     __builtin_prefetch(f.low + (r * f.blocks + b) * 8 * PLANE<BITS>);
 }
 
