@@ -57,7 +57,7 @@ def lab(tables, tmp_path_factory):
     module = tables("lab")
     size = module.Size(
         tasks=("tiny",), side=("tiny",), questions=4, kl_questions=3, rows=4, row_tokens=16,
-        distill=2, seeds=(0, 1), ratios=(4, 5),
+        steps=2, distill=2, fit=2, seeds=(0, 1), ratios=(4, 5),
     )  # fmt: skip
     return module.Lab(base, folder / "work", size, {"tiny": tuned})
 
@@ -83,9 +83,7 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     if name == "vlm":
         small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
         monkeypatch.setattr(tables(name), "TOWER", {**small, "num_hidden_layers": 1})
-        monkeypatch.setattr(
-            tables(name), "main_rows", lambda size: [("l", LowRank(), 3.0), *ROWS[1:3], VLM]
-        )
+        monkeypatch.setattr(tables(name), "ROWS", [("low rank", LowRank(), 3.0), *ROWS[1:3], VLM])
     text = tables(name).make(lab)
     assert text.startswith("## ")
     table = [line for line in text.splitlines() if line.startswith("|")]

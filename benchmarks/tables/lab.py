@@ -156,12 +156,8 @@ class Lab:
 
         count = self.size.rows // 4
         made = training(TASKS[task], 1000 + seed, 0, self.size.rows - count)
-        text = _general_text()
-        step = 4 * self.size.row_tokens  # characters, of which about four make a token
-        start = (seed * count * step) % (len(text) // 2)
-        cuts = [text[start + i * step : start + (i + 1) * step] for i in range(count)]
         lines = [{"prompt": q.prompt, "answer": q.answer} for q in made]
-        lines += [{"text": cut} for cut in cuts]
+        lines += [{"text": cut} for cut in general_text(count, self.size.row_tokens, seed)]
         content = "".join(json.dumps(line) + "\n" for line in lines)
         file = self.work / "calibration" / f"{task}-{hash_of(content)}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -406,11 +402,14 @@ def _bytes_at_16_bit(checkpoint: Checkpoint) -> int:
     return sum(2 * torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
 
 
-def _general_text() -> str:
-    """English prose that every Python has, other than what KL is measured on (`text_rows`)."""
+def general_text(count: int, tokens: int, seed: int = 0) -> list[str]:
+    """Cuts of English prose that every Python has, other than what KL is measured on (`text_rows`)."""
     from pydoc_data.topics import topics
 
-    return "\n".join(topics[name] for name in sorted(topics, reverse=True))
+    text = "\n".join(topics[name] for name in sorted(topics, reverse=True))
+    step = 4 * tokens  # characters, of which about four make a token
+    start = (seed * count * step) % (len(text) // 2)
+    return [text[start + i * step : start + (i + 1) * step] for i in range(count)]
 
 
 def _code_hash(method: Method) -> str:

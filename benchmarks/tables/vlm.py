@@ -1,37 +1,56 @@
-"""The vision-language row: a model whose language half is a fine-tune of a text base.
+"""The vision-language row: a model that sees, tuned from a base that reads text alone.
 
-A LLaVA-style model is put together from a text tenant and a small tower and projector of random weights:
-what is shown is that such a checkpoint goes the whole way (names differ by a prefix, one token is new,
-tower and projector have no base and are stored as they are) and what compression of the language half
-does to a model that sees. It was not trained on images, so there is no accuracy to tell: figures are
-the KL to the dense model, and how often both find the same next token most likely, where answers to
-held-out questions are predicted behind a generated image.
+A LLaVA-style model is put together from the text base, a small tower and a projector of random weights,
+and all of it is trained on generated pictures (`pictures.py`). Its names differ from the base's by a
+prefix, one token is new, tower and projector have no base and are stored as they are. Each method has
+text alone to calibrate with, or pictures too; answers to held-out pictures come from the packed runtime.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import cells as md
 import torch
-from lab import Lab, device, hash_of, say
-from rows import main_rows
+from lab import Lab, device, general_text, hash_of, say
+from pictures import CELL, CELLS, NOISE, PROMPT, SIDE, Picture, picture
+from rows import RATIO
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
 )
 
 import deltacome
-from deltacome import Artifact, attach, base_for
-from deltacome.evals.divergence import Row, over_rows, question_rows
+from deltacome import Adaptive, Artifact, BitDelta, DeltaCome, LowRank, PrinMix, attach, base_for
+from deltacome.evals.divergence import over_rows
+from deltacome.evals.score import exact_match, wilson
+from deltacome.methods.method import Method
 
-QUESTIONS = 64
-PATCH, SIDE = 8, 32
+HELD_OUT, TRAINED, CALIBRATED = 0, 1_000_000, 2_000_000
+"""Seeds from which pictures are counted."""
+BATCH, RATE, RATE_OF_NEW = 24, 1e-4, 1e-3
+ROW_TOKENS = 128
+"""Of calibration: a chat with its picture is one row."""
+MARK = "<image>"
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ 'MARK' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+).replace("MARK", MARK)
 TOWER = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -39,90 +58,250 @@ TOWER = {
     "num_attention_heads": 4,
     "projection_dim": 64,
 }
-COLOURS = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [-1, 1, 1]])
+BLIND = "text alone"
+ROWS: list[tuple[str, Method, float | None]] = [
+    ("low rank", LowRank(), RATIO),
+    ("BitDelta", BitDelta(), None),
+    ("Delta-CoMe", DeltaCome(), RATIO),
+    ("PrinMix", PrinMix(), RATIO),
+    ("adaptive", Adaptive(), RATIO),
+    ("adaptive, half the bytes", Adaptive(), 2 * RATIO),
+]
+"""Those that distil do so with as many steps as the size says."""
 
 
 def make(lab: Lab) -> str:
-    task = lab.size.side[0]
-    tuned = _model(lab, task)
-    rows = question_rows(lab.tokenizer(task), lab.questions(task)[:QUESTIONS])
-    images = torch.stack([_picture(i) for i in range(len(rows))])
-    dense: Any = LlavaForConditionalGeneration.from_pretrained(tuned, dtype=torch.float32)
-    wanted = _log_probs(dense.to(device()).eval(), rows, images)
-    del dense
-    table = []
-    for name, method, ratio in main_rows(lab.size):
-        artifact = _artifact(lab, task, tuned, name, method, ratio)
-        base: Any = base_for(lab.base, artifact, dtype=torch.float32)
-        model = base.to(device()).eval()
-        with attach(model, artifact):
-            got = _log_probs(model, rows, images)
-        kl = over_rows([(float((w.exp() * (w - g)).sum()), len(w))
-                        for w, g in zip(wanted, got, strict=True)])  # fmt: skip
-        same = [int((w.argmax(-1) == g.argmax(-1)).sum())
-                for w, g in zip(wanted, got, strict=True)]  # fmt: skip
-        positions = sum(map(len, wanted))
-        size = {
-            "nominal": artifact.manifest.nominal_ratio(),
-            "bytes": artifact.bytes_on_disk(),
-            "ratio": artifact.ratio(),
-        }
-        kinds = [r for r in artifact.manifest.records.values() if r.base_name is None]
-        exact = f"{sum(r.nbytes() for r in kinds):,}"
-        figures = [
-            f"{100 * sum(same) / positions:.1f}",
-            md.nats(kl.nats, kl.error),
-        ]
-        table.append([name, *md.sizes(size), exact, *figures])
-    header = ["", *md.SIZES, "of it tower and projector", "same next token %", "KL"]
+    exam = Exam(lab, _tuned(lab))
+    dense = {"nominal": None, "bytes": exam.nbytes, "ratio": None}
+    table, new = [["tuned", *md.sizes(dense), "", *_figures(exam.tuned())]], 0
+    for name, method, ratio in _rows(lab):
+        reads = method.calibrates or method.options().get("distill")
+        for seen in (False, True) if reads else (None,):
+            artifact = _artifact(lab, exam.folder, name, method, ratio, seen)
+            with_what = {None: "nothing", False: BLIND, True: "pictures too"}[seen]
+            row = [name, *md.sizes(_size(artifact)), with_what]
+            table.append([*row, *_figures(exam.packed(artifact))])
+            records = artifact.manifest.records.values()
+            new = sum(record.nbytes() for record in records if record.base_name is None)
+    header = ["", *md.SIZES, "calibrated with", "pictures %", "KL"]
     return (
         "## VLM: a vision-language model on a text base\n\n"
         + md.table(header, table)
-        + f"\n\nTower and projector are random, the language half is the tenant `{task}`; {QUESTIONS} "
-        "questions behind generated pictures, run from the packed bytes."
+        + f"\n\nTower and projector, which the base has nothing of, take {new:,} bytes of each. "
+        f"{lab.size.questions} held-out pictures, run from the packed bytes."
     )
 
 
-def _model(lab: Lab, task: str) -> Path:
-    """The tenant inside of a LLaVA, with one token more for images; made once."""
-    tenant = lab.tenant(task)
-    key = hash_of(lab.dense(tenant).key, TOWER, PATCH, SIDE)
-    folder = lab.work / "vlm" / f"{task}-{key}"
-    if folder.exists():
-        return folder
-    text = AutoConfig.from_pretrained(tenant)
-    image_token = text.vocab_size
-    language: Any = AutoModelForCausalLM.from_pretrained(tenant, dtype=torch.bfloat16)
-    language.resize_token_embeddings(image_token + 1, mean_resizing=False)
-    tower: dict[str, Any] = {**TOWER, "image_size": SIDE, "patch_size": PATCH}
-    whole: dict[str, Any] = {
-        "text_config": language.config,
-        "vision_config": CLIPVisionConfig(**tower),
-        "image_token_id": image_token,
-        "image_seq_length": (SIDE // PATCH) ** 2,
-        "tie_word_embeddings": text.tie_word_embeddings,
+def _rows(lab: Lab) -> Iterator[tuple[str, Method, float | None]]:
+    for name, method, ratio in ROWS:
+        if isinstance(method, BitDelta):
+            method = BitDelta(distill=lab.size.distill)
+        if isinstance(method, Adaptive):
+            method = Adaptive(distill=lab.size.fit)
+        yield name, method, ratio
+
+
+def _size(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "nominal": artifact.manifest.nominal_ratio(),
+        "bytes": artifact.bytes_on_disk(),
+        "ratio": artifact.ratio(),
     }
-    torch.manual_seed(0)
-    model: Any = LlavaForConditionalGeneration(LlavaConfig(**whole))
-    model = model.to(torch.bfloat16)
-    model.model.language_model.load_state_dict(language.model.state_dict())
-    model.lm_head.load_state_dict(language.lm_head.state_dict())
-    model.save_pretrained(folder)
-    tokenizer = lab.tokenizer(task)
-    tokenizer.save_pretrained(folder)
+
+
+def _figures(found: dict[str, Any]) -> list[str]:
+    return [md.score(found), md.nats(found["kl"], found["kl_error"])]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The held-out pictures, and what the dense model says of them."""
+
+    lab: Lab
+    folder: Path
+
+    @cached_property
+    def pictures(self) -> list[Picture]:
+        return [picture(HELD_OUT + i) for i in range(self.lab.size.questions)]
+
+    @cached_property
+    def processor(self) -> Any:
+        return LlavaProcessor.from_pretrained(self.folder)
+
+    @cached_property
+    def dense(self) -> Any:
+        kind: Any = LlavaForConditionalGeneration
+        return kind.from_pretrained(self.folder, dtype=torch.float32).to(device()).eval()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+    @cached_property
+    def wanted(self) -> list[Tensor]:
+        return list(self._log_probs(self.dense))
+
+    def tuned(self) -> dict[str, Any]:
+        name = hash_of(self.folder.name, self.lab.size.questions)
+        return self.lab.kept(f"measured/vlm-{name}", lambda: self._ask(self.dense))
+
+    def packed(self, artifact: Artifact) -> dict[str, Any]:
+        name = hash_of(self.folder.name, self.lab.size.questions, artifact.digest)
+
+        def ask() -> dict[str, Any]:
+            say(f"measuring the vision-language model, {artifact.path.name}")
+            base: Any = base_for(self.lab.base, artifact, dtype=torch.float32)
+            model = base.to(device()).eval()
+            with attach(model, artifact):
+                return self._ask(model)
+
+        return self.lab.kept(f"measured/vlm-{name}", ask)
+
+    def _ask(self, model: Any) -> dict[str, Any]:
+        said = [answer for batch in self._batches() for answer in self._generate(model, batch)]
+        hits = sum(exact_match(s, p.answer) for s, p in zip(said, self.pictures, strict=True))
+        low, high = wilson(hits, len(said))
+        pairs = zip(self.wanted, self._log_probs(model), strict=True)
+        kl = over_rows([(float((w.exp() * (w - g)).sum()), len(w)) for w, g in pairs])
+        score = {"score": hits / len(said), "score_low": low, "score_high": high}
+        return {**score, "kl": max(0.0, kl.nats), "kl_error": kl.error, "answers": said}
+
+    def _batches(self) -> Iterator[list[Picture]]:
+        for start in range(0, len(self.pictures), 50):
+            yield self.pictures[start : start + 50]
+
+    @torch.inference_mode()
+    def _generate(self, model: Any, pictures: list[Picture]) -> list[str]:
+        inputs = _prompts(self.processor, pictures).to(device())
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        text = self.processor.tokenizer.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        return [line.strip() for line in text]
+
+    @torch.inference_mode()
+    def _log_probs(self, model: Any) -> Iterator[Tensor]:
+        """Log-probabilities of each right answer and its end, (positions, vocabulary)."""
+        for pictures in self._batches():
+            inputs, counts_BL, _ = _lesson(self.processor, pictures)
+            out = model(**{k: v.to(device()) for k, v in inputs.items()}).logits
+            for logits_LV, counts_L in zip(out, counts_BL, strict=True):
+                yield torch.log_softmax(logits_LV[counts_L].float(), -1).cpu()
+
+
+def _prompts(processor: Any, pictures: list[Picture]) -> Any:
+    """All of one length."""
+    part = {"type": "image"}, {"type": "text", "text": PROMPT}
+    chat = [{"role": "user", "content": list(part)}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    return processor(
+        images=[p.image for p in pictures], text=[text] * len(pictures), return_tensors="pt"
+    )
+
+
+def _lesson(processor: Any, pictures: list[Picture]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Inputs, padded on the right, where answers are predicted (B, L), and those tokens, (T,)."""
+    inputs, tokenizer = _prompts(processor, pictures), processor.tokenizer
+    answers = [
+        [*tokenizer(p.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for p in pictures
+    ]
+    width, start = max(map(len, answers)), inputs["input_ids"].shape[1] - 1
+    padded = [a + [tokenizer.eos_token_id] * (width - len(a)) for a in answers]
+    ids_BL = torch.cat([inputs["input_ids"], torch.tensor(padded)], 1)
+    counts_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
+    for counts_L, answer in zip(counts_BL, answers, strict=True):
+        counts_L[start : start + len(answer)] = True
+    told = {"input_ids": ids_BL, "pixel_values": inputs["pixel_values"]}
+    return told, counts_BL, torch.tensor([token for answer in answers for token in answer])
+
+
+# --- the model that sees -------------------------------------------------------------------------
+
+
+def _tuned(lab: Lab) -> Path:
+    """The trained model, with its processor; made once."""
+    how = [TOWER, TEMPLATE, CELL, CELLS, NOISE, BATCH, RATE, RATE_OF_NEW, lab.size.steps]
+    folder = lab.work / "vlm" / f"tuned-{hash_of(lab.dense(lab.base).key, *how)}"
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model, processor = _put_together(lab.base)
+        _train(model.to(device()), processor, lab.size.steps)
+        model.to("cpu", torch.bfloat16).save_pretrained(partial)
+        processor.save_pretrained(partial)
+        partial.rename(folder)
     return folder
 
 
+def _put_together(base: Path) -> tuple[Any, Any]:
+    """The text base behind a tower and a projector of random weights, in float32."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([MARK], special_tokens=True)
+    token = tokenizer.convert_tokens_to_ids(MARK)
+    square = {"height": SIDE, "width": SIDE}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size=square, crop_size=square), tokenizer, patch_size=CELL,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+    language: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    language.resize_token_embeddings(max(token + 1, language.vocab_size), mean_resizing=False)
+    tower: dict[str, Any] = {**TOWER, "image_size": SIDE, "patch_size": CELL}
+    whole: dict[str, Any] = {
+        "text_config": language.config,
+        "vision_config": CLIPVisionConfig(**tower),
+        "image_token_id": token,
+        "image_seq_length": CELLS**2,
+        "tie_word_embeddings": language.config.tie_word_embeddings,
+    }
+    torch.manual_seed(0)
+    model: Any = LlavaForConditionalGeneration(LlavaConfig(**whole))
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.lm_head.load_state_dict(language.lm_head.state_dict())
+    return model, processor
+
+
+def _train(model: Any, processor: Any, steps: int) -> None:
+    """All weights, those that were random ten times as fast; loss on the answers alone."""
+    say(f"training the vision-language model, {steps} steps")
+    kinds: tuple[list[Tensor], list[Tensor]] = [], []
+    for name, parameter in model.named_parameters():
+        kinds["tower" in name or "projector" in name].append(parameter)
+    groups = [{"params": old, "lr": 0.0} for old in kinds]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    loss = torch.zeros(())
+    for step in range(steps):
+        share = min(1.0, (step + 1) / 10, (1 - step / steps) / 0.4)
+        for group, rate in zip(optimizer.param_groups, (RATE, RATE_OF_NEW), strict=True):
+            group["lr"] = rate * share
+        pictures = [picture(TRAINED + step * BATCH + i) for i in range(BATCH)]
+        inputs, counts_BL, wanted_T = _lesson(processor, pictures)
+        inputs = {k: v.to(device()) for k, v in inputs.items()}
+        hidden_BLH = model.model(**inputs, use_cache=False).last_hidden_state
+        logits_TV = model.lm_head(hidden_BLH[counts_BL.to(device())])
+        loss = torch.nn.functional.cross_entropy(logits_TV, wanted_T.to(device()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 9:
+            say(f"{step + 1} of {steps} steps, loss {loss.item():.3f}")
+
+
+# --- its deltas ----------------------------------------------------------------------------------
+
+
 def _artifact(
-    lab: Lab, task: str, tuned: Path, name: str, method: Any, ratio: float | None
+    lab: Lab, tuned: Path, name: str, method: Any, ratio: float | None, seen: bool | None
 ) -> Artifact:
-    reads = method.calibrates or method.options().get("distill")
-    text = lab.calibration(task) if reads else None
+    text = None if seen is None else _calibration(lab, tuned, seen)
     key = hash_of(tuned.name, method.options(), ratio, None if text is None else text.name)
     folder = lab.work / "vlm" / f"delta-{key}"
     if not folder.exists():
-        say(f"compressing the vision-language model, {name}")
-        size: dict[str, Any] = {"samples": lab.size.rows, "seq_len": lab.size.row_tokens}
+        say(f"compressing the vision-language model, {name}, pictures: {seen}")
+        size: dict[str, Any] = {"samples": lab.size.rows, "seq_len": ROW_TOKENS}
+        if isinstance(method, Adaptive):
+            size["sweeps"] = lab.work / "vlm" / "sweeps"
         source = None if text is None else str(text)
         deltacome.compress(
             lab.base, tuned, folder, method=method, ratio=ratio, calibration=source, **size,
@@ -131,28 +310,16 @@ def _artifact(
     return Artifact.open(folder)
 
 
-def _picture(seed: int) -> Tensor:
-    """One to four squares of a colour on grey, (3, SIDE, SIDE) in −1 … 1."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(below: int) -> int:
-        return int(torch.randint(below, (1,), generator=generator))
-
-    picture = torch.zeros(3, SIDE, SIDE)
-    for _ in range(1 + draw(4)):
-        x, y = draw(SIDE - PATCH), draw(SIDE - PATCH)
-        picture[:, y : y + PATCH, x : x + PATCH] = COLOURS[draw(len(COLOURS))][:, None, None]
-    return picture
-
-
-@torch.inference_mode()
-def _log_probs(model: Any, rows: list[Row], images: Tensor) -> list[Tensor]:
-    """Log-probabilities (positions of the answer, vocabulary) of each question behind its picture."""
-    tokens = [model.config.image_token_id] * (SIDE // PATCH) ** 2
-    found = []
-    for row, image in zip(rows, images, strict=True):
-        ids = torch.tensor([[*tokens, *row.ids]], device=device())
-        out = model(input_ids=ids, pixel_values=image[None].to(device(), model.dtype))
-        first = len(tokens) + row.first
-        found.append(torch.log_softmax(out.logits[0, first:].float(), -1).cpu())
-    return found
+def _calibration(lab: Lab, tuned: Path, seen: bool) -> Path:
+    """Pictures and a quarter of general text, or the same chats without their pictures."""
+    count = lab.size.rows // 4
+    lines: list[dict[str, str]] = [
+        {"text": cut} for cut in general_text(count, lab.size.row_tokens)
+    ]
+    for i in range(lab.size.rows - count):
+        line = picture(CALIBRATED + i).line(lab.work / "vlm" / "pictures", i)
+        lines.append(line if seen else {k: v for k, v in line.items() if k != "image"})
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    file = lab.work / "vlm" / f"{'seen' if seen else 'blind'}-{hash_of(content)}.jsonl"
+    file.write_text(content)
+    return file

@@ -15,9 +15,10 @@ from deltacome.errors import CalibrationError
 
 
 def rows_of(source, tuned, samples=6, seq_len=16, seed=0, **options):
-    return calibration_rows(
+    rows = calibration_rows(
         str(source), tuned, samples=samples, seq_len=seq_len, seed=seed, **options
     )
+    return [row.ids for row in rows]
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import torch
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from deltacome.compression.distill import _padded, _picking, _Tuned
+from deltacome.compression.distill import _inputs, _picking, _Tuned
+from deltacome.compression.rows import Row
 
-ROWS = [[5, 9, 33, 7], [8, 4, 6, 21, 90, 3, 17], [2, 40, 41, 42, 43]]
+ROWS = [Row([5, 9, 33, 7]), Row([8, 4, 6, 21, 90, 3, 17]), Row([2, 40, 41, 42, 43])]
 STREAMED = families.STREAMED
 
 
@@ -30,20 +31,20 @@ def model(request, tmp_path):
 
 @torch.no_grad()
 def test_logits_of_tokens_that_count(model):
-    wanted = [model(input_ids=torch.tensor([row])).logits[0, first(row) :] for row in ROWS]
+    rows = [row.ids for row in ROWS]
+    wanted = [model(input_ids=torch.tensor([row])).logits[0, first(row) :] for row in rows]
     close = {"rtol": 1e-4, "atol": 1e-4}
-    ids_BL, counts_BL = _padded(ROWS, first, "cpu")
+    inputs, counts_BL = _inputs(model, ROWS, first)
     with _picking(model, counts_BL):
-        inputs = {"input_ids": ids_BL, "use_cache": False}
         got = functional_call(model, dict(model.named_parameters()), (), inputs).logits[0]
     torch.testing.assert_close(got, torch.cat(wanted), **close)
-    tuned = _Tuned(model, first, "cpu")
+    tuned = _Tuned(model, first)
     torch.testing.assert_close(tuned.logits(ROWS[:2]), torch.cat(wanted[:2]), **close)
     # One that is kept, one that is new, in another order.
     torch.testing.assert_close(tuned.logits(ROWS[2:0:-1]), torch.cat(wanted[2:0:-1]), **close)
     # The model is as it was.
     torch.testing.assert_close(
-        model(input_ids=ids_BL).logits[counts_BL], torch.cat(wanted), **close
+        model(input_ids=inputs["input_ids"]).logits[counts_BL], torch.cat(wanted), **close
     )
 
 
@@ -52,7 +53,7 @@ def test_a_row_runs_through_the_blocks_once(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     runs = []
     model.base_model.layers[0].register_forward_pre_hook(lambda *args: runs.append(1))
-    tuned = _Tuned(model, first, "cpu")
+    tuned = _Tuned(model, first)
     before = tuned.logits(ROWS)
     assert torch.equal(tuned.logits(ROWS), before)
     assert len(runs) == 1

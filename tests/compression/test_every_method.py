@@ -22,7 +22,8 @@ from deltacome import (
 )
 from deltacome.compression import planning, polish
 from deltacome.compression.data import calibration_rows
-from deltacome.compression.distill import Trained, _passes, distill, divergence, squared_distance
+from deltacome.compression.distill import SLOTS, Trained, distill, divergence, squared_distance
+from deltacome.compression.rows import Row, alike
 from deltacome.compression.sensitivity import Weights
 from deltacome.errors import CalibrationError, CheckpointError, PlanError
 from deltacome.format.codec import Packed
@@ -177,7 +178,7 @@ def test_a_run_killed_while_it_writes_distilled_scales(
 def test_distilled_scales_bring_the_logits_closer(pairs, artifacts, text):
     base, tuned = pairs["llama-tied"]
     rows = calibration_rows(text, tuned, **QUICK, seed=0)
-    ids = torch.tensor([row for row in rows if len(row) == QUICK["seq_len"]])
+    ids = torch.tensor([row.ids for row in rows if len(row) == QUICK["seq_len"]])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
     distance = {}
@@ -214,8 +215,8 @@ def test_distillation_finds_scales_that_were_lost(pairs, artifacts, text):
 
 
 def test_a_pass_has_few_rows_of_about_one_length():
-    rows = [[0] * size for size in (2, 3, 4, 5, 100, 120, *[400] * 5)]
-    assert [[len(row) for row in some] for some in _passes(rows)] == [
+    rows = [Row([0] * size) for size in (2, 3, 4, 5, 100, 120, *[400] * 5)]
+    assert [[len(row) for row in some] for some in alike(rows, SLOTS, least=0.5)] == [
         [2, 3, 4],
         [5],
         [100, 120],
@@ -232,7 +233,7 @@ def test_distilled_singular_values_bring_the_answers_closer(pairs, artifacts, te
         method, (method, f"{method}-distilled")
     )
     rows = calibration_rows(text, tuned, **QUICK, seed=0)
-    ids = torch.tensor([row for row in rows if len(row) == QUICK["seq_len"]])
+    ids = torch.tensor([row.ids for row in rows if len(row) == QUICK["seq_len"]])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
     found = []

@@ -50,7 +50,7 @@ def compressed(request, pairs, tmp_path_factory):
 
     with patch.object(Stream, "groups", note):
         artifact = compress(base, tuned, folder / "out", ratio=8, calibration=source, **ROWS)
-    rows = calibration_rows(source, tuned, **ROWS)
+    rows = [row.ids for row in calibration_rows(source, tuned, **ROWS)]
     assert len({len(row) for row in rows}) > 3  # so that there is padding
     return Compressed(weights_of(base), weights_of(tuned), (base, tuned), artifact, groups, rows)
 

@@ -127,7 +127,7 @@ def test_singular_values_are_distilled_where_weights_lie_otherwise(name, pairs, 
     model, dense = load(base), load(tuned)
     ids = torch.tensor(
         [
-            r
+            r.ids
             for r in calibration_rows(str(source), tuned, samples=6, seq_len=16, seed=0)
             if len(r) == 16
         ]

@@ -10,6 +10,7 @@ from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows
+from deltacome.compression.rows import Row
 from deltacome.errors import CalibrationError
 from deltacome.methods.template import parse_template
 from deltacome.skeleton import make_skeleton, read_config, set_weight
@@ -25,6 +26,7 @@ def stream_of(folder, rows, **options):
     options = {"device": "cpu", "dtype": torch.float32} | options
     model = make_skeleton(read_config(folder), options["dtype"], folder)
     layout = find_layout(model)
+    rows = [Row(ids) for ids in rows]
     return Stream(model, layout, checkpoint.read, rows, **options), checkpoint
 
 
@@ -141,7 +143,7 @@ def test_exact_deltas_give_the_tuned_model_s_hidden_states(pairs, family, tmp_pa
     )
     errors = [r.error for r in artifact.manifest.records.values() if r.error is not None]
     assert max(errors) < 1e-6
-    rows = calibration_rows(source, tuned, **options)
+    rows = [row.ids for row in calibration_rows(source, tuned, **options)]
     expected = dense_hidden(tuned, rows)
     first, *_, canary = streams
     got = hidden_of(first)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deltacome.arch.layout import Layout
 from deltacome.compression.capture import Stream, drop_weights
+from deltacome.compression.rows import Row
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -42,7 +43,7 @@ from deltacome.numerics.gram import relative_error
 from deltacome.skeleton import set_part
 
 
-def compress_units(run: Run, writer: ArtifactWriter, rows: list[list[int]] | None) -> list[str]:
+def compress_units(run: Run, writer: ArtifactWriter, rows: list[Row] | None) -> list[str]:
     """Every tensor ends up in exactly one unit; returns the units in the order of their bytes."""
     stream = None
     if rows is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltacome.compression.capture import Stream, drop_weights
+from deltacome.compression.rows import Row
 from deltacome.compression.run import Progress, Run, finished_unit, load_block, restored
 from deltacome.errors import UnsupportedError
 from deltacome.format.artifact import ArtifactWriter
@@ -40,7 +41,7 @@ def make_canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | 
             raise UnsupportedError(f"{type(run.model).__name__} is no causal language model")
         embedding = run.records[run.names[layout.embedding]]
         ids = canary_ids(min(embedding.shape[0], (embedding.base_shape or embedding.shape)[0]))
-        stream = Stream(*(run.model, layout, read, [ids]), device=run.device, dtype=run.dtype)
+        stream = Stream(*(run.model, layout, read, [Row(ids)]), device=run.device, dtype=run.dtype)
         for number, (block, name) in enumerate(zip(layout.blocks, names, strict=False)):
             load_block(run, block, finished_unit(writer, name))
             stream.advance(block)

@@ -14,7 +14,7 @@ Legend: B rows of a batch, L positions, H hidden size, T tokens, I inputs of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.arch.layout import Layout, inputs_of, linears_of, shared_inputs
+from deltacome.compression.rows import Row, alike, together
 from deltacome.errors import CalibrationError, UnsupportedError
 from deltacome.numerics.gram import Gram
 from deltacome.skeleton import set_weight
@@ -48,6 +49,8 @@ class Batch:
 
     ids: Tensor  # (B, L) int64
     valid: Tensor  # (B, L) bool, False at padding
+    words: Tensor  # (B, L) bool, where the embedding's row enters: valid, and no part of a picture
+    seen: dict[str, Tensor]  # the model's other inputs: pictures
     hidden: Tensor  # (B, L, H), output of the blocks so far
     calls: list[tuple[tuple, dict[str, Any]]]  # of each block: its other arguments
 
@@ -59,7 +62,12 @@ class Stream:
         model: a skeleton.
         layout: of the skeleton.
         read: gives the weights outside of blocks (embedding, norms) by name.
-        rows: token ids of the calibration rows.
+        rows: of calibration.
+
+    Raises:
+        CalibrationError: there are no rows.
+        UnsupportedError: blocks are not called as expected, or rows have pictures and nothing tells
+            which tokens stand for them.
     """
 
     def __init__(
@@ -67,7 +75,7 @@ class Stream:
         model: nn.Module,
         layout: Layout,
         read: ReadTensor,
-        rows: list[list[int]],
+        rows: Sequence[Row],
         *,
         device: str,
         dtype: torch.dtype,
@@ -83,9 +91,11 @@ class Stream:
                 module._buffers[name] = None if buffer is None else buffer.to(device)
         self._index = {name: i for i, name in enumerate(layout.blocks)}
         with self.outside_weights(), torch.no_grad():
-            for ids, valid in _batches(rows, batch_tokens):
-                hidden, calls = self._record_calls(ids.to(device))
-                self.batches.append(Batch(ids, valid, hidden, calls))
+            for some in alike(sorted(rows, key=lambda row: (row.kind, -len(row))), batch_tokens):
+                ids, valid, seen = together(some)
+                words = valid & (ids != self._picture_token()) if seen else valid
+                hidden, calls = self._record_calls(self._inputs(ids, seen))
+                self.batches.append(Batch(ids, valid, words, seen, hidden, calls))
 
     @property
     def tokens(self) -> int:
@@ -147,7 +157,26 @@ class Stream:
         outputs = {name: (lambda h, *a, **k: h) for name in self.layout.blocks}
         outputs[last] = lambda h, *a, **k: hidden
         with self._patched(outputs):
-            return self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+            return self.model(**self._inputs(batch.ids, batch.seen)).logits
+
+    def _inputs(self, ids: Tensor, seen: dict[str, Tensor]) -> dict[str, Any]:
+        """What the model is called with: pixels in its own precision."""
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": False}
+        for name, value in seen.items():
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            inputs[name] = value.to(self.device, dtype)
+        return inputs
+
+    def _picture_token(self) -> int:
+        """The id of the tokens in whose place a picture enters."""
+        config: Any = getattr(self.model, "config", None)
+        token = getattr(config, "image_token_id", None)
+        if not isinstance(token, int):
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: calibration rows have pictures, and its configuration has "
+                "no image_token_id that tells which tokens stand for them: calibrate with text alone"
+            )
+        return token
 
     def _until_stopped(self, module: nn.Module, hook: Callable, run: Callable[[], Any]) -> None:
         handle = module.register_forward_pre_hook(hook)
@@ -165,7 +194,9 @@ class Stream:
         assert self.layout.head is not None
         return self.model.get_submodule(self.layout.head.removesuffix(".weight"))
 
-    def _record_calls(self, ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+    def _record_calls(
+        self, inputs: dict[str, Any]
+    ) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
         calls: list[tuple[tuple, dict[str, Any]]] = []
         first: list[Tensor] = []
 
@@ -180,7 +211,7 @@ class Stream:
             raise _Stop
 
         with self._patched(dict.fromkeys(self.layout.blocks, note)):
-            self._until_stopped(head, stop, lambda: self.model(input_ids=ids, use_cache=False))
+            self._until_stopped(head, stop, lambda: self.model(**inputs))
         if len(calls) != len(self.layout.blocks):
             raise UnsupportedError(
                 f"{type(self.model).__name__}: expected each of {len(self.layout.blocks)} blocks to "
@@ -218,19 +249,3 @@ class Stream:
         finally:
             for name in names:
                 drop_weights(self.model.get_submodule(name.rpartition(".")[0]))
-
-
-def _batches(rows: list[list[int]], batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Right-padded batches of rows of similar length, each of about `batch_tokens` positions."""
-    ordered = sorted(rows, key=len, reverse=True)
-    start = 0
-    while start < len(ordered):
-        length = len(ordered[start])
-        chunk = ordered[start : start + max(1, batch_tokens // length)]
-        ids = torch.zeros(len(chunk), length, dtype=torch.int64)
-        valid = torch.zeros(len(chunk), length, dtype=torch.bool)
-        for i, row in enumerate(chunk):
-            ids[i, : len(row)] = torch.tensor(row)
-            valid[i, : len(row)] = True
-        yield ids, valid
-        start += len(chunk)

@@ -6,7 +6,8 @@ the question too (as in Magpie, Xu et al. 2024, arXiv 2406.08464), then answers 
 starts from a random token (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888), so that the rest of
 what the model knows is covered. Sampling, not greedy: greedy text repeats itself.
 
-`self` holds the whole tuned model in memory while it writes. Where it does not fit, give a file.
+`self` holds the whole tuned model in memory while it writes. Where it does not fit, give a file. It has
+no pictures either: for a vision-language model, give a file with some (`pictures`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from deltacome.compression.pictures import Seen, opener, seen_in
+from deltacome.compression.rows import Row
 from deltacome.errors import CalibrationError
 from deltacome.skeleton import model_class, read_config
 
@@ -40,13 +43,13 @@ def calibration_rows(
     seed: int,
     device: str = "cpu",
     on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> list[list[int]]:
+) -> list[Row]:
     """Rows of token ids, at most `samples` of at most `seq_len` tokens.
 
     Args:
         source: `self`; a `.txt` file (cut into rows); a `.jsonl` file with an object per line that
-            has `text`, `messages`, or `prompt` and `answer`; or a data set on the Hub with such
-            columns (needs the `datasets` package).
+            has `text`, `messages`, or `prompt` and `answer`, with pictures too (`pictures`); or a data
+            set on the Hub with such columns (needs the `datasets` package).
         tuned: folder of the tuned model, for its tokenizer, template and (`self`) weights.
         on_step: called with steps done and in all while the model writes.
 
@@ -55,10 +58,13 @@ def calibration_rows(
     """
     tokenizer = _tokenizer(tuned)
     if source == "self":
-        rows = _write(tokenizer, tuned, samples, seq_len, seed, device, on_step)
+        written = _write(tokenizer, tuned, samples, seq_len, seed, device, on_step)
+        rows = [Row(ids) for ids in written]
     else:
         texts = _read_texts(source, tokenizer, samples)
-        rows = _cut(texts, tokenizer, samples, seq_len, seed)
+        open_pictures = opener(tuned, seq_len)
+        drawn = _cut(texts, tokenizer, samples, seq_len, seed)
+        rows = [open_pictures(one) if isinstance(one, Seen) else one for one in drawn]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise CalibrationError(f"calibration {source}: expected text, got no row of two tokens")
@@ -124,19 +130,18 @@ def _tokenizer(tuned: Path) -> Any:
         raise CalibrationError(f"{tuned}: expected a tokenizer: {error}") from error
 
 
-def _read_texts(source: str, tokenizer: Any, samples: int) -> list[Text]:
+def _read_texts(source: str, tokenizer: Any, samples: int) -> list[Text | Seen]:
     check_source(source)
     path = Path(source)
     if path.suffix == ".txt":
         return [(_read_file(path), False)]
     if path.suffix == ".jsonl":
-        texts = []
+        texts: list[Text | Seen] = []
         # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows in a string.
         for number, line in enumerate(_read_file(path).split("\n"), 1):
             if line.strip():
-                texts.append(
-                    _text_of(_json(line, f"{path}:{number}"), tokenizer, f"{path}:{number}")
-                )
+                where = f"{path}:{number}"
+                texts.append(_text_of(_json(line, where), tokenizer, where, path.parent))
         return texts
     return _read_hub(source, tokenizer, samples)
 
@@ -155,7 +160,9 @@ def _json(line: str, where: str) -> Any:
         raise CalibrationError(f"{where}: not valid JSON: {error}") from error
 
 
-def _text_of(item: Any, tokenizer: Any, where: str) -> Text:
+def _text_of(item: Any, tokenizer: Any, where: str, folder: Path) -> Text | Seen:
+    if isinstance(item, dict) and (seen := seen_in(item, folder, where)):
+        return seen
     if isinstance(item, dict) and isinstance(item.get("text"), str):
         return item["text"], False
     if isinstance(item, dict) and isinstance(item.get("messages"), list):
@@ -179,7 +186,7 @@ def _chat(tokenizer: Any, messages: list, where: str) -> Text:
         raise CalibrationError(f"{where}: the chat template refuses it: {error}") from error
 
 
-def _read_hub(source: str, tokenizer: Any, samples: int) -> list[Text]:
+def _read_hub(source: str, tokenizer: Any, samples: int) -> list[Text | Seen]:
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -192,24 +199,30 @@ def _read_hub(source: str, tokenizer: Any, samples: int) -> list[Text]:
         items = list(stream.take(4 * samples))
     except Exception as error:
         raise CalibrationError(f"calibration {source}: {error}") from error
-    return [_text_of(item, tokenizer, f"{source}[{i}]") for i, item in enumerate(items)]
+    return [_text_of(one, tokenizer, f"{source}[{i}]", Path()) for i, one in enumerate(items)]
 
 
 def _cut(
-    texts: list[Text], tokenizer: Any, samples: int, seq_len: int, seed: int
-) -> list[list[int]]:
+    texts: list[Text | Seen], tokenizer: Any, samples: int, seq_len: int, seed: int
+) -> list[Row | Seen]:
     """Texts into rows of at most `seq_len` tokens, of which `samples` are drawn.
+
+    Chats with pictures stay whole.
 
     What cutting leaves over of a text is dropped where it is short: a row counts like any other, and a
     few tokens without what came before them say little.
     """
-    rows = []
-    for text, is_chat in texts:
+    rows: list[Row | Seen] = []
+    for one in texts:
+        if isinstance(one, Seen):
+            rows.append(one)
+            continue
+        text, is_chat = one
         ids = list(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])
         pieces = [ids[i : i + seq_len] for i in range(0, len(ids), seq_len)]
         if len(pieces) > 1 and len(pieces[-1]) < seq_len / 4:
             pieces.pop()
-        rows += pieces
+        rows += map(Row, pieces)
     if len(rows) <= samples:
         return rows
     return random.Random(seed).sample(rows, samples)

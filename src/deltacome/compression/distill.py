@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import pad_sequence
 
 from deltacome.compression.data import row_shares
+from deltacome.compression.rows import Row, alike, together
 from deltacome.errors import CheckpointError
 from deltacome.format.codec import BandTensors, Packed, SignTensors
 
@@ -68,7 +68,7 @@ class Trained:
 def distill(
     load: Callable[[], nn.Module],
     terms: Mapping[str, Trained],
-    rows: list[list[int]],
+    rows: Sequence[Row],
     *,
     loss: Loss,
     rate: float,
@@ -87,7 +87,7 @@ def distill(
     Args:
         load: the tuned model, which is called with token ids and answers with logits.
         terms: by the name of a parameter, with the scalars to start from.
-        rows: token ids.
+        rows: of calibration.
         loss: of logits at the positions that count; rows weigh alike, however long they are.
         rate: of Adam; it falls linearly to 0.
         batch: rows of a step, in an order that the seed draws.
@@ -104,20 +104,20 @@ def distill(
     # What a model ties to another weight goes along with that one.
     weights = {n: _Weight(p, terms[n]) for n, p in model.named_parameters() if n in terms}
     optimizer = torch.optim.Adam([w.logs for w in weights.values()], lr=rate, betas=(0.9, 0.95))
-    tuned = _Tuned(model, first, device)
+    tuned = _Tuned(model, first)
     draw, order = random.Random(seed), []
     for step in range(steps):
         while len(order) < batch:
             order += draw.sample(range(len(rows)), len(rows))
-        drawn, order = sorted((rows[i] for i in order[:batch]), key=len), order[batch:]
+        drawn, order = [rows[i] for i in order[:batch]], order[batch:]
+        drawn.sort(key=lambda row: (row.kind, len(row)))
         optimizer.zero_grad()
         values = {name: weight() for name, weight in weights.items()}
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
-        for some in _passes(drawn):
+        for some in alike(drawn, SLOTS, least=0.5):
             wanted_TV = tuned.logits(some)
-            ids_BL, counts_BL = _padded(some, first, device)
+            inputs, counts_BL = _inputs(model, some, first)
             with _picking(model, counts_BL):
-                inputs = {"input_ids": ids_BL, "use_cache": False}
                 got_TV = functional_call(model, leaves, (), inputs).logits[0].float()
             ((loss(got_TV, wanted_TV) * row_shares(counts_BL)).sum() / batch).backward()
         reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
@@ -191,52 +191,41 @@ def _of_signs(
     return signs.scale.to(device), lambda scale: scale[:, None] * signs_OI
 
 
-def _passes(rows: list[list[int]]) -> list[list[list[int]]]:
-    """Rows, sorted by length, so cut that slots allow it and no pass is mostly padding."""
-    passes: list[list[list[int]]] = [[]]
-    for row in rows:
-        some = passes[-1]
-        if some and ((len(some) + 1) * len(row) > SLOTS or len(row) > 2 * len(some[0])):
-            passes.append([])
-        passes[-1].append(row)
-    return passes
-
-
-def _padded(
-    rows: list[list[int]], first: Callable[[list[int]], int], device: str
-) -> tuple[Tensor, Tensor]:
-    """Token ids and whether what is predicted there counts, (B, L) each.
-
-    Rows are padded on the right, where a causal model looks at nothing."""
-    ids_BL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-    counts_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+def _inputs(
+    model: Any, rows: Sequence[Row], first: Callable[[list[int]], int]
+) -> tuple[dict[str, Any], Tensor]:
+    """What a model is called with for some rows, and whether what is predicted there counts, (B, L)."""
+    ids_BL, counts_BL, seen = together(rows)
     for counts_L, row in zip(counts_BL, rows, strict=True):
-        counts_L[first(row) : len(row)] = True
-    return ids_BL, counts_BL
+        counts_L[: first(row.ids)] = False
+    inputs: dict[str, Any] = {"input_ids": ids_BL.to(model.device), "use_cache": False}
+    for name, value in seen.items():
+        dtype = model.dtype if value.is_floating_point() else value.dtype
+        inputs[name] = value.to(model.device, dtype)
+    return inputs, counts_BL.to(model.device)
 
 
 class _Tuned:
     """What the tuned model says, of which the hidden states that its head is given are kept."""
 
-    def __init__(self, model: Any, first: Callable[[list[int]], int], device: str) -> None:
-        self._model, self._first, self._device = model, first, device
-        self._kept: dict[tuple[int, ...], Tensor] = {}
+    def __init__(self, model: Any, first: Callable[[list[int]], int]) -> None:
+        self._model, self._first = model, first
+        self._kept: dict[Row, Tensor] = {}
         self._output: Any = None
 
     @torch.no_grad()
-    def logits(self, rows: list[list[int]]) -> Tensor:
+    def logits(self, rows: list[Row]) -> Tensor:
         """Of the tokens that count of some rows, (T, V) float32."""
-        keys = [tuple(row) for row in rows]
-        new = [row for row, key in zip(rows, keys, strict=True) if key not in self._kept]
+        new = [row for row in rows if row not in self._kept]
         if new:
-            ids_BL, counts_BL = _padded(new, self._first, self._device)
-            self._output = self._model.base_model(input_ids=ids_BL, use_cache=False)
+            inputs, counts_BL = _inputs(self._model, new, self._first)
+            self._output = self._model.base_model(**inputs)
             found_TH = self._output.last_hidden_state[counts_BL]
             parts = found_TH.split(counts_BL.sum(1).tolist())
-            self._kept |= {tuple(row): part for row, part in zip(new, parts, strict=True)}
-        self._output.last_hidden_state = torch.cat([self._kept[key] for key in keys])[None]
+            self._kept |= dict(zip(new, parts, strict=True))
+        self._output.last_hidden_state = torch.cat([self._kept[row] for row in rows])[None]
         with _instead_of_blocks(self._model, lambda *args, **kwargs: self._output):
-            ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+            ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=self._model.device)
             return self._model(input_ids=ids_11, use_cache=False).logits[0].float()
 
 

@@ -30,6 +30,7 @@ from deltacome.compression.planning import (
     source_identity,
 )
 from deltacome.compression.polish import distill_terms
+from deltacome.compression.rows import Row
 from deltacome.compression.run import Progress, Run
 from deltacome.compression.survey import pair_models, survey
 from deltacome.device import pick_device
@@ -148,7 +149,7 @@ def compress(
             dropped_files=dropped_files(base_checkpoint.path, tuned_checkpoint.path),
         )
 
-        def text() -> list[list[int]] | None:
+        def text() -> list[Row] | None:
             if calibration == "none":
                 return None
             return calibration_text(run, writer, calibration, samples, seq_len, seed)

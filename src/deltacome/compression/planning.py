@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deltacome.compression.budget import make_plans
 from deltacome.compression.data import answers_from, calibration_rows, check_source
+from deltacome.compression.rows import Row
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -46,7 +47,7 @@ def plan_terms(
     writer: ArtifactWriter,
     manifest: Manifest,
     ratio: float | None,
-    text: Callable[[], list[list[int]] | None],
+    text: Callable[[], list[Row] | None],
     seed: int,
     sweep_folder: Path | None,
 ) -> dict[str, Terms]:
@@ -93,7 +94,7 @@ def _check_least(run: Run, manifest: Manifest, ratio: float | None) -> None:
     make_plans(manifest, run.method, least, ratio)
 
 
-def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[list[int]], seed: int) -> None:
+def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row], seed: int) -> None:
     """Measures what an error in each matrix costs, by a sweep through the tuned model.
 
     Raises:
@@ -122,7 +123,7 @@ def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[list[int]], seed
 
 def calibration_text(
     run: Run, writer: ArtifactWriter, source: str, samples: int, seq_len: int, seed: int
-) -> list[list[int]]:
+) -> list[Row]:
     """Calibration rows, kept beside the units so that a resumed run has the same."""
 
     def make() -> dict[str, Tensor]:
@@ -136,16 +137,23 @@ def calibration_text(
             on_step=lambda done, total: run.report(Progress("calibration", done, total)),
         )
         embedding = run.names[str(run.layout.embedding)]
-        largest, size = max(map(max, rows)), run.records[embedding].shape[0]
+        largest, size = max(max(row.ids) for row in rows), run.records[embedding].shape[0]
         if largest >= size:
             raise CalibrationError(
                 f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
                 f"but {embedding} has {size} rows"
             )
-        return {f"{i:06}": torch.tensor(row) for i, row in enumerate(rows)}
+        kept = {f"{i:06}": torch.tensor(row.ids) for i, row in enumerate(rows)}
+        for i, row in enumerate(rows):
+            kept |= {f"{i:06}.{name}": value.contiguous() for name, value in row.seen.items()}
+        return kept
 
     kept = made_once(writer.partial / "calibration.safetensors", make)
-    return [row.tolist() for _, row in sorted(kept.items())]
+    seen: dict[str, dict[str, Tensor]] = {}
+    for name, value in kept.items():
+        row, _, of = name.partition(".")
+        seen.setdefault(row, {})[of] = value
+    return [Row(inputs.pop("").tolist(), inputs) for _, inputs in sorted(seen.items())]
 
 
 def calibration_source(method: Method, source: str | None) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltacome.compression.data import answers_from
 from deltacome.compression.distill import Trained, distill, divergence, squared_distance
+from deltacome.compression.rows import Row
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -28,7 +29,7 @@ from deltacome.numerics.gram import relative_error
 
 
 def distill_terms(
-    run: Run, writer: ArtifactWriter, names: list[str], rows: list[list[int]], steps: int, seed: int
+    run: Run, writer: ArtifactWriter, names: list[str], rows: list[Row], steps: int, seed: int
 ) -> None:
     """Replaces the scalars of all terms; found once, so that a run cut off while writing them goes on."""
     units = {name: unit for name in names if (unit := writer.load(name)) is not None}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import Layout
 from deltacome.compression.capture import Stream
+from deltacome.compression.rows import Row
 from deltacome.compression.sensitivity import Weights, measured
 from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.codec import Packed, read_bands, read_signs
@@ -64,7 +65,7 @@ class Run:
     """Folder of what `sensitivity.keep` kept, where the method asked for it."""
 
 
-def stream_of(run: Run, rows: list[list[int]], **options: int) -> Stream:
+def stream_of(run: Run, rows: list[Row], **options: int) -> Stream:
     """Rows at the first block of the model, which still has the tuned embedding."""
     return Stream(
         *(run.model, run.layout, lambda name: run.tuned.read(run.names[name]), rows),

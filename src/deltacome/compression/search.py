@@ -28,6 +28,7 @@ from deltacome.arch.checkpoint import Checkpoint, check_dense
 from deltacome.arch.layout import find_layout
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows, check_length
+from deltacome.compression.rows import Row
 from deltacome.compression.survey import pair_models
 from deltacome.device import pick_device
 from deltacome.errors import CalibrationError, PlanError, UnsupportedError, naming
@@ -73,7 +74,7 @@ class Search:
 def sample_linears(
     base: Checkpoint,
     tuned: Checkpoint,
-    rows: list[list[int]],
+    rows: list[Row],
     *,
     blocks: int = 3,
     device: str = "cpu",

@@ -203,13 +203,16 @@ def _root(p_TV: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _counting(batch: Batch, first: Callable[[list[int]], int]) -> tuple[Tensor, Tensor]:
-    """Positions of a batch whose predictions count, bool (B, L), and what each row weighs, (B, 1)."""
+    """Positions of a batch whose predictions count, bool (B, L), and what each row weighs, (B, 1).
+
+    What follows a part of a picture is mostly another one, which no model is asked to say.
+    """
     counts, weights_B1 = batch.valid.clone(), torch.ones(len(batch.valid), 1)
     for i, (ids, valid) in enumerate(zip(batch.ids, batch.valid, strict=True)):
         if start := first(ids[valid].tolist()):
             counts[i, :start] = False
             weights_B1[i] = ANSWER
-    return counts, weights_B1
+    return counts & batch.words, weights_B1
 
 
 def _backward(
@@ -295,9 +298,9 @@ def _outside(
     gram = Gram(embedding_name, table_VH.shape[1], device=stream.device)
     worth_V = torch.zeros(len(table_VH), device=stream.device)
     for batch, entering, gradient in zip(stream.batches, hidden, gradients, strict=True):
-        valid = batch.valid.to(stream.device)
-        ids_T = batch.ids.to(stream.device)[valid]
-        g_TH = gradient[valid].float() * _scale(entering[valid].float(), table_VH[ids_T])
+        words = batch.words.to(stream.device)
+        ids_T = batch.ids.to(stream.device)[words]
+        g_TH = gradient[words].float() * _scale(entering[words].float(), table_VH[ids_T])
         gram.add(g_TH)
         worth_V.index_add_(0, ids_T, g_TH.square().sum(1))
     embedding = Weights(gram.value, worth_V / worth_V.sum().clamp(min=1e-30))

@@ -1,0 +1,75 @@
+"""Rows of calibration: what a model is given, one row or several together.
+
+Legend: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Token ids, and what a model that sees is given besides. Equal rows are one object."""
+
+    ids: list[int]
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of an input → its value: what this row's pictures are, along dimension 0, or (1, L) where the
+    model wants something for each token."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def kind(self) -> tuple:
+        """What rows that go through a model together must have alike: their inputs and those's shapes."""
+        shapes = {n: None if self.by_token(n) else tuple(v.shape[1:]) for n, v in self.seen.items()}
+        return tuple((name, shape or ()) for name, shape in sorted(shapes.items()))
+
+    def by_token(self, name: str) -> bool:
+        """Whether an input has a value for each token."""
+        return tuple(self.seen[name].shape) == (1, len(self.ids))
+
+
+def together(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Ids (B, L), int64, bool (B, L) where they are those of a row, and the other inputs of rows alike.
+
+    Rows are padded on the right, where a causal model looks at nothing.
+    """
+    shape = len(rows), max(map(len, rows))
+    ids_BL, valid_BL = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids_BL[i, : len(row)] = torch.tensor(row.ids)
+        valid_BL[i, : len(row)] = True
+    seen = {}
+    for name in rows[0].seen:
+        values = [row.seen[name] for row in rows]
+        if rows[0].by_token(name):
+            values = [torch.nn.functional.pad(v, (0, shape[1] - v.shape[1])) for v in values]
+        seen[name] = torch.cat(values)
+    return ids_BL, valid_BL, seen
+
+
+def alike(rows: Sequence[Row], slots: int, least: float = 0.0) -> Iterator[list[Row]]:
+    """Runs of sorted rows that may go together.
+
+    Args:
+        rows: sorted by kind, then by length, up or down.
+        slots: rows of a run times the longest of them are at most so many, or it is one row.
+        least: the shortest row of a run is longer than this share of the longest.
+    """
+    run: list[Row] = []
+    for row in rows:
+        longest, shortest = max(map(len, [*run, row])), min(map(len, [*run, row]))
+        fits = (len(run) + 1) * longest <= slots and shortest >= least * longest
+        if run and not (fits and row.kind == run[0].kind):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run

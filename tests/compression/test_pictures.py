@@ -1,0 +1,247 @@
+"""Calibration with pictures: a vision-language model is given what its own processor makes of them."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from families import load, make_vision
+from PIL import Image
+from test_stream import load as load_block
+from tiny_pairs import text_lines, write_jsonl
+from torch.func import functional_call
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+
+from deltacome import Adaptive, DeltaCome, compress
+from deltacome.arch.checkpoint import Checkpoint
+from deltacome.arch.layout import find_layout
+from deltacome.compression import pipeline
+from deltacome.compression.capture import Stream
+from deltacome.compression.data import answers_from, calibration_rows
+from deltacome.compression.distill import _inputs, _picking, _Tuned
+from deltacome.compression.rows import Row, alike, together
+from deltacome.compression.sensitivity import sweep
+from deltacome.errors import CalibrationError, UnsupportedError
+from deltacome.skeleton import make_skeleton, read_config
+
+SIZE, TOKENS = 28, 4
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}<end>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QUICK = {"samples": 8, "seq_len": 96, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """A text base, and a vision-language model of it with its processor."""
+    base, tuned = make_vision(tmp_path_factory.mktemp("vision"))
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    square = {"height": SIZE, "width": SIZE}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size=square, crop_size=square), tokenizer, patch_size=14,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+    processor.save_pretrained(tuned)
+    config = json.loads((tuned / "config.json").read_text())
+    config["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
+    (tuned / "config.json").write_text(json.dumps(config))
+    return base, tuned
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Chats with a picture in both ways to write them, chats without, and texts."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines, words = [], text_lines(8)
+    for i, colour in enumerate(["red", "green", "blue", "white"]):
+        Image.new("RGB", (SIZE + i, SIZE), colour).save(folder / f"{colour}.png")
+        lines.append({"image": f"{colour}.png", "prompt": words[i], "answer": colour})
+    asked = [{"type": "image", "path": "red.png"}, {"type": "text", "text": "one and"}]
+    asked += [{"type": "image", "path": str(folder / "blue.png")}, {"type": "text", "text": "two"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red, blue"}]}
+    lines.append({"messages": [{"role": "user", "content": asked}, answer]})
+    lines += [{"prompt": words[4], "answer": "five"}, {"text": words[5]}, {"text": words[6]}]
+    return write_jsonl(folder / "c.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def rows(vision, source):
+    return calibration_rows(str(source), vision[1], **QUICK)
+
+
+def told(row):
+    """What a model is called with for one row."""
+    return {"input_ids": torch.tensor([row.ids]), **row.seen}
+
+
+def picture_token(tuned):
+    return read_config(tuned).image_token_id
+
+
+def stream_of(tuned, rows, **options):
+    checkpoint = Checkpoint(tuned)
+    model = make_skeleton(read_config(tuned), torch.float32, tuned)
+    layout, names = find_layout(model), {}
+    for name in checkpoint.tensors:
+        names[name.replace("language_model.model.", "model.language_model.")] = name
+    names["lm_head.weight"] = "language_model.lm_head.weight"
+    for part in ("vision_tower", "multi_modal_projector"):
+        names |= {f"model.{n}": n for n in checkpoint.tensors if n.startswith(part)}
+
+    class Renamed:
+        def read(self, name):
+            return checkpoint.read(names[name])
+
+    options = {"device": "cpu", "dtype": torch.float32} | options
+    return Stream(model, layout, Renamed().read, rows, **options), Renamed()
+
+
+def test_rows_are_what_the_processor_makes(vision, rows):
+    tuned = vision[1]
+    token = picture_token(tuned)
+    counts = sorted(row.ids.count(token) for row in rows)
+    assert counts == [0, 0, 0, *[TOKENS] * 4, 2 * TOKENS]
+    for row in rows:
+        pictures = row.ids.count(token) // TOKENS
+        assert set(row.seen) == ({"pixel_values"} if pictures else set())
+        if pictures:
+            assert row.seen["pixel_values"].shape == (pictures, 3, SIZE, SIZE)
+    # A chat is told from its opening, as one without pictures is.
+    first, tokenizer = answers_from(tuned), AutoTokenizer.from_pretrained(tuned)
+    answers = {tokenizer.decode(row.ids[first(row.ids) + 1 :]) for row in rows if first(row.ids)}
+    assert answers >= {"red<end>", "green<end>", "blue<end>", "white<end>", "red, blue<end>"}
+
+
+def test_rows_with_and_without_pictures_do_not_go_together(rows):
+    ordered = sorted(rows, key=lambda row: (row.kind, -len(row)))
+    runs = list(alike(ordered, 10_000))
+    assert [len(run) for run in runs] == [3, 5]
+    ids, valid, seen = together(runs[1])
+    assert seen["pixel_values"].shape[0] == 6
+    assert int(valid.sum()) == sum(map(len, runs[1]))
+    assert not ids[~valid].any()
+
+
+def test_an_input_for_each_token_is_padded():
+    marks = [Row([5] * n, {"kinds": torch.ones(1, n), "grid": torch.ones(1, 3)}) for n in (4, 2)]
+    assert len({row.kind for row in marks}) == 1
+    *_, seen = together(marks)
+    assert seen["kinds"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert seen["grid"].shape == (2, 3)
+
+
+def test_hidden_states_are_those_of_the_model_that_sees(vision, rows):
+    stream, read = stream_of(vision[1], rows, batch_tokens=70)
+    assert len(stream.batches) > 2
+    for block in stream.layout.blocks:
+        load_block(stream, read, block)
+        stream.advance(block)
+    model, said = load(vision[1]), {}
+    with torch.no_grad():
+        for row in rows:
+            out = model(**told(row), output_hidden_states=True)
+            said[tuple(row.ids)] = out.logits[0]
+        with stream.outside_weights("lm_head.weight"):
+            for batch in stream.batches:
+                logits = stream.answer(batch)
+                for ids, valid, got in zip(batch.ids, batch.valid, logits, strict=True):
+                    wanted = said.pop(tuple(ids[valid].tolist()))
+                    torch.testing.assert_close(got[valid], wanted, rtol=1e-4, atol=1e-4)
+    assert not said
+
+
+def test_a_picture_s_tokens_are_no_words(vision, rows):
+    """No error of the embedding reaches them, and no model is asked to say them."""
+    tuned = vision[1]
+    token = picture_token(tuned)
+    stream, read = stream_of(tuned, rows)
+    put = partial(load_block, stream, read)
+    found = {}
+    for one in sweep(stream, put, seed=0, diagonal=False, tied=False, first=answers_from(tuned)):
+        found |= one
+    embedding = found[stream.layout.embedding]
+    assert embedding.outputs[token] == 0
+    said = {i for row in rows if row.seen for i in row.ids} - {token}
+    assert any(embedding.outputs[i] > 0 for i in said)
+    assert all(w.inputs.isfinite().all() and w.outputs.isfinite().all() for w in found.values())
+
+
+def test_distillation_asks_the_model_that_sees(vision, rows):
+    model, pictured = load(vision[1]), [row for row in rows if row.seen]
+    first = answers_from(vision[1])
+    with torch.no_grad():
+        wanted = [model(**told(row)).logits[0, first(row.ids) :] for row in pictured]
+        inputs, counts_BL = _inputs(model, pictured, first)
+        with _picking(model, counts_BL):
+            got = functional_call(model, dict(model.named_parameters()), (), inputs).logits[0]
+    torch.testing.assert_close(got, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+    tuned = _Tuned(model, first)
+    for _ in range(2):
+        kept = tuned.logits(pictured)
+        torch.testing.assert_close(kept, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", [DeltaCome(distill=2), Adaptive(distill=2)], ids=["paper", "ours"]
+)
+def test_compressed_in_one_go_or_two(vision, source, tmp_path, monkeypatch, method):
+    base, tuned = vision
+    options = {"ratio": 1.3, "calibration": str(source), "samples": 8, "seq_len": 96}
+    whole = compress(base, tuned, tmp_path / "whole", method=method, **options)
+    errors = [r.error for r in whole.manifest.records.values() if r.error is not None]
+    assert errors
+    assert max(errors) < 1
+    blind = tmp_path / "blind.jsonl"
+    lines = [json.loads(line) for line in Path(source).read_text().splitlines()]
+    write_jsonl(blind, [line for line in lines if not {"image", "messages"} & line.keys()])
+    other = compress(
+        base, tuned, tmp_path / "blind", method=method, **{**options, "calibration": str(blind)}
+    )
+    assert other.digest != whole.digest
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "distill_terms", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(base, tuned, tmp_path / "cut", method=method, **options)
+    again = compress(base, tuned, tmp_path / "cut", method=method, **options, resume=True)
+    assert again.digest == whole.digest
+
+
+def test_what_cannot_be_seen_is_an_error_that_names_it(vision, source, tmp_path):
+    base, tuned = vision
+    line = {"image": "none.png", "prompt": "what", "answer": "that"}
+    file = write_jsonl(tmp_path / "c.jsonl", [line])
+    with pytest.raises(CalibrationError, match=r"c\.jsonl:1: expected a picture at .*none\.png"):
+        compress(base, tuned, tmp_path / "a", ratio=1.3, calibration=str(file))
+    (tmp_path / "none.png").write_text("no picture")
+    with pytest.raises(CalibrationError, match=r"c\.jsonl:1: the processor refuses it"):
+        compress(base, tuned, tmp_path / "a", ratio=1.3, calibration=str(file))
+    with pytest.raises(
+        CalibrationError, match=r"at most seq_len = 9 tokens, got \d+ with its pict"
+    ):
+        compress(base, tuned, tmp_path / "a", ratio=1.3, calibration=str(source), seq_len=9)
+    blind = tmp_path / "blind"
+    shutil.copytree(tuned, blind)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (blind / name).unlink(missing_ok=True)
+    with pytest.raises(CalibrationError, match=r"blind: expected a processor for pictures"):
+        compress(base, blind, tmp_path / "a", ratio=1.3, calibration=str(source))
+    assert not list(tmp_path.glob("a*"))
+    stream, _ = stream_of(tuned, [Row([3, 4])])
+    stream.model.config.image_token_id = None
+    with pytest.raises(UnsupportedError, match=r"^LlavaForCond.* no image_token_id that tells"):
+        Stream(
+            *(stream.model, stream.layout, stream.read, [Row([3], {"pixels": torch.ones(1, 2)})]),
+            device="cpu",
+            dtype=torch.float32,
+        )
