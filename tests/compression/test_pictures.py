@@ -7,24 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import load, make_vision
+from families import load, make, make_vision, moved
 from PIL import Image
-from test_stream import load as load_block
-from tiny_pairs import text_lines, write_jsonl
+from tiny_pairs import rewrite, text_lines, weights_of, write_jsonl
 from torch.func import functional_call
-from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    Gemma3Config,
+    LlavaProcessor,
+    Qwen2VLConfig,
+)
 
 from deltacome import Adaptive, DeltaCome, compress
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.arch.layout import find_layout
 from deltacome.compression import pipeline
-from deltacome.compression.capture import Stream
 from deltacome.compression.data import answers_from, calibration_rows
 from deltacome.compression.distill import _inputs, _picking, _Tuned
 from deltacome.compression.rows import Row, alike, together
+from deltacome.compression.run import stream_of
 from deltacome.compression.sensitivity import sweep
 from deltacome.errors import CalibrationError, UnsupportedError
-from deltacome.skeleton import make_skeleton, read_config
+from deltacome.skeleton import read_config, set_part
 
 SIZE, TOKENS = 28, 4
 TEMPLATE = (
@@ -85,22 +89,143 @@ def picture_token(tuned):
     return read_config(tuned).image_token_id
 
 
-def stream_of(tuned, rows, **options):
-    checkpoint = Checkpoint(tuned)
-    model = make_skeleton(read_config(tuned), torch.float32, tuned)
-    layout, names = find_layout(model), {}
-    for name in checkpoint.tensors:
-        names[name.replace("language_model.model.", "model.language_model.")] = name
-    names["lm_head.weight"] = "language_model.lm_head.weight"
-    for part in ("vision_tower", "multi_modal_projector"):
-        names |= {f"model.{n}": n for n in checkpoint.tensors if n.startswith(part)}
+# --- families, by rows that are made by hand -----------------------------------------------------
 
-    class Renamed:
-        def read(self, name):
-            return checkpoint.read(names[name])
+TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+IMAGE, BEGIN, END = 290, 291, 292
+CONFIGS = {
+    # Positions in three dimensions, told by a grid for each picture.
+    "Qwen2VLForConditionalGeneration": lambda: Qwen2VLConfig(
+        text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
+        vision_config={
+            "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2,
+        },
+        image_token_id=IMAGE, vision_start_token_id=BEGIN, vision_end_token_id=END,
+        video_token_id=293,
+    ),
+    # A picture's tokens look at each other in both directions, and a value for each token tells which.
+    "Gemma3ForConditionalGeneration": lambda: Gemma3Config(
+        text_config={**TEXT, **WINDOWS, "head_dim": 32, "query_pre_attn_scalar": 32},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": SIZE, "patch_size": 7,
+        },
+        mm_tokens_per_image=TOKENS, image_token_id=IMAGE, boi_token_id=BEGIN, eoi_token_id=END,
+    ),
+}  # fmt: skip
 
-    options = {"device": "cpu", "dtype": torch.float32} | options
-    return Stream(model, layout, Renamed().read, rows, **options), Renamed()
+
+def made_by_hand(name):
+    """Rows with a picture, of several lengths, and rows without."""
+    draw = torch.Generator().manual_seed(1)
+
+    def words(count):
+        return torch.randint(2, 280, (count,), generator=draw).tolist()
+
+    rows = [Row(words(12)), Row(words(5))]
+    for count in (3, 20, 9):
+        ids = [*words(3), BEGIN, *[IMAGE] * TOKENS, END, *words(count)]
+        kinds = torch.tensor([[int(i == IMAGE) for i in ids]])
+        if name.startswith("Qwen"):
+            pixels = torch.randn(4 * TOKENS, 3 * 2 * 14 * 14, generator=draw)
+            grid = torch.tensor([[1, 4, 4]])
+            seen = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+        else:
+            pixels = torch.randn(1, 3, SIZE, SIZE, generator=draw)
+            seen = {"pixel_values": pixels, "token_type_ids": kinds}
+        rows.append(Row(ids, seen))
+    return rows
+
+
+@pytest.fixture(scope="module", params=["Llava", *CONFIGS])
+def seeing(request, tmp_path_factory):
+    """Base and tuned of a family, and rows."""
+    if request.param == "Llava":
+        pair = request.getfixturevalue("vision")
+        return pair, request.getfixturevalue("rows")
+    folder = tmp_path_factory.mktemp("seeing")
+    base = make(request.param, CONFIGS[request.param](), folder / "base")
+    tuned = Path(shutil.copytree(base, folder / "tuned"))
+    rewrite(tuned, moved(weights_of(base)), None)
+    return (base, tuned), made_by_hand(request.param)
+
+
+def run_of(pair):
+    base, tuned = map(Checkpoint, pair)
+    return pipeline._prepare(base, tuned, DeltaCome(), "cpu", torch.float32, lambda said: None)
+
+
+def load_block(run, block):
+    for name, target in run.where.items():
+        if target.parameter.startswith(f"{block}."):
+            set_part(run.model, target, run.tuned.read(name).float())
+
+
+def test_logits_are_those_of_the_model_that_sees(seeing):
+    (base, tuned), rows = seeing
+    run = run_of((base, tuned))
+    stream = stream_of(run, rows, batch_tokens=70)
+    assert len(stream.batches) >= 2
+    for block in stream.layout.blocks:
+        load_block(run, block)
+        stream.advance(block)
+    model, by_ids = load(tuned), {tuple(row.ids): row for row in rows}
+    head = stream.layout.embedding if run.tied else stream.layout.head
+    with torch.no_grad(), stream.outside_weights(head):
+        for batch in stream.batches:
+            logits = stream.answer(batch)
+            for ids, valid, got in zip(batch.ids, batch.valid, logits, strict=True):
+                row = by_ids.pop(tuple(ids[valid].tolist()))
+                wanted = model(**told(row)).logits[0]
+                torch.testing.assert_close(got[valid], wanted, rtol=1e-4, atol=1e-4)
+    assert not by_ids
+
+
+def test_a_picture_s_tokens_are_no_words(seeing):
+    """No error of the embedding reaches them, and no model is asked to say them."""
+    pair, rows = seeing
+    run, found = run_of(pair), {}
+    token = run.model.config.image_token_id
+    stream = stream_of(run, rows)
+    how = {"seed": 0, "diagonal": False, "tied": False, "first": lambda row: len(row) // 2}
+    for one in sweep(stream, partial(load_block, run), **how):
+        found |= one
+    embedding = found[stream.layout.embedding]
+    said = {i for row in rows if row.seen for i in row.ids} - {token}
+    assert embedding.outputs[token] == 0
+    assert any(embedding.outputs[i] > 0 for i in said)
+    assert all(w.inputs.isfinite().all() and w.outputs.isfinite().all() for w in found.values())
+
+
+def test_distillation_asks_the_model_that_sees(seeing):
+    (_, tuned), rows = seeing
+    model, pictured = load(tuned), [row for row in rows if row.seen]
+
+    def first(row):
+        return len(row) - 3
+
+    with torch.no_grad():
+        wanted = [model(**told(row)).logits[0, first(row.ids) :] for row in pictured]
+        inputs, counts_BL = _inputs(model, pictured, first)
+        with _picking(model, counts_BL):
+            got = functional_call(model, dict(model.named_parameters()), (), inputs).logits[0]
+    torch.testing.assert_close(got, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+    asked = _Tuned(model, first)
+    for _ in range(2):
+        kept = asked.logits(pictured)
+        torch.testing.assert_close(kept, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+
+
+# --- rows, by a processor ------------------------------------------------------------------------
 
 
 def test_rows_are_what_the_processor_makes(vision, rows):
@@ -135,57 +260,6 @@ def test_an_input_for_each_token_is_padded():
     *_, seen = together(marks)
     assert seen["kinds"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert seen["grid"].shape == (2, 3)
-
-
-def test_hidden_states_are_those_of_the_model_that_sees(vision, rows):
-    stream, read = stream_of(vision[1], rows, batch_tokens=70)
-    assert len(stream.batches) > 2
-    for block in stream.layout.blocks:
-        load_block(stream, read, block)
-        stream.advance(block)
-    model, said = load(vision[1]), {}
-    with torch.no_grad():
-        for row in rows:
-            out = model(**told(row), output_hidden_states=True)
-            said[tuple(row.ids)] = out.logits[0]
-        with stream.outside_weights("lm_head.weight"):
-            for batch in stream.batches:
-                logits = stream.answer(batch)
-                for ids, valid, got in zip(batch.ids, batch.valid, logits, strict=True):
-                    wanted = said.pop(tuple(ids[valid].tolist()))
-                    torch.testing.assert_close(got[valid], wanted, rtol=1e-4, atol=1e-4)
-    assert not said
-
-
-def test_a_picture_s_tokens_are_no_words(vision, rows):
-    """No error of the embedding reaches them, and no model is asked to say them."""
-    tuned = vision[1]
-    token = picture_token(tuned)
-    stream, read = stream_of(tuned, rows)
-    put = partial(load_block, stream, read)
-    found = {}
-    for one in sweep(stream, put, seed=0, diagonal=False, tied=False, first=answers_from(tuned)):
-        found |= one
-    embedding = found[stream.layout.embedding]
-    assert embedding.outputs[token] == 0
-    said = {i for row in rows if row.seen for i in row.ids} - {token}
-    assert any(embedding.outputs[i] > 0 for i in said)
-    assert all(w.inputs.isfinite().all() and w.outputs.isfinite().all() for w in found.values())
-
-
-def test_distillation_asks_the_model_that_sees(vision, rows):
-    model, pictured = load(vision[1]), [row for row in rows if row.seen]
-    first = answers_from(vision[1])
-    with torch.no_grad():
-        wanted = [model(**told(row)).logits[0, first(row.ids) :] for row in pictured]
-        inputs, counts_BL = _inputs(model, pictured, first)
-        with _picking(model, counts_BL):
-            got = functional_call(model, dict(model.named_parameters()), (), inputs).logits[0]
-    torch.testing.assert_close(got, torch.cat(wanted), rtol=1e-4, atol=1e-4)
-    tuned = _Tuned(model, first)
-    for _ in range(2):
-        kept = tuned.logits(pictured)
-        torch.testing.assert_close(kept, torch.cat(wanted), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -237,11 +311,7 @@ def test_what_cannot_be_seen_is_an_error_that_names_it(vision, source, tmp_path)
     with pytest.raises(CalibrationError, match=r"blind: expected a processor for pictures"):
         compress(base, blind, tmp_path / "a", ratio=1.3, calibration=str(source))
     assert not list(tmp_path.glob("a*"))
-    stream, _ = stream_of(tuned, [Row([3, 4])])
-    stream.model.config.image_token_id = None
+    run = run_of(vision)
+    run.model.config.image_token_id = None
     with pytest.raises(UnsupportedError, match=r"^LlavaForCond.* no image_token_id that tells"):
-        Stream(
-            *(stream.model, stream.layout, stream.read, [Row([3], {"pixels": torch.ones(1, 2)})]),
-            device="cpu",
-            dtype=torch.float32,
-        )
+        stream_of(run, [Row([3], {"pixel_values": torch.ones(1, 3, SIZE, SIZE)})])

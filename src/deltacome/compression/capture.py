@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.arch.layout import Layout, inputs_of, linears_of, shared_inputs
-from deltacome.compression.rows import Row, alike, together
+from deltacome.compression.rows import Row, alike, called_with, together
 from deltacome.errors import CalibrationError, UnsupportedError
 from deltacome.numerics.gram import Gram
 from deltacome.skeleton import set_weight
@@ -160,12 +160,7 @@ class Stream:
             return self.model(**self._inputs(batch.ids, batch.seen)).logits
 
     def _inputs(self, ids: Tensor, seen: dict[str, Tensor]) -> dict[str, Any]:
-        """What the model is called with: pixels in its own precision."""
-        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": False}
-        for name, value in seen.items():
-            dtype = self.dtype if value.is_floating_point() else value.dtype
-            inputs[name] = value.to(self.device, dtype)
-        return inputs
+        return called_with(ids, seen, self.device, self.dtype)
 
     def _picture_token(self) -> int:
         """The id of the tokens in whose place a picture enters."""

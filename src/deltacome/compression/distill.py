@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deltacome.compression.data import row_shares
-from deltacome.compression.rows import Row, alike, together
+from deltacome.compression.rows import Row, alike, called_with, together
 from deltacome.errors import CheckpointError
 from deltacome.format.codec import BandTensors, Packed, SignTensors
 
@@ -198,11 +198,7 @@ def _inputs(
     ids_BL, counts_BL, seen = together(rows)
     for counts_L, row in zip(counts_BL, rows, strict=True):
         counts_L[: first(row.ids)] = False
-    inputs: dict[str, Any] = {"input_ids": ids_BL.to(model.device), "use_cache": False}
-    for name, value in seen.items():
-        dtype = model.dtype if value.is_floating_point() else value.dtype
-        inputs[name] = value.to(model.device, dtype)
-    return inputs, counts_BL.to(model.device)
+    return called_with(ids_BL, seen, model.device, model.dtype), counts_BL.to(model.device)
 
 
 class _Tuned:

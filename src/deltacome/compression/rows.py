@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,16 @@ def together(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             values = [torch.nn.functional.pad(v, (0, shape[1] - v.shape[1])) for v in values]
         seen[name] = torch.cat(values)
     return ids_BL, valid_BL, seen
+
+
+def called_with(
+    ids_BL: Tensor, seen: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a model is called with: its other inputs too, pixels in its own precision."""
+    inputs: dict[str, Any] = {"input_ids": ids_BL.to(device), "use_cache": False}
+    for name, value in seen.items():
+        inputs[name] = value.to(device, dtype if value.is_floating_point() else value.dtype)
+    return inputs
 
 
 def alike(rows: Sequence[Row], slots: int, least: float = 0.0) -> Iterator[list[Row]]:
