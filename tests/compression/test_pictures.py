@@ -19,7 +19,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
-from deltacome import Adaptive, DeltaCome, compress
+from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import pipeline
 from deltacome.compression.data import answers_from, calibration_rows
@@ -223,6 +223,18 @@ def test_distillation_asks_the_model_that_sees(seeing):
     for _ in range(2):
         kept = asked.logits(pictured)
         torch.testing.assert_close(kept, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_it_sees_from_packed_bytes(seeing, tmp_path):
+    (base, tuned), rows = seeing
+    row = next(row for row in rows if row.seen)
+    artifact = compress(base, tuned, tmp_path / "delta", ratio=1.3, calibration="none")
+    model = base_for(base, artifact)
+    with torch.no_grad():
+        wanted = load(merge(base, artifact, tmp_path / "merged"))(**told(row)).logits
+        with attach(model, artifact):
+            got = model(**told(row)).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 # --- rows, by a processor ------------------------------------------------------------------------
