@@ -303,6 +303,44 @@ def test_compressed_in_one_go_or_two(vision, source, tmp_path, monkeypatch, meth
     assert again.digest == whole.digest
 
 
+PICTURE = {"type": "image"}
+
+
+def asked(*parts):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "one"}]}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"images": ["red.png", "blue.png"], "messages": asked(PICTURE, PICTURE)},
+        {"image": "red.png", "messages": asked(PICTURE, PICTURE | {"path": "blue.png"})},
+        {"messages": asked(PICTURE | {"image": "red.png"}, PICTURE | {"path": "blue.png"})},
+    ],
+)
+def test_ways_to_give_pictures(vision, source, line):
+    folder = Path(source).parent
+    (row,) = calibration_rows(write_jsonl(folder / "way.jsonl", [line]), vision[1], **QUICK)
+    red, blue = row.seen["pixel_values"]
+    assert float(red[0].mean()) > float(red[2].mean())
+    assert float(blue[0].mean()) < float(blue[2].mean())
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"image": "red.png", "text": "one"}, "has 1 pictures, and neither prompt and answer nor"),
+        ({"image": "red.png", "messages": asked()}, "has 1 pictures, and neither prompt and ans"),
+        ({"messages": asked(PICTURE)}, "a part of its messages is a picture, and there is none"),
+        ({"images": ["red.png"] * 3, "messages": asked(PICTURE)}, "2 more pictures than its mes"),
+    ],
+)
+def test_a_picture_belongs_somewhere(vision, source, line, reason):
+    file = write_jsonl(Path(source).parent / "wrong.jsonl", [line])
+    with pytest.raises(CalibrationError, match=rf"wrong\.jsonl:1: {reason}"):
+        calibration_rows(file, vision[1], **QUICK)
+
+
 def test_what_cannot_be_seen_is_an_error_that_names_it(vision, source, tmp_path):
     base, tuned = vision
     line = {"image": "none.png", "prompt": "what", "answer": "that"}

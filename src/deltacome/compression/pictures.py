@@ -8,7 +8,7 @@ matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,8 +20,8 @@ from transformers import AutoProcessor
 from deltacome.compression.rows import Row
 from deltacome.errors import CalibrationError
 
-PLACES = ("path", "image")
-"""Where a part of a message has its picture: a file, or under `image` what a data set gives instead."""
+PLACES = ("path", "image", "url", "base64")
+"""Where a part of a message has its picture: the first two name a file, or hold what a data set gives."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,37 @@ class Seen:
 
 
 def seen_in(item: dict[str, Any], folder: Path, where: str) -> Seen | None:
-    """The chat of a line that has pictures: in its `messages`, or one beside `prompt` and `answer`.
+    """The chat of a line that has pictures, or None if it has none.
+
+    They are in the parts of its `messages`, or in `image` or `images` beside them, in the order of parts
+    that say `{"type": "image"}` and nothing more, or beside `prompt` and `answer`.
 
     Raises:
-        CalibrationError: a picture is not there; relative paths are those in `folder`.
+        CalibrationError: a picture is not there (relative paths are in `folder`), or belongs nowhere.
     """
-    if item.get("image") is not None and {"prompt", "answer"} <= item.keys():
-        asked = [{"type": "image", "image": item["image"]}, _text(str(item["prompt"]))]
+    given = item.get("images", item.get("image"))
+    given = given if isinstance(given, list) else [] if given is None else [given]
+    messages = item.get("messages")
+    if messages is None and given and {"prompt", "answer"} <= item.keys():
+        asked = [*({"type": "image"} for _ in given), _text(str(item["prompt"]))]
         turns = [("user", asked), ("assistant", [_text(str(item["answer"]))])]
         messages = [{"role": role, "content": content} for role, content in turns]
-    else:
-        messages = item.get("messages")
     if not isinstance(messages, list) or not any(map(_pictures, messages)):
+        if given:
+            raise CalibrationError(
+                f"{where}: has {len(given)} pictures, and neither prompt and answer nor messages with a "
+                "part of type image for each"
+            )
         return None
+    left = iter(given)
     found = [
-        {**m, "content": [_placed(part, folder, where) for part in _parts(m)]} for m in messages
+        {**m, "content": [_placed(part, left, folder, where) for part in _parts(m)]}
+        for m in messages
     ]
+    if rest := list(left):
+        raise CalibrationError(
+            f"{where}: {len(rest)} more pictures than its messages have parts for"
+        )
     return Seen(found, where)
 
 
@@ -103,11 +118,18 @@ def _pictures(message: Any) -> bool:
     return any(isinstance(part, dict) and part.get("type") == "image" for part in _parts(message))
 
 
-def _placed(part: Any, folder: Path, where: str) -> Any:
-    """A part of a message, its file named from where it can be opened."""
+def _placed(part: Any, left: Iterator[Any], folder: Path, where: str) -> Any:
+    """A part of a message with its picture, a file named from where it can be opened."""
     if not isinstance(part, dict) or part.get("type") != "image":
         return part
-    for key in PLACES:
+    if not any(part.get(key) is not None for key in PLACES):
+        picture = next(left, None)
+        if picture is None:
+            raise CalibrationError(
+                f"{where}: a part of its messages is a picture, and there is none"
+            )
+        part = {**part, "image": picture}
+    for key in PLACES[:2]:
         if isinstance(part.get(key), str):
             file = folder / part[key]
             if not file.is_file():
