@@ -224,6 +224,12 @@ def is_causal(model: nn.Module) -> bool:
     return type(model).__name__ in kinds and not getattr(config, "is_encoder_decoder", False)
 
 
+def picture_token(model: nn.Module) -> int | None:
+    """The id of the tokens in whose place a picture enters, if the model's configuration names one."""
+    token = getattr(getattr(model, "config", None), "image_token_id", None)
+    return token if isinstance(token, int) else None
+
+
 def parameter_names(model: nn.Module, where: Mapping[str, Target]) -> dict[str, str]:
     """Any name of a parameter or saved buffer → the stored tensor that is all of it."""
     whole = {target.parameter: name for name, target in where.items() if target.expert is None}

@@ -26,7 +26,7 @@ from deltacome.arch.layout import Layout, inputs_of, linears_of, shared_inputs
 from deltacome.compression.rows import Row, alike, called_with, together
 from deltacome.errors import CalibrationError, UnsupportedError
 from deltacome.numerics.gram import Gram
-from deltacome.skeleton import set_weight
+from deltacome.skeleton import picture_token, set_weight
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -93,7 +93,7 @@ class Stream:
         with self.outside_weights(), torch.no_grad():
             for some in alike(sorted(rows, key=lambda row: (row.kind, -len(row))), batch_tokens):
                 ids, valid, seen = together(some)
-                words = valid & (ids != self._picture_token()) if seen else valid
+                words = valid & self._words(ids) if seen else valid
                 hidden, calls = self._record_calls(self._inputs(ids, seen))
                 self.batches.append(Batch(ids, valid, words, seen, hidden, calls))
 
@@ -162,16 +162,15 @@ class Stream:
     def _inputs(self, ids: Tensor, seen: dict[str, Tensor]) -> dict[str, Any]:
         return called_with(ids, seen, self.device, self.dtype)
 
-    def _picture_token(self) -> int:
-        """The id of the tokens in whose place a picture enters."""
-        config: Any = getattr(self.model, "config", None)
-        token = getattr(config, "image_token_id", None)
-        if not isinstance(token, int):
+    def _words(self, ids: Tensor) -> Tensor:
+        """Which tokens are no part of a picture."""
+        token = picture_token(self.model)
+        if token is None:
             raise UnsupportedError(
                 f"{type(self.model).__name__}: calibration rows have pictures, and its configuration has "
                 "no image_token_id that tells which tokens stand for them: calibrate with text alone"
             )
-        return token
+        return ids != token
 
     def _until_stopped(self, module: nn.Module, hook: Callable, run: Callable[[], Any]) -> None:
         handle = module.register_forward_pre_hook(hook)

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
@@ -36,7 +37,7 @@ from deltacome.format.manifest import Manifest
 from deltacome.format.spec import Band
 from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.method import Matrix, Method, Terms
-from deltacome.skeleton import set_part
+from deltacome.skeleton import picture_token, set_part
 
 SWEEP_TOKENS = 1024
 """Tokens of a batch whose logits are held at once, with what is differentiated of them."""
@@ -142,6 +143,12 @@ def calibration_text(
             raise CalibrationError(
                 f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
                 f"but {embedding} has {size} rows"
+            )
+        if picture_token(run.model) is not None and not any(row.seen for row in rows):
+            warnings.warn(
+                f"calibration {source}: {type(run.model).__name__} sees, and none of {len(rows)} rows "
+                "has a picture: what it needs for those is not measured",
+                stacklevel=2,
             )
         kept = {f"{i:06}": torch.tensor(row.ids) for i, row in enumerate(rows)}
         for i, row in enumerate(rows):
