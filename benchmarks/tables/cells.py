@@ -46,7 +46,7 @@ def nats(value: float | None, error: float | None = None) -> str:
 
 def _digits(value: float) -> int:
     """Behind the point: of small ones five would leave a figure or none."""
-    return 6 if 0 < abs(value) < 1e-3 else 5
+    return 5 if value == 0 else 7 if abs(value) < 1e-5 else 6 if abs(value) < 1e-3 else 5
 
 
 def sizes(cell: dict[str, Any]) -> list[str]:

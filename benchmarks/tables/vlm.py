@@ -85,7 +85,7 @@ def make(lab: Lab) -> str:
             new = sum(record.nbytes() for record in records if record.base_name is None)
     header = ["", *md.SIZES, "calibrated with", "pictures %", "KL"]
     return (
-        "## VLM: a vision-language model on a text base\n\n"
+        "## VLM on pictures: a vision-language model on a text base\n\n"
         + md.table(header, table)
         + f"\n\nTower and projector, which the base has nothing of, take {new:,} bytes of each. "
         f"{lab.size.questions} held-out pictures, run from the packed bytes."
