@@ -303,6 +303,21 @@ def test_compressed_in_one_go_or_two(vision, source, tmp_path, monkeypatch, meth
     assert again.digest == whole.digest
 
 
+def test_a_sweep_is_kept_for_these_pictures_alone(vision, tmp_path):
+    """The calibration file stays the same; a picture that it names does not."""
+    line = {"image": "it.png", "prompt": "one", "answer": "two"}
+    source = write_jsonl(tmp_path / "c.jsonl", [line])
+    options = {"ratio": 1.3, "calibration": str(source), "method": Adaptive(distill=0)}
+    sweeps = tmp_path / "sweeps"
+    digests = []
+    for colour in ("red", "red", "blue"):
+        Image.new("RGB", (SIZE, SIZE), colour).save(tmp_path / "it.png")
+        out = tmp_path / f"{len(digests)}"
+        digests.append(compress(*vision, out, sweeps=sweeps, **options).digest)
+    assert digests[0] == digests[1] != digests[2]
+    assert len(list(sweeps.iterdir())) == 2
+
+
 PICTURE = {"type": "image"}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deltacome.compression.budget import make_plans
 from deltacome.compression.data import answers_from, calibration_rows, check_source
-from deltacome.compression.rows import Row
+from deltacome.compression.rows import Row, seen_hash
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -58,6 +58,8 @@ def plan_terms(
     if isinstance(method, Adaptive) and not file.exists():
         _check_least(run, manifest, ratio)
     if isinstance(method, Adaptive) and (rows := text()) is not None:
+        if sweep_folder and (pictures := seen_hash(rows)):  # which the calibration file only names
+            sweep_folder = sweep_folder.with_name(f"{sweep_folder.name}-{pictures}")
         run.weights = sweep_folder or writer.partial / "sweep"
         if not run.weights.exists():
             for killed in writer.partial.glob("sweep.*"):  # of this run, and as large as a model

@@ -5,6 +5,7 @@ Legend: B rows, L positions.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -56,6 +57,16 @@ def together(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return ids_BL, valid_BL, seen
 
 
+def seen_hash(rows: Sequence[Row]) -> str:
+    """Of what rows have besides token ids; empty where that is nothing."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for name, value in sorted(row.seen.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if any(row.seen for row in rows) else ""
+
+
 def called_with(
     ids_BL: Tensor, seen: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def alike(rows: Sequence[Row], slots: int, least: float = 0.0) -> Iterator[list[
     """
     run: list[Row] = []
     for row in rows:
-        longest, shortest = max(map(len, [*run, row])), min(map(len, [*run, row]))
+        shortest, longest = sorted((len(run[0] if run else row), len(row)))
         fits = (len(run) + 1) * longest <= slots and shortest >= least * longest
         if run and not (fits and row.kind == run[0].kind):
             yield run
