@@ -310,7 +310,7 @@ class Lab:
             return
 
         def compare() -> float:
-            row = question_rows(self.tokenizer(task), self.questions(task)[:1])[0]
+            row = question_rows(self.tokenizer(task), self.questions(task)[:1])[0].row
             ids = torch.tensor([row.ids], device=device())
             with torch.inference_mode():
                 with self.weights(self.packed(artifact)) as model:

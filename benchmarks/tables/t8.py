@@ -64,8 +64,8 @@ def _outputs(lab: Lab, task: str, variant: Variant) -> dict[str, Tensor]:
                 outputs[name].append(output[0].half().cpu())
 
             hooks.append(module.register_forward_hook(keep))
-        for row in rows:
-            model(input_ids=torch.tensor([row.ids], device=device()), use_cache=False)
+        for one in rows:
+            model(input_ids=torch.tensor([one.row.ids], device=device()), use_cache=False)
         for hook in hooks:
             hook.remove()
     return {name: torch.cat(parts) for name, parts in outputs.items() if ".layers." in name}

@@ -34,8 +34,10 @@ from transformers import (
 
 import deltacome
 from deltacome import Adaptive, Artifact, BitDelta, DeltaCome, LowRank, PrinMix, attach, base_for
-from deltacome.evals.divergence import over_rows
-from deltacome.evals.score import exact_match, wilson
+from deltacome.evals.divergence import Reference, divergence, question_rows, record
+from deltacome.evals.models import load_model
+from deltacome.evals.run import Exam, scores
+from deltacome.evals.tasks import read_questions
 from deltacome.methods.method import Method
 
 HELD_OUT, TRAINED, CALIBRATED = 0, 1_000_000, 2_000_000
@@ -71,16 +73,16 @@ ROWS: list[tuple[str, Method, float | None]] = [
 
 
 def make(lab: Lab) -> str:
-    exam = Exam(lab, _tuned(lab))
-    dense = {"nominal": None, "bytes": exam.nbytes, "ratio": None}
-    table, new = [["tuned", *md.sizes(dense), "", *_figures(exam.tuned())]], 0
+    asked = Asked(lab, _tuned(lab))
+    dense = {"nominal": None, "bytes": asked.nbytes, "ratio": None}
+    table, new = [["tuned", *md.sizes(dense), "", *_figures(asked.tuned())]], 0
     for name, method, ratio in _rows(lab):
         reads = method.calibrates or method.options().get("distill")
         for seen in (False, True) if reads else (None,):
-            artifact = _artifact(lab, exam.folder, name, method, ratio, seen)
+            artifact = _artifact(lab, asked.folder, name, method, ratio, seen)
             with_what = {None: "nothing", False: BLIND, True: "pictures too"}[seen]
             row = [name, *md.sizes(_size(artifact)), with_what]
-            table.append([*row, *_figures(exam.packed(artifact))])
+            table.append([*row, *_figures(asked.packed(artifact))])
             records = artifact.manifest.records.values()
             new = sum(record.nbytes() for record in records if record.base_name is None)
     header = ["", *md.SIZES, "calibrated with", "pictures %", "KL"]
@@ -114,32 +116,36 @@ def _figures(found: dict[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Exam:
+class Asked:
     """The held-out pictures, and what the dense model says of them."""
 
     lab: Lab
     folder: Path
 
     @cached_property
-    def pictures(self) -> list[Picture]:
-        return [picture(HELD_OUT + i) for i in range(self.lab.size.questions)]
-
-    @cached_property
-    def processor(self) -> Any:
-        return LlavaProcessor.from_pretrained(self.folder)
+    def exam(self) -> Exam:
+        lines = [
+            picture(HELD_OUT + i).line(self.lab.work / "vlm" / "heldout", i)
+            for i in range(self.lab.size.questions)
+        ]
+        file = self.lab.work / "vlm" / "heldout.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        processor: Any = LlavaProcessor.from_pretrained(self.folder)
+        return Exam(processor.tokenizer, read_questions(file), 50, 8, processor=processor)
 
     @cached_property
     def dense(self) -> Any:
-        kind: Any = LlavaForConditionalGeneration
-        return kind.from_pretrained(self.folder, dtype=torch.float32).to(device()).eval()
+        return load_model(self.folder, device(), "float32")
+
+    @cached_property
+    def reference(self) -> Reference:
+        exam = self.exam
+        rows = question_rows(exam.tokenizer, exam.questions, exam.processor)
+        return record(self.dense, rows, batch_size=exam.batch_size)
 
     @property
     def nbytes(self) -> int:
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-
-    @cached_property
-    def wanted(self) -> list[Tensor]:
-        return list(self._log_probs(self.dense))
 
     def tuned(self) -> dict[str, Any]:
         name = hash_of(self.folder.name, self.lab.size.questions)
@@ -158,35 +164,8 @@ class Exam:
         return self.lab.kept(f"measured/vlm-{name}", ask)
 
     def _ask(self, model: Any) -> dict[str, Any]:
-        said = [answer for batch in self._batches() for answer in self._generate(model, batch)]
-        hits = sum(exact_match(s, p.answer) for s, p in zip(said, self.pictures, strict=True))
-        low, high = wilson(hits, len(said))
-        pairs = zip(self.wanted, self._log_probs(model), strict=True)
-        kl = over_rows([(float((w.exp() * (w - g)).sum()), len(w)) for w, g in pairs])
-        score = {"score": hits / len(said), "score_low": low, "score_high": high}
-        return {**score, "kl": max(0.0, kl.nats), "kl_error": kl.error, "answers": said}
-
-    def _batches(self) -> Iterator[list[Picture]]:
-        for start in range(0, len(self.pictures), 50):
-            yield self.pictures[start : start + 50]
-
-    @torch.inference_mode()
-    def _generate(self, model: Any, pictures: list[Picture]) -> list[str]:
-        inputs = _prompts(self.processor, pictures).to(device())
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        text = self.processor.tokenizer.batch_decode(
-            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        return [line.strip() for line in text]
-
-    @torch.inference_mode()
-    def _log_probs(self, model: Any) -> Iterator[Tensor]:
-        """Log-probabilities of each right answer and its end, (positions, vocabulary)."""
-        for pictures in self._batches():
-            inputs, counts_BL, _ = _lesson(self.processor, pictures)
-            out = model(**{k: v.to(device()) for k, v in inputs.items()}).logits
-            for logits_LV, counts_L in zip(out, counts_BL, strict=True):
-                yield torch.log_softmax(logits_LV[counts_L].float(), -1).cpu()
+        kl = divergence(model, self.reference)
+        return {**scores(model, self.exam), "kl": kl.nats, "kl_error": kl.error}
 
 
 def _prompts(processor: Any, pictures: list[Picture]) -> Any:

@@ -40,6 +40,10 @@ class CalibrationError(DeltaError):
     """Calibration inputs are empty or give a gram that cannot be used."""
 
 
+class PictureError(DeltaError):
+    """A picture of a chat is missing, belongs nowhere, or there is no processor that takes it."""
+
+
 class UnsupportedError(DeltaError):
     """A model has a structure that is not covered; nothing is skipped in silence."""
 

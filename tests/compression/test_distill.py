@@ -8,7 +8,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from deltacome.compression.distill import _inputs, _picking, _Tuned
-from deltacome.compression.rows import Row
+from deltacome.rows import Row
 
 ROWS = [Row([5, 9, 33, 7]), Row([8, 4, 6, 21, 90, 3, 17]), Row([2, 40, 41, 42, 43])]
 STREAMED = families.STREAMED

@@ -23,11 +23,11 @@ from deltacome import (
 from deltacome.compression import planning, polish
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import SLOTS, Trained, distill, divergence, squared_distance
-from deltacome.compression.rows import Row, alike
 from deltacome.compression.sensitivity import Weights
 from deltacome.errors import CalibrationError, CheckpointError, PlanError
 from deltacome.format.codec import Packed
 from deltacome.methods.template import parse_template
+from deltacome.rows import Row, alike
 
 METHODS = {
     "adaptive": (Adaptive(), 8),

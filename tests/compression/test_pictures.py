@@ -7,56 +7,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import load, make, make_vision, moved
+from families import load
 from PIL import Image
-from tiny_pairs import rewrite, text_lines, weights_of, write_jsonl
+from seeing import CONFIGS, SIZE, TOKENS, made_by_hand, make_llava, make_pair
+from tiny_pairs import text_lines, write_jsonl
 from torch.func import functional_call
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    Gemma3Config,
-    LlavaProcessor,
-    Qwen2VLConfig,
-)
+from transformers import AutoTokenizer
 
 from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import pipeline
 from deltacome.compression.data import answers_from, calibration_rows
 from deltacome.compression.distill import _inputs, _picking, _Tuned
-from deltacome.compression.rows import Row, alike, together
 from deltacome.compression.run import stream_of
 from deltacome.compression.sensitivity import sweep
-from deltacome.errors import CalibrationError, UnsupportedError
+from deltacome.errors import CalibrationError, PictureError, UnsupportedError
+from deltacome.rows import Row, alike, together
 from deltacome.skeleton import read_config, set_part
 
-SIZE, TOKENS = 28, 4
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}<end>"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 QUICK = {"samples": 8, "seq_len": 96, "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory):
-    """A text base, and a vision-language model of it with its processor."""
-    base, tuned = make_vision(tmp_path_factory.mktemp("vision"))
-    tokenizer = AutoTokenizer.from_pretrained(tuned)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    square = {"height": SIZE, "width": SIZE}
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size=square, crop_size=square), tokenizer, patch_size=14,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )  # fmt: skip
-    processor.save_pretrained(tuned)
-    config = json.loads((tuned / "config.json").read_text())
-    config["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
-    (tuned / "config.json").write_text(json.dumps(config))
-    return base, tuned
+    return make_llava(tmp_path_factory.mktemp("vision"))
 
 
 @pytest.fixture(scope="module")
@@ -91,60 +65,6 @@ def picture_token(tuned):
 
 # --- families, by rows that are made by hand -----------------------------------------------------
 
-TEXT = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-}
-WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-IMAGE, BEGIN, END = 290, 291, 292
-CONFIGS = {
-    # Positions in three dimensions, told by a grid for each picture.
-    "Qwen2VLForConditionalGeneration": lambda: Qwen2VLConfig(
-        text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
-        vision_config={
-            "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2,
-        },
-        image_token_id=IMAGE, vision_start_token_id=BEGIN, vision_end_token_id=END,
-        video_token_id=293,
-    ),
-    # A picture's tokens look at each other in both directions, and a value for each token tells which.
-    "Gemma3ForConditionalGeneration": lambda: Gemma3Config(
-        text_config={**TEXT, **WINDOWS, "head_dim": 32, "query_pre_attn_scalar": 32},
-        vision_config={
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": SIZE, "patch_size": 7,
-        },
-        mm_tokens_per_image=TOKENS, image_token_id=IMAGE, boi_token_id=BEGIN, eoi_token_id=END,
-    ),
-}  # fmt: skip
-
-
-def made_by_hand(name):
-    """Rows with a picture, of several lengths, and rows without."""
-    draw = torch.Generator().manual_seed(1)
-
-    def words(count):
-        return torch.randint(2, 280, (count,), generator=draw).tolist()
-
-    rows = [Row(words(12)), Row(words(5))]
-    for count in (3, 20, 9):
-        ids = [*words(3), BEGIN, *[IMAGE] * TOKENS, END, *words(count)]
-        kinds = torch.tensor([[int(i == IMAGE) for i in ids]])
-        if name.startswith("Qwen"):
-            pixels = torch.randn(4 * TOKENS, 3 * 2 * 14 * 14, generator=draw)
-            grid = torch.tensor([[1, 4, 4]])
-            seen = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
-        else:
-            pixels = torch.randn(1, 3, SIZE, SIZE, generator=draw)
-            seen = {"pixel_values": pixels, "token_type_ids": kinds}
-        rows.append(Row(ids, seen))
-    return rows
-
 
 @pytest.fixture(scope="module", params=["Llava", *CONFIGS])
 def seeing(request, tmp_path_factory):
@@ -152,11 +72,8 @@ def seeing(request, tmp_path_factory):
     if request.param == "Llava":
         pair = request.getfixturevalue("vision")
         return pair, request.getfixturevalue("rows")
-    folder = tmp_path_factory.mktemp("seeing")
-    base = make(request.param, CONFIGS[request.param](), folder / "base")
-    tuned = Path(shutil.copytree(base, folder / "tuned"))
-    rewrite(tuned, moved(weights_of(base)), None)
-    return (base, tuned), made_by_hand(request.param)
+    pair = make_pair(request.param, tmp_path_factory.mktemp("seeing"))
+    return pair, made_by_hand(request.param)
 
 
 def run_of(pair):
@@ -352,7 +269,7 @@ def test_ways_to_give_pictures(vision, source, line):
 )
 def test_a_picture_belongs_somewhere(vision, source, line, reason):
     file = write_jsonl(Path(source).parent / "wrong.jsonl", [line])
-    with pytest.raises(CalibrationError, match=rf"wrong\.jsonl:1: {reason}"):
+    with pytest.raises(PictureError, match=rf"wrong\.jsonl:1: {reason}"):
         calibration_rows(file, vision[1], **QUICK)
 
 
@@ -360,10 +277,10 @@ def test_what_cannot_be_seen_is_an_error_that_names_it(vision, source, tmp_path)
     base, tuned = vision
     line = {"image": "none.png", "prompt": "what", "answer": "that"}
     file = write_jsonl(tmp_path / "c.jsonl", [line])
-    with pytest.raises(CalibrationError, match=r"c\.jsonl:1: expected a picture at .*none\.png"):
+    with pytest.raises(PictureError, match=r"c\.jsonl:1: expected a picture at .*none\.png"):
         compress(base, tuned, tmp_path / "a", ratio=1.3, calibration=str(file))
     (tmp_path / "none.png").write_text("no picture")
-    with pytest.raises(CalibrationError, match=r"c\.jsonl:1: the processor refuses it"):
+    with pytest.raises(PictureError, match=r"c\.jsonl:1: the processor refuses it"):
         compress(base, tuned, tmp_path / "a", ratio=1.3, calibration=str(file))
     with pytest.raises(
         CalibrationError, match=r"at most seq_len = 9 tokens, got \d+ with its pict"
@@ -373,7 +290,7 @@ def test_what_cannot_be_seen_is_an_error_that_names_it(vision, source, tmp_path)
     shutil.copytree(tuned, blind)
     for name in ("processor_config.json", "preprocessor_config.json"):
         (blind / name).unlink(missing_ok=True)
-    with pytest.raises(CalibrationError, match=r"blind: expected a processor for pictures"):
+    with pytest.raises(PictureError, match=r"blind: expected a processor for pictures"):
         compress(base, blind, tmp_path / "a", ratio=1.3, calibration=str(source))
     assert not list(tmp_path.glob("a*"))
     run = run_of(vision)

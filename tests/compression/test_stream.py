@@ -10,9 +10,9 @@ from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows
-from deltacome.compression.rows import Row
 from deltacome.errors import CalibrationError
 from deltacome.methods.template import parse_template
+from deltacome.rows import Row
 from deltacome.skeleton import make_skeleton, read_config, set_weight
 
 

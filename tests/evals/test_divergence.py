@@ -7,7 +7,7 @@ from evals_helpers import make_model, make_tokenizer
 
 from deltacome.errors import DeltaError
 from deltacome.evals.divergence import (
-    Row,
+    Compared,
     divergence,
     over_rows,
     question_rows,
@@ -16,8 +16,12 @@ from deltacome.evals.divergence import (
     vocabulary,
 )
 from deltacome.evals.tasks import Question
+from deltacome.rows import Row
 
-ROWS = [Row((3, 4, 5, 6, 7)), Row((9, 10), first=1), Row((5, 6, 7, 8, 9, 10, 11), first=3)]
+ROWS = [
+    Compared(Row(ids), first)
+    for ids, first in [([3, 4, 5, 6, 7], 0), ([9, 10], 1), (range(5, 12), 3)]
+]
 
 
 class Constant(torch.nn.Module):
@@ -61,12 +65,12 @@ def test_the_head_is_asked_about_what_is_compared_alone(model):
 def test_mean_is_over_the_compared_positions_only(model):
     other = make_model(vocabulary(model), seed=1)
     kls = []
-    for row in ROWS:
-        ids = torch.tensor([row.ids])
+    for one in ROWS:
+        ids = torch.tensor([one.row.ids])
         with torch.no_grad():
             p = model(ids).logits[0].double().log_softmax(-1)
             q = other(ids).logits[0].double().log_softmax(-1)
-        kls += (p.exp() * (p - q)).sum(-1)[row.first :].tolist()
+        kls += (p.exp() * (p - q)).sum(-1)[one.first :].tolist()
     assert len(kls) == 5 + 1 + 4
     expected = sum(kls) / len(kls)
     assert divergence(other, record(model, ROWS)).nats == pytest.approx(expected, rel=1e-4)
@@ -74,7 +78,7 @@ def test_mean_is_over_the_compared_positions_only(model):
 
 def test_known_value_and_direction():
     p, q = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
-    rows = [Row((0, 1, 2))]
+    rows = [Compared(Row([0, 1, 2]))]
     expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
     assert divergence(Constant(q), record(Constant(p), rows)).nats == pytest.approx(
         expected, rel=1e-5
@@ -107,16 +111,20 @@ def test_one_row_tells_no_error():
 def test_larger_vocabulary_is_restricted_and_renormalised(larger_first):
     large, small = Constant([0.3, 0.1, 0.4, 0.2]), Constant([0.75, 0.25])
     one, two = (large, small) if larger_first else (small, large)
-    assert divergence(two, record(one, [Row((0, 1))])).nats == pytest.approx(0.0, abs=1e-6)
+    assert divergence(two, record(one, [Compared(Row([0, 1]))])).nats == pytest.approx(
+        0.0, abs=1e-6
+    )
     uneven = Constant([0.2, 0.2, 0.4, 0.2])
     one, two = (uneven, small) if larger_first else (small, uneven)
     p, q = ([0.5, 0.5], [0.75, 0.25]) if larger_first else ([0.75, 0.25], [0.5, 0.5])
     expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert divergence(two, record(one, [Row((0, 1))])).nats == pytest.approx(expected, rel=1e-5)
+    assert divergence(two, record(one, [Compared(Row([0, 1]))])).nats == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_ids_that_the_other_model_lacks_are_refused():
-    reference = record(Constant([0.3, 0.1, 0.4, 0.2]), [Row((0, 3))])
+    reference = record(Constant([0.3, 0.1, 0.4, 0.2]), [Compared(Row([0, 3]))])
     with pytest.raises(DeltaError, match="beyond the 2"):
         divergence(Constant([0.75, 0.25]), reference)
 
@@ -136,9 +144,9 @@ def test_no_rows_are_refused(model):
 
 def test_question_rows_compare_the_answer_and_its_end():
     tokenizer = make_tokenizer()
-    (row,) = question_rows(tokenizer, [Question("1 + 2", "34")])
-    assert tokenizer.decode(row.ids) == "1 + 234"
-    assert len(row.ids) - row.first == len("34") + 1  # "3", "4" and the end are predicted
+    (one,) = question_rows(tokenizer, [Question("1 + 2", "34")])
+    assert tokenizer.decode(one.row.ids) == "1 + 234"
+    assert len(one.row) - one.first == len("34") + 1  # "3", "4" and the end are predicted
 
 
 def test_text_rows_are_cut_in_order(tmp_path):
@@ -146,16 +154,17 @@ def test_text_rows_are_cut_in_order(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abcdefghij")
     rows = text_rows(tokenizer, path, rows=3, length=4)
-    assert [tokenizer.decode(row.ids) for row in rows] == ["abcd", "efgh", "ij"]
-    assert all(row.first == 0 for row in rows)
+    assert [tokenizer.decode(one.row.ids) for one in rows] == ["abcd", "efgh", "ij"]
+    assert all(one.first == 0 for one in rows)
     assert len(text_rows(tokenizer, path, rows=2, length=4)) == 2
 
 
 def test_default_text_is_there_and_repeats():
     tokenizer = make_tokenizer()
     rows = text_rows(tokenizer, rows=4, length=32)
-    assert rows == text_rows(tokenizer, rows=4, length=32)
-    assert [len(row.ids) for row in rows] == [32] * 4
+    again = text_rows(tokenizer, rows=4, length=32)
+    assert [one.row.ids for one in rows] == [one.row.ids for one in again]
+    assert [len(one.row) for one in rows] == [32] * 4
 
 
 def test_unreadable_and_empty_text_is_refused(tmp_path):

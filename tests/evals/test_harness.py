@@ -18,6 +18,7 @@ from deltacome.evals.models import load_model
 from deltacome.evals.report import harness_table
 from deltacome.evals.score import greedy
 from deltacome.methods.low_rank import LowRank
+from deltacome.rows import Row
 
 TASKS = {
     "local_answers": """
@@ -98,7 +99,7 @@ def test_right_answers_count(models, tasks):
     model = load_model(base, "cpu", "float32")
     lines = []
     for i in range(6):
-        said = greedy(model, [tokenizer(f"Q: {i}")["input_ids"]], [1], 3)[0]
+        said = greedy(model, [Row(tokenizer(f"Q: {i}")["input_ids"])], [1], 3)[0]
         answer = tokenizer.decode(said).split("\n")[0]
         lines.append({"question": str(i), "answer": answer, "choice": 0})
     (tasks.parent / "data.json").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -3,8 +3,9 @@ import torch
 
 from deltacome.errors import DeltaError
 from deltacome.evals.prompts import prompt_ids
-from deltacome.evals.score import answer, exact_match, generate, greedy, score, wilson
+from deltacome.evals.score import exact_match, generate, greedy, score, wilson
 from deltacome.evals.tasks import Question
+from deltacome.rows import Row
 
 PROMPTS = ["Sum: 1 + 2", "Spell backward: something long", "x", "Sort up: 3 1 2", "Legs: 2 cats"]
 
@@ -24,21 +25,21 @@ def slow_greedy(model, ids, stops, new):
 def test_batch_equals_one_by_one_without_cache(model, tokenizer):
     # The random model's most frequent token becomes a stop, so that some answers end early.
     stops = [1, 20]
-    rows = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+    rows = [Row(prompt_ids(tokenizer, prompt)) for prompt in PROMPTS]
     together = greedy(model, rows, stops, 12)
-    assert together == [slow_greedy(model, row, stops, 12) for row in rows]
+    assert together == [slow_greedy(model, row.ids, stops, 12) for row in rows]
     assert len({tuple(said) for said in together}) > 1
 
 
 def test_generate_keeps_the_order_for_any_batch_size(model, tokenizer):
     one = generate(model, tokenizer, PROMPTS, batch_size=1, max_new_tokens=8)
     assert one == generate(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=8)
-    assert one == [answer(model, tokenizer, p, max_new_tokens=8) for p in PROMPTS]
+    assert one == [generate(model, tokenizer, [p], max_new_tokens=8)[0] for p in PROMPTS]
     assert len(set(one)) > 1
 
 
 def test_stop_token_is_cut_and_nothing_follows(model, tokenizer):
-    row = prompt_ids(tokenizer, PROMPTS[0])
+    row = Row(prompt_ids(tokenizer, PROMPTS[0]))
     free = greedy(model, [row], [], 6)[0]
     assert len(free) == 6
     stopped = greedy(model, [row], [free[3]], 6)[0]
@@ -66,7 +67,7 @@ def test_chat_template_is_used_when_there_is_one(tokenizer):
 
 def test_empty_prompt_is_refused(model):
     with pytest.raises(DeltaError, match="empty"):
-        greedy(model, [[3], []], [1], 4)
+        greedy(model, [Row([3]), Row([])], [1], 4)
 
 
 @pytest.mark.parametrize(

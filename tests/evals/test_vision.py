@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from deltacome import compress
 from deltacome.evals.run import answer_with, evaluate
-from deltacome.evals.score import answer, generate
+from deltacome.evals.score import generate
 from deltacome.evals.tasks import Question, write_questions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compression"))
@@ -43,5 +43,5 @@ def test_it_is_measured_as_the_tuned_model_is(pair, tmp_path):
 def test_it_answers(pair):
     base, tuned, delta = pair
     tokenizer = AutoTokenizer.from_pretrained(tuned)
-    wanted = answer(load(tuned), tokenizer, PROMPTS[0], max_new_tokens=4)
+    (wanted,) = generate(load(tuned), tokenizer, PROMPTS[:1], max_new_tokens=4)
     assert answer_with(base, delta, PROMPTS[0], max_new_tokens=4, device="cpu") == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,10 @@ def generate(
     base: Annotated[str, typer.Argument(help="Base checkpoint.")],
     prompt: Annotated[str, typer.Argument(help="One user message.")],
     delta: Annotated[str | None, typer.Option(help="Artifact to run over the base.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="A picture before PROMPT; may be repeated."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     device: Device = "auto",
     dtype: str = "auto",
@@ -25,6 +30,12 @@ def generate(
     from deltacome.evals.run import answer_with
 
     said = answer_with(
-        base, delta, prompt, max_new_tokens=max_new_tokens, device=device, dtype=dtype
+        base,
+        delta,
+        prompt,
+        pictures=image or (),
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
     )
     print(json.dumps({"prompt": prompt, "answer": said}) if as_json else said)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from deltacome.arch.layout import Layout
 from deltacome.compression.capture import Stream, drop_weights
-from deltacome.compression.rows import Row
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -40,6 +39,7 @@ from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.manifest import Record
 from deltacome.methods.adaptive import Adaptive
 from deltacome.numerics.gram import relative_error
+from deltacome.rows import Row
 from deltacome.skeleton import set_part
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from deltacome.compression.capture import Stream, drop_weights
-from deltacome.compression.rows import Row
 from deltacome.compression.run import Progress, Run, finished_unit, load_block, restored
 from deltacome.errors import UnsupportedError
 from deltacome.format.artifact import ArtifactWriter
 from deltacome.format.canary import Canary, canary_ids
+from deltacome.rows import Row
 from deltacome.skeleton import is_causal
 
 

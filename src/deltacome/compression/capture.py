@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.arch.layout import Layout, inputs_of, linears_of, shared_inputs
-from deltacome.compression.rows import Row, alike, called_with, together
 from deltacome.errors import CalibrationError, UnsupportedError
 from deltacome.numerics.gram import Gram
+from deltacome.rows import Row, alike, called_with, together
 from deltacome.skeleton import picture_token, set_weight
 
 ReadTensor = Callable[[str], Tensor]

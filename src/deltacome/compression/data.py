@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from deltacome.compression.pictures import Seen, opener, seen_in
-from deltacome.compression.rows import Row
 from deltacome.errors import CalibrationError
+from deltacome.pictures import Seen, load_processor, picture_row, seen_in
+from deltacome.rows import Row
 from deltacome.skeleton import model_class, read_config
 
 _MARK = "USERTEXT"
@@ -54,7 +54,9 @@ def calibration_rows(
         on_step: called with steps done and in all while the model writes.
 
     Raises:
-        CalibrationError: the source is missing, malformed or empty.
+        CalibrationError: the source is missing, malformed or empty, or a chat with pictures is longer
+            than a row: they cannot be cut.
+        PictureError: a picture is missing or belongs nowhere, or no processor takes it.
     """
     tokenizer = _tokenizer(tuned)
     if source == "self":
@@ -62,9 +64,10 @@ def calibration_rows(
         rows = [Row(ids) for ids in written]
     else:
         texts = _read_texts(source, tokenizer, samples)
-        open_pictures = opener(tuned, seq_len)
         drawn = _cut(texts, tokenizer, samples, seq_len, seed)
-        rows = [open_pictures(one) if isinstance(one, Seen) else one for one in drawn]
+        sees = any(isinstance(one, Seen) for one in drawn)
+        processor = load_processor(tuned) if sees else None
+        rows = [one if isinstance(one, Row) else _open(processor, one, seq_len) for one in drawn]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise CalibrationError(f"calibration {source}: expected text, got no row of two tokens")
@@ -226,6 +229,16 @@ def _cut(
     if len(rows) <= samples:
         return rows
     return random.Random(seed).sample(rows, samples)
+
+
+def _open(processor: Any, seen: Seen, seq_len: int) -> Row:
+    row = picture_row(processor, seen)
+    if len(row) > seq_len:
+        raise CalibrationError(
+            f"{seen.where}: expected at most seq_len = {seq_len} tokens, got {len(row)} with its "
+            "pictures, and these cannot be cut"
+        )
+    return row
 
 
 def _write(

@@ -30,7 +30,6 @@ from deltacome.compression.planning import (
     source_identity,
 )
 from deltacome.compression.polish import distill_terms
-from deltacome.compression.rows import Row
 from deltacome.compression.run import Progress, Run
 from deltacome.compression.survey import pair_models, survey
 from deltacome.device import pick_device
@@ -43,6 +42,7 @@ from deltacome.format.manifest import Manifest
 from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Method, Terms
+from deltacome.rows import Row
 from deltacome.skeleton import (
     is_causal,
     make_skeleton,

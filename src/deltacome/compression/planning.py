@@ -20,7 +20,6 @@ from torch import Tensor
 
 from deltacome.compression.budget import make_plans
 from deltacome.compression.data import answers_from, calibration_rows, check_source
-from deltacome.compression.rows import Row, seen_hash
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -37,6 +36,7 @@ from deltacome.format.manifest import Manifest
 from deltacome.format.spec import Band
 from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.method import Matrix, Method, Terms
+from deltacome.rows import Row, seen_hash
 from deltacome.skeleton import picture_token, set_part
 
 SWEEP_TOKENS = 1024

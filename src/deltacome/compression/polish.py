@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deltacome.compression.data import answers_from
 from deltacome.compression.distill import Trained, distill, divergence, squared_distance
-from deltacome.compression.rows import Row
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -26,6 +25,7 @@ from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.manifest import Record
 from deltacome.methods.bitdelta import BitDelta
 from deltacome.numerics.gram import relative_error
+from deltacome.rows import Row
 
 
 def distill_terms(

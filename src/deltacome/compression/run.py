@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import Layout
 from deltacome.compression.capture import Stream
-from deltacome.compression.rows import Row
 from deltacome.compression.sensitivity import Weights, measured
 from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.codec import Packed, read_bands, read_signs
 from deltacome.format.folder import disk_errors
 from deltacome.format.manifest import Record
 from deltacome.methods.method import Method, Terms
+from deltacome.rows import Row
 from deltacome.skeleton import Target, set_part
 
 

@@ -28,7 +28,6 @@ from deltacome.arch.checkpoint import Checkpoint, check_dense
 from deltacome.arch.layout import find_layout
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows, check_length
-from deltacome.compression.rows import Row
 from deltacome.compression.survey import pair_models
 from deltacome.device import pick_device
 from deltacome.errors import CalibrationError, PlanError, UnsupportedError, naming
@@ -38,6 +37,7 @@ from deltacome.methods.bands import Gptq, scaled_svd
 from deltacome.methods.template import Template
 from deltacome.numerics.gptq import GramFactor, factor_gram
 from deltacome.numerics.gram import relative_error
+from deltacome.rows import Row
 from deltacome.skeleton import make_skeleton, read_config, set_weight, targets
 
 Way = Literal["greedy", "genetic"]

@@ -11,9 +11,10 @@ model, C tokens that both models have.
 """
 
 import inspect
+import itertools
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +23,16 @@ import numpy as np
 import torch
 
 from deltacome.errors import DeltaError
-from deltacome.evals.prompts import answer_ids, prompt_ids
+from deltacome.evals.prompts import answer_ids, prompt_row
 from deltacome.evals.tasks import Question
+from deltacome.rows import Row, called_with, together
 
 
 @dataclass(frozen=True)
-class Row:
-    """Token ids, and the first position whose prediction counts; all later ones count too."""
+class Compared:
+    """A row, and the first position whose prediction counts; all later ones count too."""
 
-    ids: tuple[int, ...]
+    row: Row
     first: int = 0
 
 
@@ -38,7 +40,7 @@ class Row:
 class Reference:
     """What the tuned model said: log-probabilities (P, V) in nats, float32, on disk."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Compared, ...]
     log_probs_PV: np.ndarray
     batch_size: int
 
@@ -51,19 +53,24 @@ class Divergence(NamedTuple):
     """Standard error; rows are taken as independent, tokens of one row are not. None of one row."""
 
 
-def question_rows(tokenizer: Any, questions: Sequence[Question]) -> list[Row]:
-    """Prompt and right answer; compared where the answer and its end are predicted."""
+def question_rows(
+    tokenizer: Any, questions: Sequence[Question], processor: Any = None
+) -> list[Compared]:
+    """Prompt and right answer; compared where the answer and its end are predicted.
+
+    Questions with pictures need a processor (`prompts.prompt_row`).
+    """
     rows = []
     for question in questions:
-        prompt = prompt_ids(tokenizer, question.prompt)
-        whole = (*prompt, *answer_ids(tokenizer, question.answer))
-        rows.append(Row(whole, first=len(prompt) - 1))
+        prompt = prompt_row(tokenizer, question, processor)
+        whole = prompt.followed_by(answer_ids(tokenizer, question.answer))
+        rows.append(Compared(whole, first=len(prompt) - 1))
     return rows
 
 
 def text_rows(
     tokenizer: Any, path: Path | None = None, *, rows: int = 16, length: int = 128
-) -> list[Row]:
+) -> list[Compared]:
     """The first `rows` runs of `length` tokens of a text file, compared at every position.
 
     Without a file the text is the English prose of Python's own help topics (`pydoc_data`):
@@ -79,12 +86,12 @@ def text_rows(
     chunks = [ids[i : i + room] for i in range(0, min(len(ids), rows * room), room)]
     if not chunks:
         raise DeltaError(f"{path}: expected text to compare on, got none")
-    return [Row((*start, *chunk)) for chunk in chunks]
+    return [Compared(Row([*start, *chunk])) for chunk in chunks]
 
 
-def record(model: Any, rows: Sequence[Row], *, batch_size: int = 8) -> Reference:
+def record(model: Any, rows: Sequence[Compared], *, batch_size: int = 8) -> Reference:
     """Run the tuned model over `rows` and keep its log-probabilities."""
-    total = sum(len(row.ids) - row.first for row in rows)
+    total = sum(len(one.row) - one.first for one in rows)
     log_probs: np.ndarray | None = None
     done = 0
     for logits_NV in _logits(model, rows, batch_size):
@@ -116,12 +123,13 @@ def by_row(model: Any, reference: Reference) -> list[tuple[float, int]]:
 
     Where one vocabulary is larger (a fine-tune that added tokens), both distributions are
     restricted to the ids they share, the first C, and renormalised: what the tuned model gives
-    to tokens that the other cannot say does not count. Raises DeltaError if the rows hold ids
-    that `model` cannot read (`readable`).
+    to tokens that the other cannot say does not count. Raises DeltaError if the rows hold what
+    `model` cannot read (`readable`).
     """
-    if not readable(model, (row.ids for row in reference.rows)):
+    if not readable(model, [one.row for one in reference.rows]):
         raise DeltaError(
-            f"divergence: the rows hold token ids beyond the {vocabulary(model)} that the model has"
+            f"divergence: the rows hold pictures that the model has no input for, or token ids beyond "
+            f"the {vocabulary(model)} that it has"
         )
     found, done = [], 0
     for logits_NV in _logits(model, reference.rows, reference.batch_size):
@@ -156,33 +164,38 @@ def vocabulary(model: Any) -> int:
     return max(int(weight.shape[0]), int(logits_1TV.shape[-1]))
 
 
-def readable(model: Any, ids: Iterable[Sequence[int]]) -> bool:
-    """Whether the model has every one of these token ids."""
-    return max(max(row) for row in ids) < vocabulary(model)
+def readable(model: Any, rows: Sequence[Row]) -> bool:
+    """Whether the model has every token id of rows, and takes what they have besides."""
+    takes = inspect.signature(model.forward).parameters.keys()
+    known = max(max(row.ids) for row in rows) < vocabulary(model)
+    return known and all(row.seen.keys() <= takes for row in rows)
 
 
 @torch.inference_mode()
-def _logits(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[torch.Tensor]:
+def _logits(model: Any, rows: Sequence[Compared], batch_size: int) -> Iterator[torch.Tensor]:
     """Logits (N, V) of the compared positions of one row after the other, float32."""
-    device = model.get_input_embeddings().weight.device
+    weight = model.get_input_embeddings().weight
     short = "logits_to_keep" in inspect.signature(model.forward).parameters
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        width = max(len(row.ids) for row in batch)
+    for batch in _batches(rows, batch_size):
         # Right padding: positions count from zero in every kind of model, and no token sees it.
-        ids = [list(row.ids) + [0] * (width - len(row.ids)) for row in batch]
-        mask = [[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in batch]
+        ids_BT, mask_BT, seen = together([one.row for one in batch])
+        width = ids_BT.shape[1]
         # The head, the dearest layer of a small model, is not asked about what no row compares.
-        ends = {"logits_to_keep": width - min(row.first for row in batch)} if short else {}
-        logits_BTV = model(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            use_cache=False,
-            **ends,
-        ).logits
+        ends = {"logits_to_keep": width - min(one.first for one in batch)} if short else {}
+        inputs = called_with(ids_BT, seen, weight.device, weight.dtype)
+        mask = mask_BT.long().to(weight.device)
+        logits_BTV = model(**inputs, attention_mask=mask, **ends).logits
         skipped = width - logits_BTV.shape[1]
-        for i, row in enumerate(batch):
-            yield logits_BTV[i, row.first - skipped : len(row.ids) - skipped].float()
+        for i, one in enumerate(batch):
+            yield logits_BTV[i, one.first - skipped : len(one.row) - skipped].float()
+
+
+def _batches(rows: Sequence[Compared], size: int) -> Iterator[Sequence[Compared]]:
+    """Runs of rows of one kind."""
+    for _, run in itertools.groupby(rows, lambda one: one.row.kind):
+        alike = list(run)
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
 
 
 def _help_topics() -> str:

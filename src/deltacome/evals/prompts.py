@@ -1,11 +1,17 @@
-"""From a question to token ids: one place, so that training and every score use the same form.
+"""From a question to what a model is given: one place, so that training and every score use the same.
 
 A tokenizer with a chat template gets the question as the one user message of a conversation;
-a tokenizer without one gets the bare text. No system message is added here: what a template
+a tokenizer without one gets the bare text. A question with pictures goes through the processor of
+the model that sees, whose template puts them before it. No system message is added here: what a template
 adds by itself is part of the model that brings it.
 """
 
 from typing import Any
+
+from deltacome.errors import PictureError
+from deltacome.evals.tasks import Question
+from deltacome.pictures import Seen, picture_row, question
+from deltacome.rows import Row
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -16,6 +22,21 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prompt_row(tokenizer: Any, asked: Question, processor: Any = None) -> Row:
+    """What a model is given up to where its answer begins.
+
+    Raises:
+        PictureError: there is no processor for its pictures, or that refuses them.
+    """
+    if not asked.pictures:
+        return Row(prompt_ids(tokenizer, asked.prompt))
+    where = str(asked.pictures[0])
+    if processor is None:
+        raise PictureError(f"{where}: expected a processor for pictures, got none")
+    parts = [{"type": "image", "path": str(file)} for file in asked.pictures]
+    return picture_row(processor, Seen([question(asked.prompt, parts)], where), opens=True)
 
 
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:

@@ -8,7 +8,8 @@ model of another class of the base (`models.tuned_by`) there are two.
 
 import gc
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 
 from deltacome.arch.checkpoint import SIDE_FILES
 from deltacome.device import pick_device
-from deltacome.errors import CheckpointError, DeltaError, MismatchError
+from deltacome.errors import CheckpointError, DeltaError, MismatchError, PictureError
 from deltacome.evals.divergence import (
     Reference,
     divergence,
@@ -28,13 +29,14 @@ from deltacome.evals.divergence import (
     text_rows,
 )
 from deltacome.evals.models import load_model, tuned_by
-from deltacome.evals.prompts import prompt_ids
-from deltacome.evals.score import answer, generate, score
+from deltacome.evals.prompts import prompt_row
+from deltacome.evals.score import answers, score
 from deltacome.evals.tasks import Question, load_questions
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.format.canary import CANARY_FILE
 from deltacome.format.hub import fetch_folder, split_name
 from deltacome.format.side_files import write_side_files
+from deltacome.pictures import load_processor
 
 KLS = ("kl_task", "kl_task_error", "kl_text", "kl_text_error")
 
@@ -68,7 +70,7 @@ def evaluate(
     model) in nats per token with its standard error; deltas have what `account` says too. A KL is
     None without a tuned model. Any figure is None where a model lacks the tokens to read what it
     should: `kl_task` of a base if the answers use tokens that the fine-tune added, its score too if
-    the chat template does.
+    the chat template does, or if the questions have pictures and it has no eyes.
     """
     if text is not None and tuned is None:
         raise DeltaError(f"{text}: text is for KL against a tuned model, got none")
@@ -76,10 +78,12 @@ def evaluate(
     questions = load_questions(task, n, seed, task_args)
     artifacts = [opened(delta) for delta in deltas]
     tokenizer = shared_tokenizer(base, tuned, artifacts)
-    exam = Exam(tokenizer, questions, batch_size, max_new_tokens)
+    sees = any(question.pictures for question in questions)
+    processor = shared_processor(base, tuned, artifacts) if sees else None
+    exam = Exam(tokenizer, questions, batch_size, max_new_tokens, processor=processor)
     of_tuned = []
     if tuned is not None:
-        rows = question_rows(tokenizer, questions), text_rows(tokenizer, text)
+        rows = question_rows(tokenizer, questions, processor), text_rows(tokenizer, text)
         model = load_model(tuned, device, dtype)
         of_tuned = [{"name": "tuned", **scores(model, exam), **dict.fromkeys(KLS, 0.0)}]
         references = tuple(record(model, r, batch_size=batch_size) for r in rows)
@@ -106,18 +110,20 @@ class Exam:
     batch_size: int
     max_new_tokens: int
     references: tuple[Reference, ...] = ()
+    processor: Any = None
+    """For questions with pictures."""
 
 
 def scores(model: Any, exam: Exam) -> dict[str, float | None]:
-    """Exact match with its interval; None if the model lacks tokens of the prompts."""
+    """Exact match with its interval; None if the model cannot read the prompts."""
     keys = ("score", "score_low", "score_high")
-    prompts = [question.prompt for question in exam.questions]
-    if not readable(model, (prompt_ids(exam.tokenizer, prompt) for prompt in prompts)):
+    rows = [prompt_row(exam.tokenizer, question, exam.processor) for question in exam.questions]
+    if not readable(model, rows):
         return dict.fromkeys(keys)
-    said = generate(
+    said = answers(
         model,
         exam.tokenizer,
-        prompts,
+        rows,
         batch_size=exam.batch_size,
         max_new_tokens=exam.max_new_tokens,
     )
@@ -125,11 +131,11 @@ def scores(model: Any, exam: Exam) -> dict[str, float | None]:
 
 
 def kls(model: Any, exam: Exam) -> dict[str, float | None]:
-    """KL(tuned ‖ model) per reference and its standard error; None without one, or if the model lacks
-    its tokens."""
+    """KL(tuned ‖ model) per reference and its standard error; None without one, or if the model
+    cannot read its rows."""
     found: dict[str, float | None] = dict.fromkeys(KLS)
     for name, reference in zip(("kl_task", "kl_text"), exam.references, strict=False):
-        if readable(model, (row.ids for row in reference.rows)):
+        if readable(model, [one.row for one in reference.rows]):
             found[name], found[f"{name}_error"] = divergence(model, reference)
     return found
 
@@ -139,18 +145,26 @@ def answer_with(
     delta: str | Path | None,
     prompt: str,
     *,
+    pictures: Sequence[Path] = (),
     max_new_tokens: int = 64,
     device: str = "auto",
     dtype: str = "auto",
 ) -> str:
-    """The greedy answer to one prompt, by the base or by the fine-tune that a delta stands for."""
+    """The greedy answer to one prompt, by the base or by the fine-tune that a delta stands for.
+
+    Raises:
+        PictureError: there are pictures, and the model has no eyes or no processor.
+    """
+    artifacts = [] if delta is None else [opened(delta)]
+    tokenizer = shared_tokenizer(base, None, artifacts)
+    processor = shared_processor(base, None, artifacts) if pictures else None
+    row = prompt_row(tokenizer, Question(prompt, "", tuple(pictures)), processor)
     model = load_model(base, device, dtype)
-    if delta is None:
-        return answer(model, _tokenizer(base), prompt, max_new_tokens=max_new_tokens)
-    artifact = opened(delta)
-    tokenizer = delta_tokenizer(base, artifact)
-    with tuned_by(artifact, base, model) as running:
-        return answer(running, tokenizer, prompt, max_new_tokens=max_new_tokens)
+    runs = tuned_by(artifacts[0], base, model) if artifacts else nullcontext(model)
+    with runs as running:
+        if pictures and not readable(running, [row]):
+            raise PictureError(f"{pictures[0]}: {type(running).__name__} has no input for pictures")
+        return answers(running, tokenizer, [row], batch_size=1, max_new_tokens=max_new_tokens)[0]
 
 
 def account(artifact: Artifact) -> dict[str, Any]:
@@ -177,13 +191,22 @@ def shared_tokenizer(
     if tuned is not None:
         return _tokenizer(tuned)
     found = [delta_tokenizer(base, artifact) for artifact in artifacts] or [_tokenizer(base)]
-    for artifact, other in zip(artifacts, found, strict=False):
-        if _prompting(other) != _prompting(found[0]):
-            raise MismatchError(
-                f"{artifact.path}: its tokenizer or chat template is not that of "
-                f"{artifacts[0].path}; models of "
-                "one table share their prompts, so evaluate them apart or give the tuned model"
-            )
+    _check_shared("tokenizer or chat template", artifacts, [_prompting(one) for one in found])
+    return found[0]
+
+
+def shared_processor(
+    base: str | Path, tuned: str | Path | None, artifacts: Sequence[Artifact]
+) -> Any:
+    """The one processor of a table whose questions have pictures, as `shared_tokenizer`."""
+    if tuned is not None:
+        return _processor(tuned)
+    found = []
+    for artifact in artifacts:
+        with _side_files(base, artifact) as folder:
+            found.append(_processor(folder))
+    found = found or [_processor(base)]
+    _check_shared("processor", artifacts, [one.to_dict() for one in found])
     return found[0]
 
 
@@ -192,11 +215,27 @@ def delta_tokenizer(base: str | Path, artifact: Artifact) -> Any:
     manifest = artifact.manifest
     if not manifest.dropped_files and not manifest.files.keys() - {TUNED_CONFIG_FILE, CANARY_FILE}:
         return _tokenizer(base)
+    with _side_files(base, artifact) as folder:
+        return _tokenizer(folder)
+
+
+def _check_shared(what: str, artifacts: Sequence[Artifact], found: Sequence[Any]) -> None:
+    for artifact, other in zip(artifacts, found, strict=False):
+        if other != found[0]:
+            raise MismatchError(
+                f"{artifact.path}: its {what} is not that of {artifacts[0].path}; models of "
+                "one table share their prompts, so evaluate them apart or give the tuned model"
+            )
+
+
+@contextmanager
+def _side_files(base: str | Path, artifact: Artifact) -> Iterator[str]:
+    """A folder with what the tuned model has beside its weights."""
     patterns = (*SIDE_FILES, "config.json")
     of_base = fetch_folder(base, None, CheckpointError, patterns)
     with tempfile.TemporaryDirectory() as folder:
         write_side_files(Path(folder), of_base, artifact, patterns)
-        return _tokenizer(folder)
+        yield folder
 
 
 def _tokenizer(source: str | Path) -> Any:
@@ -205,6 +244,10 @@ def _tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: expected a tokenizer, got {error}") from error
+
+
+def _processor(source: str | Path) -> Any:
+    return load_processor(*split_name(source, None, CheckpointError))
 
 
 def _prompting(tokenizer: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ Shapes: B answers in a batch, T tokens of the longest prompt, V vocabulary.
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from deltacome.errors import DeltaError
 from deltacome.evals.prompts import prompt_ids, stop_ids
 from deltacome.evals.tasks import Question
+from deltacome.rows import Row, placed, together
 
 
 def generate(
@@ -31,56 +32,81 @@ def generate(
     """The greedy answers of `model` to `prompts`, in their order.
 
     An answer ends before the first stop token, or after `max_new_tokens`. Added tokens stay
-    visible in the text, special ones too. Prompts of similar length share a batch; left padding
-    is masked, so an answer does not depend on its neighbours beyond rounding.
+    visible in the text, special ones too.
     """
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [Row(prompt_ids(tokenizer, prompt)) for prompt in prompts]
+    return answers(model, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
+
+
+def answers(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """The greedy answers of `model` to rows that end where it begins, in their order, as `generate`.
+
+    Rows of similar length share a batch; left padding is masked, so an answer does not depend on its
+    neighbours beyond rounding.
+    """
     stops = stop_ids(model, tokenizer)
-    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    answers = [""] * len(ids)
-    for start in range(0, len(ids), batch_size):
-        batch = by_length[start : start + batch_size]
-        said = greedy(model, [ids[i] for i in batch], stops, max_new_tokens)
+    found = [""] * len(rows)
+    for batch in _batches(rows, batch_size):
+        said = greedy(model, [rows[i] for i in batch], stops, max_new_tokens)
         for i, tokens in zip(batch, said, strict=True):
-            answers[i] = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-    return answers
+            found[i] = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return found
 
 
-def answer(model: Any, tokenizer: Any, question: str, *, max_new_tokens: int = 64) -> str:
-    """The greedy answer to one question, for showing."""
-    return generate(model, tokenizer, [question], max_new_tokens=max_new_tokens)[0]
+def _batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Indices of rows that go together. Those with pictures do where they need no padding: how a model
+    counts the positions of a padded one is each family's own matter."""
+    batch: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: (rows[i].kind, len(rows[i]))):
+        first = rows[batch[0]] if batch else rows[i]
+        together = rows[i].kind == first.kind and (not first.seen or len(rows[i]) == len(first))
+        if batch and (len(batch) == size or not together):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()
 def greedy(
-    model: Any, rows: Sequence[Sequence[int]], stops: Sequence[int], max_new_tokens: int
+    model: Any, rows: Sequence[Row], stops: Sequence[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """Continue each row of token ids by the most likely token until one of `stops`, excluded."""
+    """Continue each row by the most likely token until one of `stops`, excluded.
+
+    Rows with pictures are of one kind and length.
+    """
     if not rows or not all(rows):
         raise DeltaError("generation: expected prompts of at least one token, got an empty one")
-    device = model.get_input_embeddings().weight.device
+    weight = model.get_input_embeddings().weight
+    device = weight.device
     width = max(map(len, rows))
-    filler = stops[0] if stops else 0
-    ids_BT = torch.tensor([[filler] * (width - len(r)) + list(r) for r in rows], device=device)
+    ids = [[0] * (width - len(r)) + r.ids for r in rows]
+    ids_BT = torch.tensor(ids, device=device)
     mask_BT = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
     takes = inspect.signature(model.forward).parameters
+    seen = placed(together(rows)[2], device, weight.dtype)
+    sees = bool(seen)
     done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
     said: list[torch.Tensor] = []
     cache = None
     for _ in range(max_new_tokens):
         # The head, the dearest layer of a small model, is asked about the last position alone.
-        extra = {
-            "position_ids": _positions(mask_BT)[:, -ids_BT.shape[1] :],
-            "logits_to_keep": 1,
-        }
+        extra: dict[str, Any] = {"logits_to_keep": 1}
+        if not sees:  # a model that sees counts positions itself, and without padding needs no mask
+            extra["position_ids"] = _positions(mask_BT)[:, -ids_BT.shape[1] :]
+            extra["attention_mask"] = mask_BT
         out = model(
             input_ids=ids_BT,
-            attention_mask=mask_BT,
             past_key_values=cache,
             use_cache=True,
             **{name: value for name, value in extra.items() if name in takes},
+            **seen,
         )
+        seen = {}
         cache = out.past_key_values
         next_B = out.logits[:, -1].argmax(-1)
         said.append(next_B)

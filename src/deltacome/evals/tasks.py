@@ -1,4 +1,4 @@
-"""Questions with one right answer: from reasoning-gym by name, or from a JSONL file.
+"""Questions with one right answer: from reasoning-gym by name, or from a JSONL file, with pictures too.
 
 reasoning-gym makes its questions from a seed, so a score can be repeated without a data set to
 download. It is an extra (`pip install deltacome[evals]`) and imported only when it is asked for.
@@ -7,19 +7,22 @@ download. It is an extra (`pip install deltacome[evals]`) and imported only when
 import difflib
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltacome.errors import DeltaError
+from deltacome.errors import DeltaError, PictureError
+from deltacome.pictures import given_in
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt (one user message) and the answer that counts as right."""
+    """A prompt (one user message), the answer that counts as right, and what pictures are before it."""
 
     prompt: str
     answer: str
+    pictures: tuple[Path, ...] = ()
 
 
 def load_questions(
@@ -28,9 +31,11 @@ def load_questions(
     """`n` questions of `task`, the same for the same `seed`.
 
     `task` is a data set of reasoning-gym, made with `args`, or the path of a JSONL file with
-    `{"prompt": ..., "answer": ...}` on each line. From a file come the first `n` lines after a
+    `{"prompt": ..., "answer": ...}` on each line, with the path of an `image` or of several `images`
+    (relative ones are in its folder) for models that see. From a file come the first `n` lines after a
     shuffle by `seed`, all of them if there are fewer. Raises DeltaError for an unknown task,
-    arguments that the data set refuses, and a file that is empty or malformed.
+    arguments that the data set refuses, a file that is empty or malformed, and a picture that is not
+    there.
     """
     if n < 1:
         raise DeltaError(f"task {task}: expected at least 1 question, got n = {n}")
@@ -49,7 +54,7 @@ def read_questions(path: Path) -> list[Question]:
         lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines
     except (OSError, UnicodeDecodeError) as error:
         raise DeltaError(f"{path}: expected a readable JSONL file, got {error}") from error
-    questions = [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    questions = [_parse(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise DeltaError(f"{path}: expected at least one question, got an empty file")
     return questions
@@ -57,11 +62,15 @@ def read_questions(path: Path) -> list[Question]:
 
 def write_questions(path: Path, questions: list[Question]) -> None:
     """Write questions as the JSONL that `read_questions` reads."""
-    lines = [json.dumps({"prompt": q.prompt, "answer": q.answer}) for q in questions]
+    lines = []
+    for q in questions:
+        pictures = {"images": [str(file.resolve()) for file in q.pictures]} if q.pictures else {}
+        lines.append(json.dumps({**pictures, "prompt": q.prompt, "answer": q.answer}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _parse(line: str, where: str) -> Question:
+def _parse(line: str, path: Path, number: int) -> Question:
+    where = f"{path}:{number}"
     wanted = 'an object with the strings "prompt" and "answer"'
     try:
         record = json.loads(line)
@@ -72,7 +81,16 @@ def _parse(line: str, where: str) -> Question:
     for key in ("prompt", "answer"):
         if not isinstance(record.get(key), str) or not record[key].strip():
             raise DeltaError(f"{where}: expected {wanted}, got {key} = {record.get(key)!r}")
-    return Question(record["prompt"], record["answer"])
+    return Question(record["prompt"], record["answer"], tuple(_pictures(record, path, where)))
+
+
+def _pictures(record: dict[str, Any], path: Path, where: str) -> Iterator[Path]:
+    for name in given_in(record):
+        if not isinstance(name, str):
+            raise PictureError(f"{where}: expected the path of a picture, got {name!r:.80}")
+        if not (file := path.parent / name).is_file():
+            raise PictureError(f"{where}: expected a picture at {file}, found none")
+        yield file
 
 
 def _generate(task: str, n: int, seed: int, args: dict[str, Any]) -> list[Question]:

@@ -1,4 +1,4 @@
-"""Rows of calibration: what a model is given, one row or several together.
+"""Rows: what a model is given, one or several together.
 
 Legend: B rows, L positions.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,11 @@ class Row:
         shapes = {n: None if self.by_token(n) else tuple(v.shape[1:]) for n, v in self.seen.items()}
         return tuple((name, shape or ()) for name, shape in sorted(shapes.items()))
 
+    def followed_by(self, ids: Sequence[int]) -> Row:
+        """The row with more token ids behind it, none of them a picture's."""
+        seen = {n: pad(v, (0, len(ids))) if self.by_token(n) else v for n, v in self.seen.items()}
+        return Row([*self.ids, *ids], seen)
+
     def by_token(self, name: str) -> bool:
         """Whether an input has a value for each token."""
         return tuple(self.seen[name].shape) == (1, len(self.ids))
@@ -52,7 +58,7 @@ def together(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     for name in rows[0].seen:
         values = [row.seen[name] for row in rows]
         if rows[0].by_token(name):
-            values = [torch.nn.functional.pad(v, (0, shape[1] - v.shape[1])) for v in values]
+            values = [pad(v, (0, shape[1] - v.shape[1])) for v in values]
         seen[name] = torch.cat(values)
     return ids_BL, valid_BL, seen
 
@@ -71,10 +77,17 @@ def called_with(
     ids_BL: Tensor, seen: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What a model is called with: its other inputs too, pixels in its own precision."""
-    inputs: dict[str, Any] = {"input_ids": ids_BL.to(device), "use_cache": False}
-    for name, value in seen.items():
-        inputs[name] = value.to(device, dtype if value.is_floating_point() else value.dtype)
-    return inputs
+    return {"input_ids": ids_BL.to(device), "use_cache": False, **placed(seen, device, dtype)}
+
+
+def placed(
+    seen: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Other inputs than token ids on a model's device, pixels in its own precision."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in seen.items()
+    }
 
 
 def alike(rows: Sequence[Row], slots: int, least: float = 0.0) -> Iterator[list[Row]]:

@@ -1,0 +1,146 @@
+"""Chats with pictures, as rows: what a model's own processor makes of them.
+
+Messages are those of transformers' chat templates: the content of a turn is a list of parts,
+`{"type": "text", "text": …}` and `{"type": "image", "path": …}`. No family is named here: which tokens
+stand for a picture, and what else the model is given (pixels, grids, kinds of tokens), is the processor's
+matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoProcessor
+
+from deltacome.errors import PictureError
+from deltacome.rows import Row
+
+PLACES = ("path", "image", "url", "base64")
+"""Where a part of a message has its picture: the first two name a file, or hold what a data set gives."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Messages with pictures that were not opened yet: of many only some are drawn."""
+
+    messages: list[dict[str, Any]]
+    where: str
+    """What an error names."""
+
+
+def seen_in(item: dict[str, Any], folder: Path, where: str) -> Seen | None:
+    """The chat of a line that has pictures, or None if it has none.
+
+    They are in the parts of its `messages`, or in `image` or `images` beside them, in the order of parts
+    that say `{"type": "image"}` and nothing more, or beside `prompt` and `answer`.
+
+    Raises:
+        PictureError: a picture is not there (relative paths are in `folder`), or belongs nowhere.
+    """
+    given = given_in(item)
+    messages = item.get("messages")
+    if messages is None and given and {"prompt", "answer"} <= item.keys():
+        asked = question(str(item["prompt"]), [{"type": "image"} for _ in given])
+        messages = [asked, {"role": "assistant", "content": [_text(str(item["answer"]))]}]
+    if not isinstance(messages, list) or not any(map(_pictures, messages)):
+        if given:
+            raise PictureError(
+                f"{where}: has {len(given)} pictures, and neither prompt and answer nor messages with a "
+                "part of type image for each"
+            )
+        return None
+    left = iter(given)
+    found = [
+        {**m, "content": [_placed(part, left, folder, where) for part in _parts(m)]}
+        for m in messages
+    ]
+    if rest := list(left):
+        raise PictureError(f"{where}: {len(rest)} more pictures than its messages have parts for")
+    return Seen(found, where)
+
+
+def given_in(item: dict[str, Any]) -> list[Any]:
+    """What a line has in `image` or `images`."""
+    given = item.get("images", item.get("image"))
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
+def question(prompt: str, pictures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A user's turn: pictures, as parts of a message, and what is asked about them."""
+    return {"role": "user", "content": [*pictures, _text(prompt)]}
+
+
+def load_processor(folder: str | Path, revision: str | None = None) -> Any:
+    """The processor of a model that sees, from its folder or the Hub.
+
+    Raises:
+        PictureError: there is none.
+    """
+    try:
+        found = AutoProcessor.from_pretrained(folder, revision=revision, trust_remote_code=False)
+    except Exception as error:  # which one depends on what is missing
+        raise PictureError(f"{folder}: expected a processor for pictures: {error}") from error
+    if not hasattr(found, "image_processor"):  # of a model that reads text it is the tokenizer
+        kind = type(found).__name__
+        raise PictureError(f"{folder}: expected a processor for pictures, got {kind}")
+    return found
+
+
+def picture_row(processor: Any, seen: Seen, *, opens: bool = False) -> Row:
+    """What a model is given of a chat with pictures.
+
+    Args:
+        processor: what `load_processor` gave.
+        opens: the row ends where the model's next turn begins.
+
+    Raises:
+        PictureError: the processor refuses the messages.
+    """
+    try:
+        inputs = processor.apply_chat_template(
+            seen.messages,
+            tokenize=True,
+            add_generation_prompt=opens,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    except Exception as error:  # a template and an image processor raise what they like
+        raise PictureError(f"{seen.where}: the processor refuses it: {error}") from error
+    (ids,) = inputs.pop("input_ids").tolist()
+    inputs.pop("attention_mask", None)
+    return Row(ids, {n: v for n, v in inputs.items() if isinstance(v, Tensor)})
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _parts(message: Any) -> list[Any]:
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, list) else [_text(str(content))]
+
+
+def _pictures(message: Any) -> bool:
+    return any(isinstance(part, dict) and part.get("type") == "image" for part in _parts(message))
+
+
+def _placed(part: Any, left: Iterator[Any], folder: Path, where: str) -> Any:
+    """A part of a message with its picture, a file named from where it can be opened."""
+    if not isinstance(part, dict) or part.get("type") != "image":
+        return part
+    if not any(part.get(key) is not None for key in PLACES):
+        picture = next(left, None)
+        if picture is None:
+            raise PictureError(f"{where}: a part of its messages is a picture, and there is none")
+        part = {**part, "image": picture}
+    for key in PLACES[:2]:
+        if isinstance(part.get(key), str):
+            file = folder / part[key]
+            if not file.is_file():
+                raise PictureError(f"{where}: expected a picture at {file}, found none")
+            part = {**part, key: str(file)}
+    return part
