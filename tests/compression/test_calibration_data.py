@@ -74,6 +74,16 @@ def test_objects_with_text_messages_or_prompt_and_answer(tuned, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("who", "what"), [("from", "value"), ("role", "content")])
+def test_conversations(tuned, tmp_path, who, what):
+    said = [("system", "be"), ("human", "an <image> of"), ("gpt", "two"), ("user", "three")]
+    item = {"conversations": [{who: role, what: text} for role, text in said]}
+    (row,) = rows_of(write_jsonl(tmp_path / "c.jsonl", [item]), tuned, seq_len=200)
+    assert decode(tuned, row) == (
+        "<|system|>be<end><|user|>an <image> of<end><|assistant|>two<end><|user|>three<end>"
+    )
+
+
 def test_prompt_and_answer_without_a_template(plain, tmp_path):
     source = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "four ", "answer": "five"}])
     (row,) = rows_of(source, plain)
@@ -98,6 +108,11 @@ def test_blank_lines_and_rare_line_separators_are_no_lines(tuned, tmp_path):
         ('{"text": null}', r"c\.jsonl:1: expected an object with text"),
         ('{"messages": [{"content": "no role"}, 3]}', r"c\.jsonl:1: "),
         ('{"messages": ["no object"]}', r"c\.jsonl:1: "),
+        (
+            '{"conversations": [{"from": "human"}]}',
+            r"c\.jsonl:1: expected turns with from and value",
+        ),
+        ('{"conversations": ["no object"]}', r"c\.jsonl:1: expected turns .*'no object'"),
         ("", "expected text"),
         ("\n \n", "expected text"),
         ('{"text": ""}', "expected text"),

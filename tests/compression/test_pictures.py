@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import pipeline
+from deltacome.compression.conversations import as_messages
 from deltacome.compression.data import answers_from, calibration_rows
 from deltacome.compression.distill import _inputs, _picking, _Tuned
 from deltacome.compression.run import stream_of
@@ -242,12 +243,26 @@ def asked(*parts):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "one"}]}]
 
 
+def turns(said):
+    return [{"from": "human", "value": said}, {"from": "gpt", "value": "two"}]
+
+
+def test_conversations_are_messages():
+    item = as_messages({"id": 7, "image": "a.png", "conversations": turns("one\n<image>\ntwo")}, "")
+    parts = [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}]
+    answer = {"role": "assistant", "content": "two"}
+    messages = [{"role": "user", "content": parts}, answer]
+    assert item == {"id": 7, "image": "a.png", "messages": messages}
+
+
 @pytest.mark.parametrize(
     "line",
     [
         {"images": ["red.png", "blue.png"], "messages": asked(PICTURE, PICTURE)},
         {"image": "red.png", "messages": asked(PICTURE, PICTURE | {"path": "blue.png"})},
         {"messages": asked(PICTURE | {"image": "red.png"}, PICTURE | {"path": "blue.png"})},
+        {"images": ["red.png", "blue.png"], "conversations": turns("<image>\n<image>one and")},
+        {"images": ["red.png", "blue.png"], "conversations": turns("one<image> and <image>")},
     ],
 )
 def test_ways_to_give_pictures(vision, source, line):
@@ -265,6 +280,8 @@ def test_ways_to_give_pictures(vision, source, line):
         ({"image": "red.png", "messages": asked()}, "has 1 pictures, and neither prompt and ans"),
         ({"messages": asked(PICTURE)}, "a part of its messages is a picture, and there is none"),
         ({"images": ["red.png"] * 3, "messages": asked(PICTURE)}, "2 more pictures than its mes"),
+        ({"image": "red.png", "conversations": turns("no place")}, "has 1 pictures, and neither"),
+        ({"image": "red.png", "conversations": turns("<image><image>")}, "a part of its messages is a"),
     ],
 )
 def test_a_picture_belongs_somewhere(vision, source, line, reason):

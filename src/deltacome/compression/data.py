@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from deltacome.compression.conversations import as_messages
 from deltacome.errors import CalibrationError
 from deltacome.pictures import Seen, load_processor, picture_row, seen_in
 from deltacome.rows import Row
@@ -48,8 +49,8 @@ def calibration_rows(
 
     Args:
         source: `self`; a `.txt` file (cut into rows); a `.jsonl` file with an object per line that
-            has `text`, `messages`, or `prompt` and `answer`, with pictures too (`pictures`); or a data
-            set on the Hub with such columns (needs the `datasets` package).
+            has `text`, `messages`, `conversations`, or `prompt` and `answer`, with pictures too
+            (`pictures`); or a data set on the Hub with such columns (needs the `datasets` package).
         tuned: folder of the tuned model, for its tokenizer, template and (`self`) weights.
         on_step: called with steps done and in all while the model writes.
 
@@ -164,8 +165,10 @@ def _json(line: str, where: str) -> Any:
 
 
 def _text_of(item: Any, tokenizer: Any, where: str, folder: Path) -> Text | Seen:
-    if isinstance(item, dict) and (seen := seen_in(item, folder, where)):
-        return seen
+    if isinstance(item, dict):
+        item = as_messages(item, where)
+        if seen := seen_in(item, folder, where):
+            return seen
     if isinstance(item, dict) and isinstance(item.get("text"), str):
         return item["text"], False
     if isinstance(item, dict) and isinstance(item.get("messages"), list):
@@ -176,7 +179,8 @@ def _text_of(item: Any, tokenizer: Any, where: str, folder: Path) -> Text | Seen
             return "".join(text for _, text in turns), False
         return _chat(tokenizer, [{"role": role, "content": text} for role, text in turns], where)
     raise CalibrationError(
-        f"{where}: expected an object with text, messages, or prompt and answer, got {item!r:.80}"
+        f"{where}: expected an object with text, messages, conversations, or prompt and answer, got "
+        f"{item!r:.80}"
     )
 
 

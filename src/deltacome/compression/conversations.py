@@ -1,0 +1,47 @@
+"""Chats as ShareGPT and LLaVA have them, as the messages of a chat template.
+
+A turn there is `{"from": "human", "value": "…"}`; where a picture enters, its text says `<image>`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from deltacome.errors import CalibrationError
+from deltacome.pictures import given_in
+
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Those that are called otherwise in templates."""
+MARK = re.compile(r"\s*<image>\s*")
+
+
+def as_messages(item: dict[str, Any], where: str) -> dict[str, Any]:
+    """An object of a data set whose `conversations` are `messages`; any other stays as it is.
+
+    Raises:
+        CalibrationError: a turn says neither who speaks nor what.
+    """
+    turns = item.get("conversations")
+    if "messages" in item or not isinstance(turns, list):
+        return item
+    sees = bool(given_in(item))
+    rest = {key: value for key, value in item.items() if key != "conversations"}
+    return {**rest, "messages": [_message(turn, sees, where) for turn in turns]}
+
+
+def _message(turn: Any, sees: bool, where: str) -> dict[str, Any]:
+    said = turn if isinstance(turn, dict) else {}
+    role, text = said.get("from", said.get("role")), said.get("value", said.get("content"))
+    if not isinstance(role, str) or not isinstance(text, str):
+        raise CalibrationError(
+            f"{where}: expected turns with from and value, or role and content, got {turn!r:.80}"
+        )
+    role = ROLES.get(role, role)
+    if not sees or not MARK.search(text):
+        return {"role": role, "content": text}
+    parts: list[dict[str, str]] = []
+    for i, words in enumerate(MARK.split(text)):
+        parts += [{"type": "image"}] if i else []
+        parts += [{"type": "text", "text": words}] if words else []
+    return {"role": role, "content": parts}
