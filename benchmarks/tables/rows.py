@@ -27,9 +27,10 @@ def baselines(size: Size) -> list[Row]:
 
 def main_rows(size: Size) -> list[Row]:
     """All methods, ours last, at half the bytes too, and before it the paper's with its last step."""
+    distilled: list[Row] = [("Delta-CoMe, distilled too", DeltaCome(distill=size.fit), RATIO)]
     return [
         *baselines(size),
-        ("Delta-CoMe, distilled too", DeltaCome(distill=size.fit), RATIO),
+        *(distilled if size.distilled else []),
         ("adaptive", Adaptive(distill=size.fit), RATIO),
         ("adaptive, half the bytes", Adaptive(distill=size.fit), 2 * RATIO),
     ]
