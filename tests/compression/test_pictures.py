@@ -281,7 +281,10 @@ def test_ways_to_give_pictures(vision, source, line):
         ({"messages": asked(PICTURE)}, "a part of its messages is a picture, and there is none"),
         ({"images": ["red.png"] * 3, "messages": asked(PICTURE)}, "2 more pictures than its mes"),
         ({"image": "red.png", "conversations": turns("no place")}, "has 1 pictures, and neither"),
-        ({"image": "red.png", "conversations": turns("<image><image>")}, "a part of its messages is a"),
+        (
+            {"image": "red.png", "conversations": turns("<image><image>")},
+            "a part of its messages is a",
+        ),
     ],
 )
 def test_a_picture_belongs_somewhere(vision, source, line, reason):
