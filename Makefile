@@ -29,10 +29,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/
 demo: install
 	$(BIN)/python examples/demo.py -o work/demo
 
-# All tables, or TABLES="t2 t11"; SIZE=small for two cores and an hour. What was made is kept in work/.
+# All tables, or TABLES="t2 t11". SIZE=small alone is T3, T8 and the case: two cores, an hour. What was made
+# is kept in work/.
 SIZE ?= full
 TABLES ?=
-tables: install work/base $(if $(filter full,$(SIZE)),work/gemma)
+tables: install work/base $(if $(or $(filter full,$(SIZE)),$(filter t5,$(TABLES))),work/gemma)
 	$(BIN)/python benchmarks/tables/run.py --size $(SIZE) $(TABLES)
 
 work/base: | install

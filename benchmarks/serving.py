@@ -256,7 +256,10 @@ def page(results: list[dict]) -> Iterator[str]:
             ]
             speed = f"{said['tokens_per_second']:.1f} | {said['of_first']:.2f}"
             yield f"| {row} | {speed} | {' | '.join(times)} | {said['resident'] / 2**20:,.0f} |"
-        yield "\nTimes: median / 99th percentile. Memory: of all processes of a row's servers."
+        yield (
+            "\nTimes: median / 99th percentile. Of the first row: median over turns of the ratio within "
+            "a turn, not the quotient of the two rates. Memory: of all processes of a row's servers."
+        )
         yield f"\n```bash\n{result['command']}\n```\n"
 
 

@@ -123,6 +123,21 @@ def test_methods(cli, pair, options, said, tmp_path):
     assert json.loads((tmp_path / "a" / "delta_config.json").read_text())["method"] == said
 
 
+@pytest.mark.parametrize(
+    ("method", "ratio"), [("delta-come", 16), ("residual", 12), ("bitdelta", None)]
+)
+def test_the_ratio_where_none_is_asked_for(cli, pair, artifact, monkeypatch, method, ratio):
+    asked = []
+
+    def compress(*args, **options):
+        asked.append(options["ratio"])
+        return deltacome.Artifact.open(artifact)
+
+    monkeypatch.setattr(sys.modules["deltacome.compression"], "compress", compress)
+    code, _, _ = cli("compress", *pair, "-o", "a", "--method", method)
+    assert (code, asked) == (0, [ratio])
+
+
 def test_a_searched_plan(cli, pair, tmp_path):
     text = tmp_path / "c.txt"
     text.write_text("\n".join(text_lines(9)))
@@ -194,8 +209,16 @@ def test_plan_and_capacity(cli, artifact, pair):
     said = json.loads(out)
     assert said["tenants"] > 10
     assert said["allocated"] == pytest.approx(said["usable"], rel=0.2)
-    code, out, _ = cli("capacity", pair[0], *size)
+    code, out, err = cli("capacity", pair[0], *size)
+    assert (code, err) == (0, "")
     assert f"tenants: {said['tenants']:,}" in out
+
+
+def test_a_server_without_a_cache_is_warned_of(cli, pair):
+    code, out, err = cli("capacity", pair[0], "--ratio", "4", "--gpu-gib", "0.05")
+    assert code == 0
+    assert "kv cache: 0" in out
+    assert "no KV cache" in err
 
 
 def test_export(cli, artifact, pair, tmp_path):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltacome.evals.divergence import over_rows
+from deltacome.evals.score import exact_match
+from deltacome.evals.tasks import Question
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -16,6 +18,20 @@ def score(cell: dict[str, Any]) -> str:
     """`52.4 (48.0–56.7)`, percent with the 95 % interval."""
     low, high = 100 * cell["score_low"], 100 * cell["score_high"]
     return f"{100 * cell['score']:.1f} ({low:.1f}–{high:.1f})"
+
+
+def lost_won(cell: dict[str, Any], tuned: dict[str, Any], questions: Sequence[Question]) -> str:
+    """`3 / 1`: questions that the tuned model has right and a cell has not, and the other way round.
+
+    Both were asked the same, so this tells what a difference of two scores with their intervals does not.
+    """
+    right = [
+        [exact_match(said, question.answer) for said, question in zip(of, questions, strict=True)]
+        for of in (cell["answers"], tuned["answers"])
+    ]
+    lost = sum(theirs and not ours for ours, theirs in zip(*right, strict=True))
+    won = sum(ours and not theirs for ours, theirs in zip(*right, strict=True))
+    return f"{lost} / {won}"
 
 
 def kl(cell: dict[str, Any], kind: str) -> str:

@@ -20,7 +20,7 @@ def baselines(size: Size) -> list[Row]:
         ("BitDelta, initial scales", BitDelta(), None),
         ("BitDelta", BitDelta(distill=size.distill), None),
         ("Delta-CoMe", DeltaCome(), RATIO),
-        ("residual (D-QReLO)", Residual(), 12.0),
+        ("residual (D-QRELO)", Residual(), 12.0),
         ("PrinMix", PrinMix(), RATIO),
     ]
 

@@ -57,11 +57,12 @@ def main() -> None:
             words = ["--tasks", *options.tasks] if options.tasks else []
             words += ["--rows", str(options.rows)] if options.rows else []
             words += ["--seeds", *map(str, options.seeds)] if options.seeds else []
-            words += ["--only-kept"] * options.only_kept
             command = (
                 f"python benchmarks/tables/run.py {name} --size {options.size} {' '.join(words)}"
             )
         spent = f"{seconds:.0f} s of work not kept"
+        if options.only_kept:
+            spent += "; what it lacks of that command's cells was not made (`--only-kept`)"
         text = f"{section}\n\n`{command}`, {spent}. {provenance(lab)}\n"
         print(text, flush=True)
         _replace_section(options.report, text)

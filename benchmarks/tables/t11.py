@@ -40,14 +40,21 @@ def make(lab: Lab) -> str:
     rows = "" if lab.size.rows == Size.rows else f"_{lab.size.rows}"
     picture = PICTURES / f"curve_{task}{rows}.png"
     _draw(picture, task, found, tuned)
+    named = [(name, cell) for name, cells in found.items() for cell in cells]
+    named += [(f"{name}{_seed(seed)}", c) for (name, _, seed), c in at.items() if seed != first]
+    questions = lab.questions(task)
     table = [
-        [name, *md.sizes(c), md.score(c), md.kl(c, "task"), md.kl(c, "text")]
-        for name, cells in found.items() for c in cells
-    ] + [
-        [f"{name}{_seed(seed)}", *md.sizes(c), md.score(c), md.kl(c, "task"), md.kl(c, "text")]
-        for (name, _, seed), c in at.items() if seed != first
-    ]  # fmt: skip
-    header = ["method", *md.SIZES, f"{task} %", "KL task", "KL text"]
+        [
+            name,
+            *md.sizes(cell),
+            md.score(cell),
+            md.lost_won(cell, tuned, questions),
+            md.kl(cell, "task"),
+            md.kl(cell, "text"),
+        ]
+        for name, cell in named
+    ]
+    header = ["method", *md.SIZES, f"{task} %", "lost / won", "KL task", "KL text"]
     return (
         f"## T11: ratios\n\n![Score and KL against bytes, {task}]({picture.name})\n\n"
         f"Tuned: {md.score(tuned)}.\n\n" + md.table(header, table) + _goals(at, tuned)

@@ -6,6 +6,8 @@ import cells as md
 from lab import Lab
 from rows import main_rows
 
+from deltacome.evals.tasks import Question
+
 
 def make(lab: Lab) -> str:
     return "## T3: main table, SmolLM2-135M-Instruct\n\n" + methods_table(lab)
@@ -16,33 +18,41 @@ def methods_table(lab: Lab) -> str:
     tasks = lab.size.tasks
     dense = [("backbone", [lab.measure(t, lab.dense(lab.base)) for t in tasks])]
     dense += [("tuned", [lab.measure(t, lab.dense(lab.tenant(t))) for t in tasks])]
-    rows = [_row(name, cells) for name, cells in dense]
     tuned = dense[1][1]
+    questions = [lab.questions(task) for task in tasks]
+    rows = [_row(name, cells, tuned, questions) for name, cells in dense]
     for name, method, ratio in main_rows(lab.size):
         for seed in lab.size.seeds if method.calibrates else lab.size.seeds[:1]:
             if not all(lab.wanted(task, method, ratio, seed) for task in tasks):
                 continue
             cells = [lab.cell(task, method, ratio, seed) for task in tasks]
             label = f"{name}, seed {seed}" if seed else name
-            rows.append(_row(label, cells, tuned))
-    header = ["", *md.SIZES, *(f"{task} %" for task in tasks), "mean % of tuned"]
+            rows.append(_row(label, cells, tuned, questions))
+    header = ["", *md.SIZES]
+    for task in tasks:
+        header += [f"{task} %", "lost / won"]
+    header += ["mean % of tuned"]
     header += [f"KL {task}" for task in tasks] + ["KL text, mean"]
     return md.table(header, rows)
 
 
 def _row(
-    name: str, cells: list[dict[str, Any]], tuned: list[dict[str, Any]] | None = None
+    name: str,
+    cells: list[dict[str, Any]],
+    tuned: list[dict[str, Any]],
+    questions: list[list[Question]],
 ) -> list[str]:
-    kept = "–"
-    if tuned is not None:
-        shares = [c["score"] / t["score"] for c, t in zip(cells, tuned, strict=True) if t["score"]]
-        kept = f"{100 * sum(shares) / len(shares):.1f}" if shares else "–"
+    shares = [c["score"] / t["score"] for c, t in zip(cells, tuned, strict=True) if t["score"]]
+    kept = f"{100 * sum(shares) / len(shares):.1f}" if shares else "–"
+    scores = []
+    for cell, of, asked in zip(cells, tuned, questions, strict=True):
+        scores += [md.score(cell), md.lost_won(cell, of, asked)]
     text = [cell["kl_text"] for cell in cells]
     of_text = md.kl(cells[0], "text") if len(cells) == 1 else md.nats(_mean(text))
     return [
         name,
         *md.sizes(cells[0]),
-        *(md.score(cell) for cell in cells),
+        *scores,
         kept,
         *(md.kl(cell, "task") for cell in cells),
         of_text,

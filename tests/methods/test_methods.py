@@ -119,7 +119,7 @@ def test_a_residual_is_closer_than_its_signs_alone():
 
 
 def test_signs_suit_a_flat_spectrum_and_low_rank_a_steep_one():
-    # Why D-QReLO takes both: equal bytes, deltas of little and of much rank.
+    # Why D-QRELO takes both: equal bytes, deltas of little and of much rank.
     def errors(power):
         delta, nbytes = long_tailed(power=power), 2 * OUT * IN / 15
         plans = LowRank().planner({"w": Matrix((OUT, IN), lambda: delta)})(nbytes)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deltacome.cli.options import Device, Json
-from deltacome.cli.printing import quiet_libraries
+from deltacome.cli.printing import quiet_libraries, stderr
 
 
 def capacity(
@@ -21,7 +21,10 @@ def capacity(
     ratio: Annotated[
         float | None, typer.Option(help="In place of an artifact, one that is yet to be made.")
     ] = None,
-    kv_gib: Annotated[float, typer.Option(help="KV cache, GiB.")] = 0,
+    kv_gib: Annotated[
+        float,
+        typer.Option(help="KV cache, GiB. With none, and no --kv-tokens, no server could run."),
+    ] = 0,
     kv_tokens: Annotated[int, typer.Option(help="KV cache, tokens at 16 bits.")] = 0,
     utilization: Annotated[float, typer.Option(help="Share of the memory to be used.")] = 0.9,
     check: Annotated[
@@ -53,3 +56,6 @@ def capacity(
         print(json.dumps(result))
         return
     print("\n".join(f"{key.replace('_', ' ')}: {value:,}" for key, value in result.items()))
+    if not found.kv_cache:
+        line = "warning: no KV cache (--kv-gib, --kv-tokens) was counted; a server needs one"
+        stderr.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -24,7 +24,10 @@ def plan(
     probe: Annotated[bool, typer.Option(help="Off: do not measure this machine.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Say what compressing TUNED would need and give, from headers and a short measurement."""
+    """Say what compressing TUNED by delta-come would need and give, from headers and a short measurement.
+
+    Memory, disk and time are of the first ratio.
+    """
     quiet_libraries()
     from deltacome.compression.forecast import RATIOS, forecast
 

@@ -1,6 +1,6 @@
 """Low rank: the first singular directions of the delta, in half precision.
 
-Ryu et al. 2023 (arXiv 2311.12727, "Efficient storage of fine-tuned models via low-rank approximation
+Ryu et al. 2023 (arXiv 2305.18425, "Efficient storage of fine-tuned models via low-rank approximation
 of weight residuals"): by Eckart and Young no matrix of that rank is closer to the delta. Inputs are
 not looked at. A merged LoRA of no higher rank comes back whole.
 """

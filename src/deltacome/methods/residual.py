@@ -1,6 +1,6 @@
 """Residual: signs for the bulk of the delta, a low rank for what they leave.
 
-D-QReLO (arXiv 2604.16940), made for fine-tunes on much data, whose deltas are large and full of
+D-QRELO (arXiv 2604.16940), made for fine-tunes on much data, whose deltas are large and full of
 rank: one bit an entry first, as in BitDelta, then an SVD of the residual `D − α Sign(D)`. Data-free.
 The singular vectors are kept at 16 bits, or at what the template says, rounded to nearest.
 
