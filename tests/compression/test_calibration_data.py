@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_pairs import VOCAB, make_tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltacome.compression import data
 from deltacome.compression.data import calibration_rows
 from deltacome.errors import CalibrationError
 
@@ -192,6 +193,23 @@ def test_self_depends_on_its_seed_and_leaves_the_global_one(tuned):
     torch.manual_seed(8)
     assert rows_of("self", tuned) == first
     assert rows_of("self", tuned, seed=1) != first
+
+
+@pytest.mark.parametrize(("cpu", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_self_is_written_in_what_this_cpu_is_fast_at(tuned, tmp_path, monkeypatch, cpu, dtype):
+    rounded = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.bfloat16)
+    rounded.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tuned).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    written, ways = data._continue, set()
+
+    def note(model, *rest):
+        ways.add(model.dtype)
+        return written(model, *rest)
+
+    monkeypatch.setattr(data, "_continue", note)
+    assert len(rows_of("self", tmp_path)) == 6
+    assert ways == {dtype}
 
 
 def test_self_without_a_template(plain, pairs):

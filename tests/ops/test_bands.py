@@ -71,7 +71,9 @@ def check_rows(slots, table, deltas, impl, tile=16, *, dtype=torch.float32, scal
 def test_every_width(impl, bits, tile):
     plans = [(Band(bits, 35),), (Band(bits, 2),)]
     slots = [1, -1, 0, 2, 1]  # one tenant twice, another once, none, and a slot that is empty
-    for out, size in ((1, 1), (63, 65), (64, 128), (129, 127), (150, 1100), (700, 33)):
+    shapes = ((1, 1), (63, 65), (64, 128), (129, 127), (150, 1100), (700, 33))
+    long = tile == 16 or not INTERPRETED  # that walks through many blocks for seconds
+    for out, size in shapes if long else shapes[:4]:
         table, deltas = filled(size, [out], plans, slots=3)
         check(slots, table, deltas, impl, tile)
         check_rows(slots, table, deltas, impl, tile, scale=7.5)
@@ -92,7 +94,8 @@ def test_every_width_in_bfloat16(impl):
             expected = expected_of(x_TI, slots, deltas)
             error = (y_TO.cpu() - expected).norm(dim=-1)
             assert (error <= 5e-4 * expected.norm(dim=-1)).all(), (out, bits)
-            for j, slot in enumerate(slots):  # whoever else is in the batch
+            for j, slot in list(enumerate(slots))[: 4 if INTERPRETED else None]:
+                # Whoever else is in the batch.
                 alone = torch.zeros_like(y_TO[:1])
                 bands(alone, x_TI[j : j + 1], rows_of([slot], table), table, impl=impl)
                 assert (alone - y_TO[j]).norm() <= 1e-6 * expected[j].norm()

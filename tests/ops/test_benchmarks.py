@@ -54,7 +54,7 @@ def gpu(monkeypatch):
     for name, value in {
         "DEVICE": "cpu",
         "DTYPE": torch.float16,
-        "SIZES": (512,),
+        "SIZES": (256,),
         "LLAMA": {(192, 256): (Band(8, 2), Band(3, 4), Band(2, 9))},
         "BEYOND_CACHE": 0,
         "graph_time": lambda calls: (calls(), 1.0)[1],

@@ -6,8 +6,9 @@ the question too (as in Magpie, Xu et al. 2024, arXiv 2406.08464), then answers 
 starts from a random token (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888), so that the rest of
 what the model knows is covered. Sampling, not greedy: greedy text repeats itself.
 
-`self` holds the whole tuned model in memory while it writes. Where it does not fit, give a file. It has
-no pictures either: for a vision-language model, give a file with some (`pictures`).
+`self` holds the whole tuned model in memory while it writes, in float32 on a CPU that is slow at 16 bit.
+Where it does not fit, give a file. It has no pictures either: for a vision-language model, give a file
+with some (`pictures`).
 """
 
 from __future__ import annotations
@@ -256,7 +257,8 @@ def _write(
 ) -> list[list[int]]:
     """Lets the tuned model write; the global random state is left as it was."""
     kind = model_class(read_config(tuned), tuned)  # a model that sees can write, too
-    model: Any = kind.from_pretrained(tuned, dtype="auto", trust_remote_code=False)
+    dtype = torch.float32 if device == "cpu" and _slow_at_16_bit() else "auto"
+    model: Any = kind.from_pretrained(tuned, dtype=dtype, trust_remote_code=False)
     model.to(device).eval()
     draw = random.Random(seed)
     special = set(tokenizer.all_special_ids)
@@ -279,6 +281,11 @@ def _write(
     del model
     gc.collect()
     return rows
+
+
+def _slow_at_16_bit() -> bool:
+    """Whether this CPU writes rows by the dozen several times as fast in float32."""
+    return torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
 
 
 def _opening(tokenizer: Any) -> list[int]:
