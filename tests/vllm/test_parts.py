@@ -1,6 +1,7 @@
 """Parts of the plugin that need no engine."""
 
 import asyncio
+import inspect
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 from vllm.lora.layers import LoRAMappingType
+from vllm.model_executor import models
 
 import deltacome.vllm
 from deltacome.arch.checkpoint import Checkpoint
@@ -28,18 +30,21 @@ from deltacome.format.canary import Canary, canary_ids
 from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.spec import Band, bands_nbytes
 from deltacome.vllm import compat, version
+from deltacome.vllm import manager as manager_module
 from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.launch import Launch, plan_launch
-from deltacome.vllm.manager import ModelManager, default_slot_bytes
+from deltacome.vllm.manager import ModelManager, WorkerManager, default_slot_bytes
 from deltacome.vllm.manners import Manners
 from deltacome.vllm.places import Part, Place, find_places
 from deltacome.vllm.plugin import register
+from deltacome.vllm.refuse import NORM_BEHIND, refuse_options
 from deltacome.vllm.request import artifact_path, content_path, has_digest, is_artifact
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.shard import common_group, shard_bands, shard_signs
 from deltacome.vllm.share import worker_nbytes
 from deltacome.vllm.step import Step
 from deltacome.vllm.tenant import Base, Tenant, load_tenant
+from deltacome.vllm.tokenizers import check_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +156,30 @@ def test_shards_that_cut_a_block_are_refused():
         shard_bands("w", blob, (320, 256), PLAN, 128, rows, (0, 256), group)
 
 
+def test_shards_that_cut_a_block_have_groups_that_kernels_take():
+    """A vocabulary of 32,000 on eight workers: the second begins at 4,000, and has 16-bit bands alone."""
+    cut = Place("w", nn.Module(), "head", (Part("w", ((4000, 8000),), (0, 64)),))
+    assert cut.group(128) == 64
+    plan = (Band(16, 2),)
+    blob = write_bands(random_bands((8192, 64), plan, 128))
+    shard = shard_bands("w", blob, (8192, 64), plan, 128, [(4000, 8000)], (0, 64), 64)
+    whole = dense(read_bands(blob, (8192, 64), plan, 128))
+    assert torch.equal(dense(read_bands(shard, (4000, 64), plan, 64)), whole[4000:8000])
+    blob = write_bands(random_bands((8192, 64), (Band(2, 2),), 128))
+    with pytest.raises(UnsupportedError, match="cuts it at 4000 and 8000 of 8192"):
+        shard_bands("w", blob, (8192, 64), (Band(2, 2),), 128, [(4000, 8000)], (0, 64), 64)
+    assert common_group(32, [[(4016, 8032)]]) == 32
+    assert common_group(96, [[(192, 384)]]) == 96
+    # Beside such a shard another one may be whole, or begin where a block does.
+    assert common_group(128, [[(96, 192)], [(0, 320)], [(192, 320)]]) == 64
+    blob = write_bands(random_bands((320, 64), PLAN, 128))
+    whole = dense(read_bands(blob, (320, 64), PLAN, 128))
+    for start in (0, 192):
+        shard = shard_bands("w", blob, (320, 64), PLAN, 128, [(start, 320)], (0, 64), 64)
+        got = dense(read_bands(shard, (320 - start, 64), PLAN, 64))
+        assert torch.allclose(got, whole[start:], rtol=1e-5, atol=1e-6)
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -159,11 +188,19 @@ def test_rows_of_a_prompts_logprobs():
     step = Step(4, 16, torch.device("cpu"))
     step.set([2, 2, 2, -1, -1, 0, 0, 0], [2, -1, 0])
     assert not step.idle
-    hidden = torch.randn(12, 5)[2:]  # hidden states may themselves begin within a buffer
+    buffer = torch.randn(14, 5)
+    hidden = buffer[2:12]  # hidden states may themselves begin within a buffer
     assert step.sampled(hidden[:3]).slot_T.tolist() == [2, -1, 0]
     with Step.prompt_logits(hidden):
         assert step.sampled(hidden[3:7]).slot_T.tolist() == [-1, -1, 0, 0]
         assert step.sampled(hidden[0:2]).slot_T.tolist() == [2, 2]
+        assert step.sampled(hidden[9:10]).slot_T.tolist() == [-1]
+        for other in (hidden[3:7].clone(), hidden[:4, 1:], hidden[::2], hidden.new_empty(11, 5)):
+            with pytest.raises(MismatchError, match="expected a run of the 10 hidden states, got"):
+                step.sampled(other)
+        beyond = buffer[9:13]
+        with pytest.raises(MismatchError, match="got 4 rows that lie 140 bytes behind the first"):
+            step.sampled(beyond)
     assert step.sampled(hidden[:3]).slot_T.tolist() == [2, -1, 0]
     step.set([-1, -1], [-1])
     assert step.idle
@@ -218,6 +255,49 @@ def test_what_encodes_images_has_no_place():
     assert len(find_places(model)) == 4
 
 
+def embedding(kind, weight):
+    indices = SimpleNamespace(org_vocab_start_index=0, org_vocab_end_index=len(weight))
+    return module(kind, shard_indices=indices, embedding_dim=weight.shape[1], weight=weight)
+
+
+def test_a_head_is_tied_to_the_embedding_whose_weight_it_has():
+    """Gemma's E models have another one, of their layers."""
+    layers, tokens = torch.zeros(8, 16), torch.zeros(8, 4)
+    model = nn.Module()
+    model.config = SimpleNamespace(tie_word_embeddings=True)
+    model.per_layer = embedding(compat.VocabParallelEmbedding, layers)
+    model.embed = embedding(compat.VocabParallelEmbedding, tokens)
+    model.lm_head = embedding(compat.ParallelLMHead, tokens)
+    *_, head = find_places(model)
+    assert (head.kind, head.tied, head.parts[0].name) == ("head", True, "embed")
+    model.lm_head = embedding(compat.ParallelLMHead, torch.zeros(8, 4))
+    with pytest.raises(UnsupportedError, match=r"lm_head: expected the weight of per_layer, embed"):
+        find_places(model)
+    del model.per_layer, model.embed  # on another stage
+    (head,) = find_places(model)
+    assert head.parts[0].name == "lm_head"
+
+
+class Pool(compat.Pooler):
+    def get_supported_tasks(self):
+        raise NotImplementedError
+
+    def forward(self, hidden_states, pooling_metadata):
+        raise NotImplementedError
+
+
+def test_what_a_pooler_calls_has_no_place(base, tmp_path):
+    """Its rows are requests; the slots of as many tokens would be other requests'."""
+    model = nn.Module()
+    model.config = SimpleNamespace(tie_word_embeddings=False)
+    model.fc, model.score = linear(), linear()
+    model.pooler = module(Pool, head=nn.ModuleDict({"classifier": model.score}))
+    model.pooler._modules["head"] = model.pooler.head
+    assert [place.name for place in find_places(model)] == ["fc"]
+    del model.pooler
+    assert [place.name for place in find_places(model)] == ["fc", "score"]
+
+
 def test_rows_of_an_encoder_are_not_the_batchs(monkeypatch):
     seen = []
     theirs = compat.LRUCacheLoRAModelManager
@@ -234,9 +314,30 @@ def test_rows_of_an_encoder_are_not_the_batchs(monkeypatch):
 
 def test_adapters_of_towers_are_refused_by_name():
     lora = SimpleNamespace(enable_tower_connector_lora=True)
-    config = SimpleNamespace(additional_config=None, lora_config=lora)
+    of_text = SimpleNamespace(
+        using_transformers_backend=lambda: False, runner_type="generate", architecture="Llama"
+    )
+    config = SimpleNamespace(additional_config=None, lora_config=lora, model_config=of_text)
     with pytest.raises(UnsupportedError, match="--enable-tower-connector-lora: "):
         ModelManager(None, vllm_config=config, device="cpu")
+
+
+def test_a_norm_of_sampled_rows_is_refused_by_name():
+    """vLLM's own sources say which models have one."""
+    folder = Path(inspect.getfile(models)).parent
+    has = {
+        file.stem
+        for file in folder.glob("*.py")
+        for logits in re.findall(
+            r"def compute_logits\(.*?(?=\n    def |\nclass |\Z)", file.read_text(), re.DOTALL
+        )
+        if ".norm(" in logits
+    }
+    assert has == {"mimo", "step3p5"}
+    for name in NORM_BEHIND:
+        mimo = SimpleNamespace(using_transformers_backend=lambda: False, architecture=name)
+        with pytest.raises(UnsupportedError, match=f"{name}: vLLM takes its last norm"):
+            refuse_options(SimpleNamespace(model_config=mimo))
 
 
 def loaded(base, artifact, model=None, without=()):
@@ -296,6 +397,49 @@ def test_what_the_tuned_model_lacks_is_refused(base, tmp_path):
         loaded(base, artifact)
 
 
+def test_a_folder_that_is_replaced_while_it_is_read_is_refused(base, tmp_path, monkeypatch):
+    """Its new weights would be served as the old ones, whose blocks the prefix cache has."""
+    for i, name in enumerate("ab"):
+        random_artifact(base, tmp_path / name, seed=i)
+    path = content_path(str(tmp_path / "a"))
+
+    def load(id, folder, *rest):
+        (tmp_path / "a").rename(tmp_path / "old")
+        (tmp_path / "b").rename(tmp_path / "a")
+        Artifact.open(folder)
+        return Tenant(id, folder)
+
+    monkeypatch.setattr(manager_module, "load_tenant", load)
+    worker = object.__new__(WorkerManager)
+    worker._adapter_manager = object.__new__(ModelManager)
+    vars(worker._adapter_manager).update(places=[], base=None, settings=None, model=None)
+    with pytest.raises(MismatchError, match=r"a: holds other weights than .*/a#deltacome-"):
+        worker._read(1, path)
+
+
+def test_a_base_of_its_own_has_not_the_served_models_revision(base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(manager_module, "Base", lambda *args: asked.append(args))
+    monkeypatch.setattr(manager_module, "find_places", lambda model: [])
+    for own in (None, "org/base@v2"):
+        served = object.__new__(ModelManager)
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(model="org/quantised", revision="v1"),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+            scheduler_config=SimpleNamespace(max_num_seqs=4),
+        )
+        vars(served).update(
+            settings=Settings(lora=False, base=own, slot_bytes=64),
+            vllm_config=config,
+            model=None,
+            device="cpu",
+            lora_config=SimpleNamespace(max_loras=2),
+            max_num_batched_tokens=8,
+        )
+        served._create_lora_modules()
+    assert asked == [("org/quantised", "v1"), ("org/base@v2", None)]
+
+
 # --- what a tuned model says beside its weights ---------------------------------------------------
 
 
@@ -303,7 +447,8 @@ def manners(base, folder, **files):
     made = {
         name.replace("_json", ".json").replace("_jinja", ".jinja"): c for name, c in files.items()
     }
-    return Manners.read(random_artifact(base, folder, files=made), {"<end>": 0, "<stop>": 9})
+    vocabulary = {"<end>": 0, "<stop>": 9, "<beyond>": 300}
+    return Manners.read(random_artifact(base, folder, files=made), vocabulary, 300)
 
 
 def test_manners(base, tmp_path):
@@ -314,9 +459,74 @@ def test_manners(base, tmp_path):
         generation_config_json=b'{"eos_token_id": [4, 5], "temperature": 0.2, "top_k": null}',
         tokenizer_config_json=b'{"eos_token": {"content": "<stop>"}, "chat_template": "other"}',
     )
-    assert found == Manners("{{ x }}", {"temperature": 0.2}, frozenset({4, 5, 9}))
+    special = {"eos_token": "<stop>"}
+    assert found == Manners("{{ x }}", {"temperature": 0.2}, frozenset({4, 5, 9}), special)
     named = b'{"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}'
     assert manners(base, tmp_path / "c", tokenizer_config_json=named).template == "d"
+    beyond = b'{"eos_token": "<beyond>"}'  # of the model's numbers, which no answer has
+    assert manners(base, tmp_path / "d", tokenizer_config_json=beyond).ends == frozenset()
+    fine = {"temperature": 1, "top_k": 50, "top_p": 0.9, "eos_token_id": 299, "max_length": "x"}
+    found = manners(base, tmp_path / "e", generation_config_json=json.dumps(fine).encode())
+    assert found.sampling == {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
+    assert type(found.sampling["temperature"]) is float
+    assert found.ends == {299}
+
+
+WRONG = {
+    '{"temperature": true}': "temperature: expected a finite number, got True",
+    '{"temperature": NaN}': "temperature: expected a finite number, got nan",
+    '{"repetition_penalty": 1%s}' % ("0" * 400): "repetition_penalty: expected a finite number",
+    '{"temperature": 3}': "temperature: temperature must be in",
+    '{"top_p": 0}': r"top_p: top_p must be in \(0, 1\]",
+    '{"top_k": 5.0}': r"top_k: expected a whole number .*, got 5\.0",
+    '{"top_k": 4294967296}': "top_k: expected a whole number from -1 to 2147483647",
+    '{"min_p": "0.1"}': "min_p: expected a finite number, got '0.1'",
+    '{"eos_token_id": 5.0}': r"eos_token_id: expected numbers of tokens, from 0 to 299, got 5\.0",
+    '{"eos_token_id": [true]}': "eos_token_id: expected numbers .* got True",
+    '{"eos_token_id": [4, [5]]}': r"eos_token_id: expected numbers .* got \[5\]",
+    '{"eos_token_id": [4, 300]}': "eos_token_id: expected numbers .* got 300",
+    '{"eos_token_id": -1}': "eos_token_id: expected numbers .* got -1",
+    json.dumps({"eos_token_id": [*range(65)]}): "eos_token_id: expected at most 64 tokens, got 65",
+}
+
+
+@pytest.mark.parametrize("content", WRONG, ids=lambda content: content[:30])
+def test_a_generation_configuration_that_is_wrong(content, base, tmp_path):
+    """In the engine it would end the thread that reads requests, or a step."""
+    with pytest.raises(ArtifactError, match=f"a/generation_config.json: {WRONG[content]}"):
+        manners(base, tmp_path / "a", generation_config_json=content.encode())
+
+
+def test_a_template_that_is_none(base, tmp_path):
+    with pytest.raises(ArtifactError, match=r"a/chat_template\.jinja: expected UTF-8, got b'"):
+        manners(base, tmp_path / "a", chat_template_jinja=b"{{ \xff }}")
+    for i, template in enumerate((5, {"a": "b"}, [{"name": "default"}])):
+        content = json.dumps({"chat_template": template}).encode()
+        with pytest.raises(ArtifactError, match=r"chat_template: expected text, or a list with"):
+            manners(base, tmp_path / f"b{i}", tokenizer_config_json=content)
+    nameless = json.dumps({"chat_template": [{"template": "x"}, "y"]}).encode()
+    assert manners(base, tmp_path / "c", tokenizer_config_json=nameless).template is None
+
+
+def test_another_way_to_begin_a_text_is_another_tokenizer(base, tmp_path):
+    """`tokenizer.json` can be the same; what the tuned model does not say, that file does."""
+    ours = tmp_path / "base"
+    shutil.copytree(base, ours)
+
+    def check(theirs, tuned):
+        (ours / "tokenizer_config.json").write_text(json.dumps(theirs))
+        files = {"tokenizer_config.json": json.dumps(tuned).encode()}
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        check_tokenizer(random_artifact(base, tmp_path / "a", files=files), ours)
+
+    for theirs, tuned in ((False, True), (True, False), (None, True)):
+        for key in ("add_bos_token", "add_eos_token", "add_prefix_space"):
+            with pytest.raises(
+                UnsupportedError, match=rf"{key}: expected the base's, .*got {tuned}"
+            ):
+                check({key: theirs}, {key: tuned})
+    for theirs, tuned in ((True, True), (True, None), (None, False)):
+        check({"add_bos_token": theirs}, {"add_bos_token": tuned})
 
 
 def test_canary():

@@ -64,6 +64,11 @@ def other_tokenizer(stage, folder):
     random_artifact(stage.base, folder / "a", files=files)
 
 
+def wrong_manners(stage, folder):
+    files = {"generation_config.json": b'{"temperature": true}'}
+    random_artifact(stage.base, folder / "a", files=files)
+
+
 def other_code(stage, folder):
     random_artifact(stage.base, folder / "a", rms_norm_eps=0.1)
 
@@ -101,6 +106,7 @@ REFUSALS = {
     many_bands: r"expected at most 6 bands a matrix",
     grown: "rows that the base lacks.*merge",
     other_tokenizer: "another model than the base's.*base_tokenizer",
+    wrong_manners: r"generation_config\.json: temperature: expected a finite number, got True",
     other_code: "rms_norm_eps",
     tied_head: "tie_word_embeddings: the tuned model's head is its embedding",
     dead_canary: r"canary: the engine's logprobs are [\d.]+ nats from those recorded",

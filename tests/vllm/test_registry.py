@@ -13,7 +13,7 @@ from tiny_pairs import make_base
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.utils.counter import AtomicCounter
 
-from deltacome.errors import DeltaError, MismatchError, UnsupportedError
+from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.vllm import compat, frontend, metrics, registry
 from deltacome.vllm.manager import Held, WorkerManager
 from deltacome.vllm.registry import Registry
@@ -84,6 +84,7 @@ def serve(workers):
         lora_id_counter=AtomicCounter(0),
         lora_resolver_lock=defaultdict(asyncio.Lock),
         renderer=SimpleNamespace(tokenizer=None),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 300),
     )
     return Registry(models, workers, Settings(canary=None))
 
@@ -196,6 +197,76 @@ def test_a_worker_gives_a_tenant_to_its_own_path_alone():
     assert manager._load_adapter(request) == "tenant"
     with pytest.raises(MismatchError, match=r"/typo: adapter 1 is the tenant .* /t#deltacome-0"):
         manager._load_adapter(compat.LoRARequest("math", 1, "/typo", load_inplace=True))
+
+
+def unloading(monkeypatch, tenants):
+    """vLLM's registry of names, with what an unload does beside it."""
+    kind = compat.OpenAIServingModels
+    check = frontend._check_unload(kind._check_unload_lora_adapter_request)
+    monkeypatch.setattr(kind, "_check_unload_lora_adapter_request", check)
+    monkeypatch.setattr(frontend, "_registry", tenants)
+    models = object.__new__(kind)
+    vars(models).update(vars(tenants.models))
+    return models
+
+
+def test_an_unload_takes_what_has_the_name_when_its_turn_comes(folders, monkeypatch):
+    """Not what had it while a load in place ran: whose weights the workers would hold for ever."""
+
+    async def run():
+        workers = Workers(capacity=2)
+        tenants = serve(workers)
+        models = unloading(monkeypatch, tenants)
+        await tenants.load("math", str(folders[0]))
+        async with models.lora_resolver_lock["math"]:
+            request = SimpleNamespace(lora_name="math")
+            unload = asyncio.create_task(models.unload_lora_adapter(request))
+            while not models.lora_resolver_lock["math"]._waiters:
+                await asyncio.sleep(0)
+            await tenants.load("math", str(folders[1]))
+        assert "removed successfully" in await unload
+        await settle(tenants)
+        assert workers.held == [{}]
+        assert not tenants.entries
+        assert (await models.unload_lora_adapter(request)).error.code == 404
+
+    asyncio.run(run())
+
+
+def test_what_an_artifact_says_wrongly_is_refused_like_its_weights(folders, tmp_path):
+    """And not within the engine, whose thread that reads requests would end."""
+
+    async def run():
+        tenants = serve(Workers())
+        base = folders[0].parent / "base"
+        files = {"generation_config.json": b'{"temperature": true}'}
+        random_artifact(base, tmp_path / "a", files=files)
+        with pytest.raises(ArtifactError, match="temperature: expected a finite number, got True"):
+            await tenants.load("a", str(tmp_path / "a"))
+        assert not tenants.entries
+
+    asyncio.run(run())
+
+
+def test_templates_are_filled_with_the_tuned_models_tokens(folders, monkeypatch, tmp_path):
+    async def run():
+        tenants = serve(Workers())
+        monkeypatch.setattr(frontend, "_registry", tenants)
+        files = {"tokenizer_config.json": b'{"eos_token": "<|im_end|>", "bos_token": null}'}
+        random_artifact(folders[0].parent / "base", tmp_path / "a", files=files)
+        await tenants.load("a", str(tmp_path / "a"))
+
+        async def original(request, default_template=None, default_template_kwargs=None):
+            return default_template_kwargs
+
+        chat = frontend._preprocess_chat(original)
+        request = SimpleNamespace(model="a")
+        assert await chat(request, default_template_kwargs=None) == {"eos_token": "<|im_end|>"}
+        own = {"eos_token": "<own>", "x": 1}
+        assert await chat(request, default_template_kwargs=own) == own
+        assert await chat(SimpleNamespace(model="base"), default_template_kwargs=None) is None
+
+    asyncio.run(run())
 
 
 # --- several engines, several servers -------------------------------------------------------------

@@ -3,6 +3,7 @@
 There is no GPU here. What one would run is a stand-in for the kernel, which adds up by its tiles.
 """
 
+import importlib.metadata
 from types import SimpleNamespace
 
 import pytest
@@ -168,7 +169,14 @@ def test_made_up_adapters_are_adapters(monkeypatch):
 
 
 def model_config(head_dtype, sleeps=False):
-    return SimpleNamespace(dtype=torch.bfloat16, head_dtype=head_dtype, enable_sleep_mode=sleeps)
+    return SimpleNamespace(
+        dtype=torch.bfloat16,
+        head_dtype=head_dtype,
+        enable_sleep_mode=sleeps,
+        architecture="TransformersForCausalLM",
+        using_transformers_backend=lambda: False,
+        runner_type="generate",
+    )
 
 
 def managed(monkeypatch, places=(), **config):
@@ -206,6 +214,52 @@ def test_batch_sharded_sampling_is_refused(monkeypatch):
 def test_sleep_is_refused(monkeypatch):
     with pytest.raises(UnsupportedError, match="--enable-sleep-mode: "):
         managed(monkeypatch, model_config=model_config(torch.bfloat16, sleeps=True))
+
+
+def test_the_transformers_backend_is_refused_by_name(monkeypatch):
+    theirs = model_config(torch.bfloat16)
+    theirs.using_transformers_backend = lambda: True
+    with pytest.raises(UnsupportedError, match="--model-impl: TransformersForCausalLM: "):
+        managed(monkeypatch, model_config=theirs)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_head_made_of_the_bases_is_refused(inner, monkeypatch):
+    text = SimpleNamespace(classifier_from_token=["no", "yes"])
+    config = SimpleNamespace(get_text_config=lambda: text) if inner else text
+    text.get_text_config = lambda: text
+    theirs = model_config(torch.bfloat16)
+    theirs.hf_config = config
+    managed(monkeypatch, model_config=theirs)  # it writes text
+    theirs.runner_type = "pooling"
+    with pytest.raises(UnsupportedError, match="classifier_from_token: "):
+        managed(monkeypatch, model_config=theirs)
+    text.classifier_from_token = None
+    managed(monkeypatch, model_config=theirs)
+
+
+def test_graphs_that_were_compiled_without_the_plugin_are_not_found(monkeypatch):
+    """vLLM's caches go by `VllmConfig.compute_hash`, of which this is part."""
+    for given in ({}, None, {"deltacome": {"canary": None}}):
+        manager = managed(monkeypatch, additional_config=given)
+        config = manager.vllm_config.additional_config
+        assert config["deltacome_plugin"] == importlib.metadata.version("deltacome")
+        assert given is None or config is given  # copies of the configuration share it
+
+
+def test_a_tenant_that_leaves_a_slot_is_counted_and_an_ordinary_adapter_is_not(monkeypatch):
+    theirs = compat.LRUCacheLoRAModelManager
+    monkeypatch.setattr(theirs, "activate_adapter", lambda self, id: True)
+    manager = object.__new__(ModelManager)
+    manager._fill = lambda slot, tenant: None
+    manager.evictions, manager._slot_of = 0, {}
+    manager._registered_adapters = {1: object(), 2: Tenant(2, ""), 3: object()}
+    evictions = []
+    for id in (1, 2, 3, 3):
+        manager.lora_index_to_id = [id]
+        manager.activate_adapter(id)
+        evictions.append(manager.evictions)
+    assert evictions == [0, 0, 1, 1]
 
 
 def test_a_head_of_another_dtype_is_refused(monkeypatch):

@@ -16,6 +16,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -35,6 +36,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.pooler import Pooler
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -46,6 +48,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker import lora_model_runner_mixin
+from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -53,6 +56,7 @@ from deltacome.errors import UnsupportedError
 from deltacome.vllm.version import check_version, version
 
 __all__ = [
+    "MAX_NUM_STOP_TOKEN_IDS",
     "ColumnParallelLinear",
     "CpuPlatform",
     "GPUModelRunner",
@@ -71,11 +75,13 @@ __all__ = [
     "OpenAIServingModels",
     "PPMissingLayer",
     "ParallelLMHead",
+    "Pooler",
     "PromptLogprobsWorker",
     "QKVParallelLinear",
     "ReplicatedLinear",
     "RowParallelLinear",
     "SamplingParams",
+    "VLLMValidationError",
     "VocabParallelEmbedding",
     "lora_model_runner_mixin",
 ]
@@ -118,7 +124,11 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     OpenAIServingModels.unload_lora_adapter: ("self", "request"),
     OpenAIServingModels.resolve_lora: ("self", "lora_name"),
     OpenAIServingModels._check_load_lora_adapter_request: ("self", "request"),
-    OnlineRenderer.preprocess_chat: ("self", "request", "messages", "default_template", "..."),
+    OpenAIServingModels._check_unload_lora_adapter_request: ("self", "request"),
+    OnlineRenderer.preprocess_chat: (
+        *("self", "request", "messages", "default_template", "default_template_content_format"),
+        *("default_template_kwargs", "..."),
+    ),
     SamplingParams.update_from_generation_config: ("self", "generation_config", "eos_token_id"),
     AsyncMPClient.call_utility_all_async: ("self", "method", "args"),
     EngineCore.collective_rpc: ("self", "method", "timeout", "args", "kwargs"),

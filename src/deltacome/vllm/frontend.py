@@ -40,7 +40,7 @@ def install() -> None:
         (compat.OpenAIServingModels, "__init__", _init),
         (compat.OpenAIServingModels, "load_lora_adapter", _load),
         (compat.OpenAIServingModels, "_check_load_lora_adapter_request", _check_load),
-        (compat.OpenAIServingModels, "unload_lora_adapter", _unload),
+        (compat.OpenAIServingModels, "_check_unload_lora_adapter_request", _check_unload),
         (compat.OpenAIServingModels, "resolve_lora", _resolve),
         (compat.OnlineRenderer, "preprocess_chat", _preprocess_chat),
         *((request, "to_sampling_params", _sampling) for request in compat.REQUESTS),
@@ -119,15 +119,17 @@ def _check_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return check
 
 
-def _unload(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def unload(self: Any, request: Any) -> Any:
-        known = self.lora_requests.get(request.lora_name)
-        result = await original(self, request)
-        if isinstance(result, str) and known is not None and _registry is not None:
-            _registry.unload(known)
-        return result
+def _check_unload(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Where an unload has the lock of its name, and takes the name away at once if nothing is wrong.
+    Before, what has the name may be replaced by a load that has the lock."""
 
-    return unload
+    async def check(self: Any, request: Any) -> Any:
+        error = await original(self, request)
+        if error is None and _registry is not None:
+            _registry.unload(self.lora_requests[request.lora_name])
+        return error
+
+    return check
 
 
 def _resolve(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,8 +192,12 @@ def _preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
         call = signature.bind(*args, **kwargs)
         name = getattr(call.arguments["request"], "model", None)
         entry = _registry.named(name) if _registry is not None else None
-        if entry is not None and entry.manners.template is not None:
-            call.arguments["default_template"] = entry.manners.template
+        if entry is not None:
+            if entry.manners.template is not None:
+                call.arguments["default_template"] = entry.manners.template
+            # Else a template gets the base's, whose tokenizer fills it.
+            given = call.arguments.get("default_template_kwargs") or {}
+            call.arguments["default_template_kwargs"] = entry.manners.special | given
         return await original(*call.args, **call.kwargs)
 
     return preprocess_chat

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         self.vllm_config = vllm_config
         self.settings = Settings.parse(vllm_config.additional_config)
         refuse_options(vllm_config)
+        mark_compiled(vllm_config)
         super().__init__(model, *args, vllm_config=vllm_config, device=device, **kwargs)
         refuse_heads(vllm_config.model_config, self.places)
 
@@ -70,7 +72,9 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             if delta is not None:
                 self.deltas[place.name] = delta
         model_config = self.vllm_config.model_config
-        self.base = Base(self.settings.base or model_config.model, model_config.revision)
+        # The revision is that of the model served; another base has its own behind an @.
+        own = self.settings.base
+        self.base = Base(own or model_config.model, None if own else model_config.revision)
         if not self.settings.lora:
             self.supported_lora_modules = []
         elif device.type == "cpu":
@@ -98,7 +102,8 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         before = next((id for id, s in self._slot_of.items() if s == slot), None)
         if before is not None:
             del self._slot_of[before]
-            self.evictions += before != lora_id and before in self._registered_adapters
+            left = self._registered_adapters.get(before)
+            self.evictions += before != lora_id and isinstance(left, Tenant)
         adapter = self._registered_adapters[lora_id]
         try:
             self._fill(slot, adapter if isinstance(adapter, Tenant) else None)
@@ -219,11 +224,12 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
     def _read(self, id: int, path: str) -> Tenant:
         manager: Any = self._tenants
         folder = artifact_path(path)
-        if has_digest(path) and content_path(folder) != path:
-            raise MismatchError(f"{folder}: holds other weights than {path}")
         tenant = load_tenant(
             id, folder, manager.model, manager.places, manager.base, manager.settings
         )
+        # Looked at last: what was read of a folder that is replaced meanwhile may be either's.
+        if has_digest(path) and content_path(folder) != path:
+            raise MismatchError(f"{folder}: holds other weights than {path}")
         manager.check_fits(tenant)
         tenant.gather(pinned=torch.device(self.device).type == "cuda")
         return tenant
@@ -263,6 +269,19 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
             "slot_bytes": manager.pool.blobs_SN.shape[1],
             "evictions": manager.evictions,
         }
+
+
+def mark_compiled(vllm_config: Any) -> None:
+    """Lets what vLLM compiles from now on have other names in its caches than without the plugin.
+
+    They follow from the configuration, and a graph of an engine without the plugin has no deltas. To be
+    called before the first step, which compiles. The dictionary is changed where it is: copies of the
+    configuration share it.
+    """
+    if vllm_config.additional_config is None:
+        vllm_config.additional_config = {}
+    version = importlib.metadata.version("deltacome")
+    vllm_config.additional_config["deltacome_plugin"] = version
 
 
 def _trim() -> None:

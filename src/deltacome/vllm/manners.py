@@ -6,17 +6,29 @@ is the base's, and vLLM knows it already.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from deltacome.errors import ArtifactError
 from deltacome.format.artifact import Artifact
+from deltacome.vllm import compat
 
 SAMPLING = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("temperature", "top_k", "top_p", "min_p"),
 )
 """Defaults that vLLM takes from a model's generation configuration."""
+MAX_ENDS = compat.MAX_NUM_STOP_TOKEN_IDS // 2
+"""Half of what a step of vLLM takes; the others are the base's and a request's own."""
+TOP_K = 2**31
+"""vLLM's workers keep it in 32 bits."""
+SPECIAL = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+)
+"""What a chat template may ask its tokenizer for."""
+TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -29,39 +41,89 @@ class Manners:
     """Defaults of sampling; None: the base's."""
     ends: frozenset[int] = frozenset()
     """Tokens that end an answer, beside the base's."""
+    special: dict[str, str] = field(default_factory=dict)
+    """What chat templates call `eos_token` and the like, where it is not as in the base."""
 
     @classmethod
-    def read(cls, artifact: Artifact, vocabulary: Mapping[str, int]) -> Manners:
-        """Reads what an artifact carries.
+    def read(cls, artifact: Artifact, vocabulary: Mapping[str, int], size: int) -> Manners:
+        """Reads what an artifact carries. All of it is checked here: in the engine a value of another
+        type would end the thread that reads requests.
 
         Args:
             artifact: of the tuned model.
             vocabulary: the base's tokens and their numbers.
+            size: of the base's vocabulary; a tokenizer may know other numbers.
 
         Raises:
             ArtifactError: a file is not what its name says.
         """
-        tokens = artifact.json_file("tokenizer_config.json") or {}
-        generation = artifact.json_file("generation_config.json")
-        ends = set()
-        if generation is not None and (end := generation.get("eos_token_id")) is not None:
-            ends = {end} if isinstance(end, int) else set(end)
-        token = tokens.get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and token in vocabulary:
-            ends.add(vocabulary[token])
-        sampling = None
-        if generation is not None:
-            sampling = {n: generation[n] for n in SAMPLING if generation.get(n) is not None}
-        return cls(_template(artifact, tokens), sampling, frozenset(ends))
+        tokens = artifact.json_file(TOKENIZER) or {}
+        generation = artifact.json_file(GENERATION)
+        special = {name: text for name in SPECIAL if (text := _text(tokens.get(name)))}
+        ends = _ends(artifact, generation or {}, size)
+        end = vocabulary.get(special.get("eos_token", ""), size)
+        if end < size:
+            ends.add(end)
+        sampling = None if generation is None else _sampling(artifact, generation)
+        return cls(_template(artifact, tokens), sampling, frozenset(ends), special)
+
+
+def _text(token: Any) -> str | None:
+    """Of a token as tokenizers write it, a string or an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _wrong(artifact: Artifact, key: str, expected: str, got: Any) -> ArtifactError:
+    return ArtifactError(f"{artifact.path / key}: expected {expected}, got {got!r:.100}")
+
+
+def _ends(artifact: Artifact, generation: dict[str, Any], size: int) -> set[int]:
+    end = generation.get("eos_token_id")
+    if end is None:
+        return set()
+    ids = end if isinstance(end, list) else [end]
+    where = f"{GENERATION}: eos_token_id"
+    for id in ids:
+        if type(id) is not int or not 0 <= id < size:  # True is an int to isinstance
+            raise _wrong(artifact, where, f"numbers of tokens, from 0 to {size - 1}", id)
+    if len(set(ids)) > MAX_ENDS:
+        raise _wrong(artifact, where, f"at most {MAX_ENDS} tokens", len(set(ids)))
+    return set(ids)
+
+
+def _sampling(artifact: Artifact, generation: dict[str, Any]) -> dict[str, Any]:
+    checked: Any = compat.SamplingParams  # which has vLLM's own ranges
+    found = {name: generation[name] for name in SAMPLING if generation.get(name) is not None}
+    for name, value in found.items():
+        where = f"{GENERATION}: {name}"
+        if name == "top_k":
+            if type(value) is not int or not -1 <= value < TOP_K:
+                raise _wrong(artifact, where, f"a whole number from -1 to {TOP_K - 1}", value)
+        elif type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise _wrong(artifact, where, "a finite number", value)
+        else:
+            found[name] = float(value)
+        try:
+            checked(**{name: found[name]})
+        except (compat.VLLMValidationError, ValueError) as error:
+            raise ArtifactError(f"{artifact.path / where}: {error}") from error
+    return found
 
 
 def _template(artifact: Artifact, tokens: dict[str, Any]) -> str | None:
-    content = artifact.file("chat_template.jinja")
+    name = "chat_template.jinja"
+    content = artifact.file(name)
     if content is not None:
-        return content.decode()
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            raise _wrong(artifact, name, "UTF-8", content) from error
     legacy = artifact.json_file("chat_template.json") or {}
     found = tokens.get("chat_template") or legacy.get("chat_template")
     if isinstance(found, list):  # several by name
-        found = {one["name"]: one["template"] for one in found}.get("default")
+        named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = named[0].get("template", 0) if named else None
+    if not isinstance(found, str | None):
+        raise _wrong(artifact, f"{TOKENIZER}: chat_template", "text, or a list with names", found)
     return found

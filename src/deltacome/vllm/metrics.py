@@ -22,7 +22,8 @@ WATCH_SECONDS = 5.0
 TOKENS = Counter("deltacome_tokens", "Tokens generated, by tenant", ["tenant"])
 LOADS = Counter("deltacome_loads", "Artifacts loaded by request")
 LOAD_SECONDS = Histogram(
-    "deltacome_load_seconds", "Seconds from a request to load until it is done"
+    "deltacome_load_seconds",
+    "Seconds from a request to load until it is done, downloads not counted",
 )
 REREAD_SECONDS = Histogram(
     "deltacome_reread_seconds", "Seconds in which an idle tenant that was dropped is read again"

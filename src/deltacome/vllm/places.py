@@ -6,7 +6,8 @@ checkpoint in it which rows and columns it has. What a model's loader does by ha
 tensor that no place names is reported, and a tenant that changes it is refused.
 
 What makes embeddings of images and sound has no place: its rows are not the tokens of a step, and what
-it gives is kept for all adapters alike.
+it gives is kept for all adapters alike. Nor has what a pooler calls, such as the head of a classifier,
+whose rows are requests.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def find_places(model: nn.Module) -> list[Place]:
     encoders = encoder_prefixes(model)
     embeddings: list[Place] = []
     places = []
-    seen: set[int] = set()
+    seen = pooled_modules(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in seen or f"{name}.".startswith(encoders):
             continue
@@ -77,9 +78,25 @@ def find_places(model: nn.Module) -> list[Place]:
                 embeddings.append(place)
     for place in places:
         if place.kind == "head" and compat.ties_head(model):
-            (embedding,) = embeddings or (place,)
-            place.parts, place.tied = embedding.parts, True
+            place.parts, place.tied = _tied_to(place, embeddings).parts, True
     return places
+
+
+def _tied_to(head: Place, embeddings: Sequence[Place]) -> Place:
+    """The embedding whose weight a head uses; the head itself where this worker has no embedding."""
+    if len(embeddings) < 2:
+        return (*embeddings, head)[0]
+    for one in embeddings:  # of Gemma's E models the layers have one too
+        if one.module.weight is head.module.weight:
+            return one
+    names = ", ".join(one.name for one in embeddings)
+    raise UnsupportedError(f"{head.name}: expected the weight of {names}, got one of its own")
+
+
+def pooled_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules that poolers call, with a row for each request, not for each token."""
+    poolers = (module for module in model.modules() if isinstance(module, compat.Pooler))
+    return {id(module) for pooler in poolers for module in pooler.modules()}
 
 
 def encoder_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -90,11 +90,16 @@ def shard_signs(
 
 
 def common_group(group_size: int, runs: Iterable[Sequence[Range]]) -> int:
-    """Entries that can share a scale in shards of several tensors, of which each is some runs."""
+    """Entries that share a scale in shards of several tensors, of which each is some runs.
+
+    Runs that begin within a block of codes are refused where there are codes. Of the other runs, and of
+    tensors that are whole, groups are then what all kernels take: blocks, or what divides both.
+    """
     cuts = [
         cut for one in runs for cut in (*(start for start, _ in one), *(b for _, b in one[:-1]))
     ]
-    return math.gcd(group_size, *cuts)
+    group = math.gcd(group_size, *cuts)
+    return group if group == group_size or group % BLOCK == 0 else math.gcd(group_size, BLOCK)
 
 
 def _runs(name: str, factor: Factor, runs: Sequence[Range], group: int) -> Factor:
@@ -104,7 +109,7 @@ def _runs(name: str, factor: Factor, runs: Sequence[Range], group: int) -> Facto
         values = torch.cat([factor.values[:, start:stop] for start, stop in runs], 1)
         return dataclasses.replace(factor, size=size, values=values)
     for start, stop in runs:
-        if group % BLOCK and (start, stop) != (0, factor.size):
+        if start % BLOCK or (stop % BLOCK and stop != factor.size):
             raise UnsupportedError(
                 f"{name}: tensor parallelism cuts it at {start} and {stop} of {factor.size}, and its "
                 f"codes come in blocks of {BLOCK}: serve with fewer workers, or merge the artifact"

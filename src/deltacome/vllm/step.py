@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from deltacome.errors import MismatchError
 from deltacome.ops.rows import Rows, group_all, group_rows, set_unused
 
 
@@ -90,11 +91,23 @@ class Step:
 
     @classmethod
     def first_row(cls, x_TI: Tensor) -> int | None:
-        """Where a head's input begins in the hidden states of all tokens, for logprobs of prompts."""
+        """Where a head's input begins in the hidden states of all tokens, for logprobs of prompts.
+
+        Raises:
+            MismatchError: it is no run of their rows, so nobody knows whose they are.
+        """
         if cls._prompts is None:
             return None
-        row = x_TI.stride(0) * x_TI.element_size()
-        return (x_TI.data_ptr() - cls._prompts.data_ptr()) // row
+        all_TI, count = cls._prompts, len(x_TI)
+        row = all_TI.stride(0) * all_TI.element_size()
+        first, within = divmod(x_TI.data_ptr() - all_TI.data_ptr(), row)
+        strides = x_TI.stride(0), all_TI.stride(0)
+        if within or not 0 <= first <= len(all_TI) - count or (count > 1 and len({*strides}) > 1):
+            raise MismatchError(
+                f"logprobs of prompts: the head: expected a run of the {len(all_TI)} hidden states, got "
+                f"{count} rows that lie {x_TI.data_ptr() - all_TI.data_ptr()} bytes behind the first"
+            )
+        return first
 
     def _regrouped(self, slot_T: Tensor) -> Rows:
         if not self._tokens.grouped:
