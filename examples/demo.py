@@ -62,7 +62,6 @@ def main() -> None:
             progress=_print_progress,
         )
     step("scoring base, tuned and delta on the same held-out questions")
-    artifact = deltacome.Artifact.open(delta)
     result = evaluate(
         base,
         tuned=tuned,
@@ -72,7 +71,7 @@ def main() -> None:
         max_new_tokens=12,
         dtype="float32",
     )
-    console.print(table(result, {"delta": (artifact.bytes_on_disk(), artifact.ratio())}))
+    console.print(table(result))
     console.print(_answers(base, tuned, delta))
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     step(f"done; the numbers are in {options.out / 'result.json'}")

@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
 from tiny_pairs import make_pair, text_lines, tree, weights_of
 
 import deltacome.compression
+from deltacome.methods.delta_come import DeltaCome
 
 OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio"}
 OVERVIEW |= {"canary", "tensors"}
@@ -156,6 +159,25 @@ def test_an_output_is_refused_before_a_search(cli, pair, tmp_path, monkeypatch):
     (tmp_path / "b.partial" / "run.json").touch()
     for name, said in (("a", "the output exists already"), ("b", "continue it with --resume")):
         assert_refused(cli("compress", *pair, "-o", tmp_path / name, *search), said)
+    for option, value in (("workers", 4), ("sweeps", "s"), ("dtype", "floaty"), ("device", "gpu")):
+        result = cli("compress", *pair, "-o", tmp_path / "c", *search, f"--{option}", value)
+        assert_refused(result, f"error: {option}: ", "expected" if option != "workers" else "got 4")
+
+
+def test_a_plan_is_searched_as_it_will_be_used(cli, pair, artifact, monkeypatch):
+    asked = []
+
+    def find_template(*args, **options):
+        asked.append(options)
+        return SimpleNamespace(template=DeltaCome().template)
+
+    monkeypatch.setattr("deltacome.compression.search.find_template", find_template)
+    made = deltacome.Artifact.open(artifact)
+    monkeypatch.setattr(sys.modules["deltacome.compression"], "compress", lambda *_, **__: made)
+    more = ["--no-gptq", "--dtype", "bfloat16", "--ratio", "4"]
+    assert cli("compress", *pair, "-o", "a", "--search", "greedy", *more)[0] == 0
+    assert (asked[0]["dtype"], asked[0]["source"]) == (torch.bfloat16, "self")
+    assert asked[0]["gptq"].nearest
 
 
 @pytest.mark.parametrize("plan", [["--plan", "8:1,2:9"], ["--precision", "single"], ["--no-gptq"]])

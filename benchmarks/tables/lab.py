@@ -60,8 +60,8 @@ class Size:
     rows: int = 256
     """Calibration rows: three quarters questions of the task, the rest general text."""
     row_tokens: int = 128
-    distill: int = 150
-    """Steps that find BitDelta's scales, of four rows."""
+    distill: int = 200
+    """Steps that find BitDelta's scales, of four rows: its authors' number."""
     fit: int = 100
     """Steps that find the singular values of `adaptive`, of sixteen rows."""
     distilled: bool = True
@@ -80,7 +80,6 @@ SIZES = {
         side=("code",),
         steps=150,
         row_tokens=64,
-        distill=24,
         fit=60,
         seeds=(0,),
         ratios=(16, 32, 64),

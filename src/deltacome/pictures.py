@@ -39,13 +39,15 @@ def seen_in(item: dict[str, Any], folder: Path, where: str) -> Seen | None:
     that say `{"type": "image"}` and nothing more, or beside `prompt` and `answer`.
 
     Raises:
-        PictureError: a picture is not there (relative paths are in `folder`), or belongs nowhere.
+        PictureError: a picture is not there (relative paths are in `folder`), or belongs nowhere, or what
+            is asked of it is no text.
     """
     given = given_in(item)
     messages = item.get("messages")
     if messages is None and given and {"prompt", "answer"} <= item.keys():
-        asked = question(str(item["prompt"]), [{"type": "image"} for _ in given])
-        messages = [asked, {"role": "assistant", "content": [_text(str(item["answer"]))]}]
+        prompt, answer = (_string(item, key, where) for key in ("prompt", "answer"))
+        asked = question(prompt, [{"type": "image"} for _ in given])
+        messages = [asked, {"role": "assistant", "content": [_text(answer)]}]
     if not isinstance(messages, list) or not any(map(_pictures, messages)):
         if given:
             raise PictureError(
@@ -54,18 +56,20 @@ def seen_in(item: dict[str, Any], folder: Path, where: str) -> Seen | None:
             )
         return None
     left = iter(given)
-    found = [
-        {**m, "content": [_placed(part, left, folder, where) for part in _parts(m)]}
-        for m in messages
-    ]
+    found = []
+    for m in messages:
+        parts = [_placed(part, left, folder, where) for part in _parts(m)]
+        # A turn may have no content: where a tool is called, and how templates say that is their matter.
+        found.append({**m, "content": parts} if parts else m)
     if rest := list(left):
         raise PictureError(f"{where}: {len(rest)} more pictures than its messages have parts for")
     return Seen(found, where)
 
 
 def given_in(item: dict[str, Any]) -> list[Any]:
-    """What a line has in `image` or `images`."""
-    given = item.get("images", item.get("image"))
+    """What a line has in `image` or `images`; a data set with both columns leaves one of them null."""
+    images = item.get("images")
+    given = item.get("image") if images is None else images
     return given if isinstance(given, list) else [] if given is None else [given]
 
 
@@ -98,7 +102,7 @@ def picture_row(processor: Any, seen: Seen, *, opens: bool = False) -> Row:
         opens: the row ends where the model's next turn begins.
 
     Raises:
-        PictureError: the processor refuses the messages.
+        PictureError: the processor refuses the messages, or gives no tensor for their pictures.
     """
     try:
         inputs = processor.apply_chat_template(
@@ -112,7 +116,21 @@ def picture_row(processor: Any, seen: Seen, *, opens: bool = False) -> Row:
         raise PictureError(f"{seen.where}: the processor refuses it: {error}") from error
     (ids,) = inputs.pop("input_ids").tolist()
     inputs.pop("attention_mask", None)
-    return Row(ids, {n: v for n, v in inputs.items() if isinstance(v, Tensor)})
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    names = [name for name in processor.image_processor.model_input_names if name in inputs]
+    if not tensors or not tensors.keys() >= set(names):
+        got = ", ".join(f"{name} ({type(value).__name__})" for name, value in inputs.items())
+        raise PictureError(
+            f"{seen.where}: expected tensors for its pictures from {type(processor).__name__}, got "
+            f"{got or 'nothing'}"
+        )
+    return Row(ids, tensors)
+
+
+def _string(item: dict[str, Any], key: str, where: str) -> str:
+    if not isinstance(item[key], str):
+        raise PictureError(f"{where}: expected a string as {key}, got {item[key]!r:.80}")
+    return item[key]
 
 
 def _text(text: str) -> dict[str, str]:
@@ -121,6 +139,8 @@ def _text(text: str) -> dict[str, str]:
 
 def _parts(message: Any) -> list[Any]:
     content = message.get("content") if isinstance(message, dict) else None
+    if content is None:
+        return []
     return content if isinstance(content, list) else [_text(str(content))]
 
 
@@ -136,7 +156,7 @@ def _placed(part: Any, left: Iterator[Any], folder: Path, where: str) -> Any:
         picture = next(left, None)
         if picture is None:
             raise PictureError(f"{where}: a part of its messages is a picture, and there is none")
-        part = {**part, "image": picture}
+        part = {key: value for key, value in part.items() if key not in PLACES} | {"image": picture}
     for key in PLACES[:2]:
         if isinstance(part.get(key), str):
             file = folder / part[key]

@@ -207,6 +207,7 @@ def check_names(
             f"{len(missing)} parameters of {type(model).__name__} are not in the checkpoint, "
             f"the first is {min(missing)}"
         )
+    _check_experts(parameters, where)
     for name, target in where.items():
         if target.parameter in parameters:
             expected = tuple(target.view(parameters[target.parameter]).shape)
@@ -214,6 +215,24 @@ def check_names(
                 raise MismatchError(
                     f"{name}: the configuration gives shape {expected}, the checkpoint has {shapes[name]}"
                 )
+
+
+def _check_experts(parameters: Mapping[str, Tensor], where: Mapping[str, Target]) -> None:
+    """Where experts are stacked each has its tensors: rows of one that has none would stay zeros."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    parts: dict[str, int] = {}
+    for target in where.values():
+        if target.expert is not None and target.parameter in parameters:
+            found.setdefault(target.parameter, set()).add((target.expert, target.part))
+            parts[target.parameter] = target.parts
+    for name, there in found.items():
+        experts = len(parameters[name])
+        expected = {(e, part) for e in range(experts) for part in range(parts[name])}
+        if there != expected:
+            raise MismatchError(
+                f"{name}: the configuration gives {experts} experts, {len(expected)} tensors, the "
+                f"checkpoint has {len(there)}; the first to differ is expert {min(there ^ expected)[0]}"
+            )
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from tiny_pairs import copy_of, fine_tune, rewrite, weights_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from deltacome import DeltaCome, attach, base_for, compress, merge
+from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.methods.template import parse_template
 
@@ -115,6 +115,18 @@ def test_tables_that_only_one_side_stores(pairs, tmp_path):
         assert text_logits(model).isfinite().all()
 
 
+def test_a_table_in_a_block_is_no_weight_of_it(pairs, text, tmp_path):
+    """As checkpoints of Llama 2's time have them, one in each block."""
+    base, tuned = pairs["small"][0], copy_of(pairs["small"][1], tmp_path / "tuned")
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(16)}
+    rewrite(tuned, weights_of(tuned) | table, None)
+    for method in (Adaptive(distill=0), DeltaCome()):
+        options = {"ratio": 4, "calibration": text, "samples": 4, "seq_len": 12}
+        out = tmp_path / type(method).__name__
+        records = compress(base, tuned, out, method=method, **options).manifest.records
+        assert records[next(iter(table))].kind == "exact"
+
+
 def test_types_mixed_within_a_model(pairs, tmp_path):
     base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["small"])
     kinds = [torch.float32, torch.float16, torch.bfloat16]
@@ -151,6 +163,19 @@ def test_a_head_that_one_side_ties(pairs, tied, tmp_path):
     model = load(base)
     with attach(model, artifact):
         assert close(text_logits(model), wanted, 0.02)
+
+
+def test_a_tied_head_that_is_stored_all_the_same(pairs, text, tmp_path):
+    base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["small"])
+    for folder in (base, tuned):
+        weights = weights_of(folder)
+        rewrite(folder, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    options = {"ratio": 3, "calibration": text, "samples": 4, "seq_len": 12}
+    artifact = compress(base, tuned, tmp_path / "delta", method=Adaptive(distill=2), **options)
+    head, embedding = (artifact.blob(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert torch.equal(head, embedding)  # what is found for one is the other's: they are one weight
 
 
 def test_a_padded_vocabulary(pairs, tmp_path):

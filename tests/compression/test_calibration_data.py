@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_blank_lines_and_rare_line_separators_are_no_lines(tuned, tmp_path):
         ('{"text": "one two"}\n\n[1, 2]', r"c\.jsonl:3: expected an object with text"),
         ('{"prompt": "one"}', r"c\.jsonl:1: expected an object with text"),
         ('{"text": null}', r"c\.jsonl:1: expected an object with text"),
+        ('{"prompt": "a", "answer": null}', r"c\.jsonl:1: expected a text as answer, got None"),
         ('{"messages": [{"content": "no role"}, 3]}', r"c\.jsonl:1: "),
         ('{"messages": ["no object"]}', r"c\.jsonl:1: "),
         (
@@ -210,6 +212,17 @@ def test_self_is_written_in_what_this_cpu_is_fast_at(tuned, tmp_path, monkeypatc
     monkeypatch.setattr(data, "_continue", note)
     assert len(rows_of("self", tmp_path)) == 6
     assert ways == {dtype}
+
+
+def test_self_is_written_as_the_model_is(tuned, tmp_path):
+    """Not as its makers have it generate: without a penalty of what was said before, for one."""
+    shutil.copytree(tuned, tmp_path / "t")
+    file = tmp_path / "t" / "generation_config.json"
+    said = json.loads(file.read_text()) if file.exists() else {}
+    odd = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "do_sample": True, "top_k": 1}
+    file.write_text(json.dumps(said | odd))
+    of_both = [rows_of("self", folder, seq_len=60) for folder in (tmp_path / "t", tuned)]
+    assert of_both[0] == of_both[1]
 
 
 def test_self_without_a_template(plain, pairs):

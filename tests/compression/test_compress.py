@@ -145,6 +145,21 @@ def test_side_files_that_the_tuned_model_lacks(pairs, tmp_path):
         assert tokenizer.chat_template == "of the tuned"
 
 
+def test_a_tuned_model_without_a_tokenizer_has_the_base_s(pairs, tmp_path):
+    """As `model.save_pretrained` alone leaves it."""
+    base, tuned = pairs["small"][0], copy_of(pairs["small"][1], tmp_path / "tuned")
+    for file in [*tuned.glob("*token*"), *tuned.glob("chat_template*")]:
+        file.unlink()
+    with pytest.warns(UserWarning, match=r"no tokenizer file, so the base's are taken: chat_temp"):
+        artifact = run((base, tuned), tmp_path / "a", ratio=4, calibration="none")
+    assert artifact.manifest.dropped_files == ()
+    wanted = AutoTokenizer.from_pretrained(base)
+    merged = merge(base, artifact, tmp_path / "merged")
+    for tokenizer in (AutoTokenizer.from_pretrained(merged), delta_tokenizer(base, artifact)):
+        assert tokenizer.chat_template == wanted.chat_template
+        assert tokenizer("one two") == wanted("one two")
+
+
 def test_reports_of_progress(pairs, sources, tmp_path):
     steps = []
     artifact = run(

@@ -90,6 +90,16 @@ def test_attached_and_merged_are_one_model(pairs, artifacts, name, tmp_path):
     assert (got - expected).norm() < 0.02 * (before - expected).norm() + 0.005 * expected.norm()
 
 
+def test_a_ratio_that_is_not_asked_for(pairs, tmp_path):
+    one, other = (
+        compress(*pairs["small"], tmp_path / str(len(option)), method=BitDelta(), **option)
+        for option in ({}, {"ratio": None})
+    )
+    assert tree(one.path) == tree(other.path)
+    with pytest.raises(PlanError, match="ratio 12 cannot be met"):  # by so small a model
+        compress(*pairs["small"], tmp_path / "b", method=Residual())
+
+
 def test_the_order_of_errors(artifacts):
     def error(name):
         matrices = [r.error for r in artifacts[name].manifest.records.values() if r.error]
@@ -139,6 +149,24 @@ def test_a_kept_sweep_serves_other_ratios(pairs, artifacts, text, tmp_path, monk
     assert tree(again.path) == tree(other.path)
     run(pair, tmp_path / "seed", "adaptive-start", text, seed=1, **kept)
     assert len(list((tmp_path / "sweeps").iterdir())) == 2
+
+
+def test_a_kept_sweep_serves_no_other_rows(pairs, tmp_path, monkeypatch):
+    """What `self` writes depends on the machine, which nothing else tells."""
+    folders = []
+
+    def note(run, method, folder, rows, seed):
+        folders.append(folder.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(planning, "_sweep", note)
+    for name, last in (("one", 60), ("other", 61), ("again", 60)):
+        rows = [Row([1, 5, 9, last])]
+        monkeypatch.setattr(planning, "calibration_rows", lambda *args, rows=rows, **options: rows)
+        kept = {"sweeps": tmp_path / "sweeps", "ratio": 4, "samples": 1}
+        with pytest.raises(KeyboardInterrupt):
+            run(pairs["small"], tmp_path / name, "adaptive-start", "self", **kept)
+    assert folders[0] == folders[2] != folders[1]
 
 
 def test_what_a_killed_sweep_left_is_thrown_away(pairs, text, tmp_path):

@@ -10,7 +10,7 @@ from tiny_pairs import copy_of, rewrite, weights_of
 
 from deltacome import compress
 from deltacome.compression.forecast import arithmetic, forecast, measure
-from deltacome.errors import CheckpointError, MismatchError, PlanError
+from deltacome.errors import CalibrationError, CheckpointError, MismatchError, PlanError
 from deltacome.outline import outline
 
 
@@ -75,23 +75,23 @@ def test_why_tensors_are_exact(tmp_path):
     assert set(said) == {"more than two dimensions", "a vector: norm, bias"}
 
 
-def test_calibration_costs_memory_and_is_not_said_where_there_is_none(pairs, tmp_path):
+def test_calibration_costs_memory_and_is_not_said_where_there_is_none(pairs, text, tmp_path):
     none = quick(pairs["llama"])
-    text = quick(pairs["llama"], calibration="c.txt")
+    read = quick(pairs["llama"], calibration=text)
     self = quick(pairs["llama"], calibration="self")
     assert none.calibration is None
-    assert none.memory["blocks"] < text.memory["blocks"]
-    assert set(self.memory) - set(text.memory) == {"calibration text (the tuned model writes it)"}
+    assert none.memory["blocks"] < read.memory["blocks"]
+    assert set(self.memory) - set(read.memory) == {"calibration text (the tuned model writes it)"}
     encoder = make_pair("BertForMaskedLM", tmp_path)
     assert quick(encoder, calibration="self").calibration is None
 
 
-def test_a_probe_takes_the_machine_s_measure(pairs):
+def test_a_probe_takes_the_machine_s_measure(pairs, text):
     rates = measure(256)
     assert 1e6 < rates.survey < 1e12
     assert 1e6 < rates.compress < 1e14
     assert 1e7 < rates.multiply < 1e15
-    said = forecast(*pairs["llama"], calibration="c.txt")
+    said = forecast(*pairs["llama"], calibration=text)
     assert set(said.seconds) == {"survey", "blocks", "passes and grams"}
     assert all(0 < seconds < 600 for seconds in said.seconds.values())
     assert arithmetic((8192, 8192), 16) == pytest.approx(8 * arithmetic((4096, 4096), 16))
@@ -121,6 +121,13 @@ def test_what_is_refused(pairs, tmp_path):
     base, tuned = pairs["small"]
     with pytest.raises(PlanError, match="at least one ratio"):
         quick((base, tuned), ratios=())
+    for ratio in (0, -1, float("nan")):
+        with pytest.raises(PlanError, match="ratio: expected a number above 0, got"):
+            quick((base, tuned), ratios=(4, ratio))
+    with pytest.raises(CalibrationError, match=r"nofile\.txt: expected a .* file, found none"):
+        quick((base, tuned), calibration="nofile.txt")
+    with pytest.raises(CalibrationError, match=r"seq_len: expected at most 256, .*, got 257"):
+        quick((base, tuned), calibration="self", seq_len=257)
     with pytest.raises(MismatchError, match="is this a fine-tune of this base"):
         quick((pairs["llama"][0], tuned))
     (tmp_path / "empty").mkdir()

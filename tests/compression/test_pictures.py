@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from transformers import AutoTokenizer
 from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import pipeline
+from deltacome.compression.answers import answers_from
 from deltacome.compression.conversations import as_messages
-from deltacome.compression.data import answers_from, calibration_rows
+from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import _inputs, _picking, _Tuned
 from deltacome.compression.run import stream_of
 from deltacome.compression.sensitivity import sweep
 from deltacome.errors import CalibrationError, PictureError, UnsupportedError
+from deltacome.pictures import Seen, picture_row, seen_in
 from deltacome.rows import Row, alike, together
 from deltacome.skeleton import read_config, set_part
 
@@ -236,7 +239,9 @@ def test_a_sweep_is_kept_for_these_pictures_alone(vision, tmp_path):
     assert len(list(sweeps.iterdir())) == 2
 
 
-PICTURE = {"type": "image"}
+PICTURE, BLUE = {"type": "image"}, {"type": "image", "path": "blue.png"}
+NULLS = {"type": "image", "path": None, "text": None}
+CALL = {"role": "assistant", "content": None, "tool_calls": []}
 
 
 def asked(*parts):
@@ -259,7 +264,8 @@ def test_conversations_are_messages():
     "line",
     [
         {"images": ["red.png", "blue.png"], "messages": asked(PICTURE, PICTURE)},
-        {"image": "red.png", "messages": asked(PICTURE, PICTURE | {"path": "blue.png"})},
+        {"images": None, "image": "red.png", "messages": asked(PICTURE, BLUE)},
+        {"image": "red.png", "messages": asked(NULLS, BLUE)},
         {"messages": asked(PICTURE | {"image": "red.png"}, PICTURE | {"path": "blue.png"})},
         {"images": ["red.png", "blue.png"], "conversations": turns("<image>\n<image>one and")},
         {"images": ["red.png", "blue.png"], "conversations": turns("one<image> and <image>")},
@@ -280,6 +286,12 @@ def test_ways_to_give_pictures(vision, source, line):
         ({"image": "red.png", "messages": asked()}, "has 1 pictures, and neither prompt and ans"),
         ({"messages": asked(PICTURE)}, "a part of its messages is a picture, and there is none"),
         ({"images": ["red.png"] * 3, "messages": asked(PICTURE)}, "2 more pictures than its mes"),
+        (
+            {"image": "red.png", "prompt": None, "answer": "red"},
+            "expected a string as prompt, got N",
+        ),
+        ({"image": "red.png", "prompt": "what", "answer": 7}, "expected a string as answer, got 7"),
+        ({"messages": ["one", *asked(BLUE)]}, "the processor refuses it"),
         ({"image": "red.png", "conversations": turns("no place")}, "has 1 pictures, and neither"),
         (
             {"image": "red.png", "conversations": turns("<image><image>")},
@@ -291,6 +303,22 @@ def test_a_picture_belongs_somewhere(vision, source, line, reason):
     file = write_jsonl(Path(source).parent / "wrong.jsonl", [line])
     with pytest.raises(PictureError, match=rf"wrong\.jsonl:1: {reason}"):
         calibration_rows(file, vision[1], **QUICK)
+
+
+def test_what_a_turn_without_words_says_is_the_template_s_matter(source):
+    seen = seen_in({"messages": [*asked(BLUE), CALL]}, Path(source).parent, "here")
+    assert seen.messages[1] == CALL
+
+
+@pytest.mark.parametrize("more", [{}, {"token_type_ids": torch.ones(1, 2)}])
+def test_pictures_that_are_no_tensor_are_not_left_out(more):
+    inputs = {"input_ids": torch.ones(1, 2), "pixel_values": [0.5], **more}
+    processor = SimpleNamespace(
+        image_processor=SimpleNamespace(model_input_names=["pixel_values"]),
+        apply_chat_template=lambda *_, **__: inputs,
+    )
+    with pytest.raises(PictureError, match=r"here: expected tensors .* got pixel_values \(list\)"):
+        picture_row(processor, Seen([], "here"))
 
 
 def test_what_cannot_be_seen_is_an_error_that_names_it(vision, source, tmp_path):

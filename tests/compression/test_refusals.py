@@ -155,6 +155,19 @@ def test_more_layers_than_the_checkpoint_has(refused, pair):
     refused(*pair, MismatchError, r"9 parameters of LlamaForCausalLM .*model\.layers\.2\.")
 
 
+def test_an_expert_without_one_of_its_tensors(refused, tmp_path):
+    base, tuned = families.make_pair("MixtralForCausalLM", tmp_path / "pair")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    weight = weights_of(tuned)[name]
+    spoil(tuned, **{name: None})
+    match = (
+        r"layers\.1\..*experts\.gate_up_proj: .* gives 4 experts, 8 tensors, .* has 7.* expert 2"
+    )
+    refused(base, tuned, MismatchError, match)
+    spoil(tuned, **{name: weight, name.replace(".2.", ".4."): weight.clone()})
+    refused(base, tuned, MismatchError, r"gives 4 experts, 8 tensors, .* has 9.* expert 4")
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["base", "tuned"])
 def test_weights_that_are_quantised(refused, pair, which):
     config = json.loads((pair[which] / "config.json").read_text())

@@ -15,9 +15,11 @@ import torch
 from tiny_pairs import copy_of, tree
 
 from deltacome import DeltaCome, DeltaError, compress, merge
+from deltacome.compression import planning
 from deltacome.errors import OutputError, PlanError
 from deltacome.format.folder import new_folder
 from deltacome.methods.template import parse_template
+from deltacome.rows import Row
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QUICK = {"ratio": 4, "samples": 6, "seq_len": 12}
@@ -67,6 +69,22 @@ def test_a_continued_run_gives_the_same_bytes(pairs, whole, point, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a"]
     finished_before = point[0] in ("blocks", "write")
     assert finished_before == ("calibration" not in {step.phase for step in steps})
+
+
+def test_fewer_rows_than_were_asked_for(pairs, monkeypatch, tmp_path):
+    options = QUICK | {"calibration": "org/data", "samples": 128}
+    rows = [Row([1, 5, 9, 60]), Row([1, 7, 8])]
+    monkeypatch.setattr(planning, "calibration_rows", lambda *args, **options: rows)
+    with pytest.warns(UserWarning, match=r"^calibration org/data: it gives 2 of 128 rows$"):
+        artifact = compress(*pairs["small"], tmp_path / "a", **options)
+    said = artifact.manifest.provenance["calibration"]
+    assert said == {"source": "org/data", "samples": 2, "seq_len": 12, "seed": 0}
+    assert artifact.ratio() == pytest.approx(4, rel=0.02)
+    with pytest.raises(Killed), pytest.warns(UserWarning, match="2 of 128"):
+        compress(*pairs["small"], tmp_path / "b", progress=stop_at("blocks", 1), **options)
+    rows = None  # those of the interrupted run are kept
+    again = compress(*pairs["small"], tmp_path / "b", resume=True, **options)
+    assert tree(again.path) == tree(artifact.path)
 
 
 @pytest.mark.parametrize("source", ["text", "none"])

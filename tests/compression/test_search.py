@@ -27,6 +27,7 @@ from deltacome.errors import (
     MismatchError,
     PlanError,
 )
+from deltacome.methods.bands import Gptq
 from deltacome.methods.template import PRECISIONS, parse_template
 
 BEST = (3, 0, 5)
@@ -66,6 +67,13 @@ def test_searches_beat_what_is_set_beforehand(linears):
         assert parse_template(str(found.template)) == found.template
     assert genetic.error < 1.15 * greedy.error
     assert search_template(linears, 8, "genetic").template == genetic.template
+
+
+def test_plain_rounding_is_searched_as_it_rounds(linears):
+    linears, fixed, nearest = [linears[3]], parse_template("2:*"), Gptq(nearest=True)
+    rounded = _mean_error(linears, fixed, 8, nearest)
+    assert rounded > 1.05 * _mean_error(linears, fixed, 8)
+    assert search_template(linears, 8, gptq=nearest).tried[str(fixed)] == rounded
 
 
 def test_transposed_matrices(text, tmp_path):

@@ -33,7 +33,9 @@ output_type: multiple_choice
 doc_to_text: "Q: {{question}}"
 doc_to_choice: ["a", "b", "7"]
 doc_to_target: "{{choice}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: median, higher_is_better: true}
 """,
 }
 HEAD = """
@@ -87,6 +89,9 @@ def test_a_delta_gets_what_the_tuned_model_gets(models, tasks):
     assert set(of_base) == set(TASKS)
     choices = [figures["local_choices"]["acc,none"] for figures in (of_base, of_tuned, of_delta)]
     assert choices[1] == choices[2] != choices[0]
+    share, errors = choices[0], of_base["local_choices"]
+    assert errors["acc_stderr,none"] == pytest.approx((share * (1 - share) / 23) ** 0.5)
+    assert errors["acc_norm_stderr,none"] >= 0  # by resampling, of which it prints
     assert of_delta["local_answers"] == of_tuned["local_answers"]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(harness_table(result))
@@ -118,7 +123,8 @@ def test_the_command_prints_its_object_and_nothing_else(models, tasks):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert set(done.stderr.splitlines()) <= {"bootstrapping for stddev: median"}
     (row,) = (m for m in json.loads(done.stdout)["models"] if "artifact" in m)
     assert row["artifact"] == deltacome.Artifact.open(delta).digest
     assert row["results"].keys() == TASKS.keys()

@@ -156,7 +156,7 @@ def test_it_answers(vision, task, cli):
 
 
 def test_paths_are_relative_to_the_file(pictures):
-    lines = [{"image": "red.png", "prompt": "what", "answer": "red"}]
+    lines = [{"image": "red.png", "images": None, "prompt": "what", "answer": "red"}]
     lines += [{"images": ["red.png", str(pictures / "blue.png")], "prompt": "a", "answer": "b"}]
     file = pictures / "relative.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))

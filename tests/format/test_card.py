@@ -78,6 +78,7 @@ def test_sizes_and_errors(artifact):
     errors = [r.error for r in artifact.manifest.records.values() if r.packed]
     assert len(rows) == len([error for error in errors if error is not None])
     assert any(row.endswith("| 0.75 | 0.75 |") for row in rows)
+    assert "X are its calibration inputs, or the identity where there were none." in text
 
 
 def test_what_a_plan_left_out_is_said(artifact):

@@ -77,6 +77,14 @@ def test_options_are_json(method):
     assert said["name"] in ("delta-come", "low-rank", "bitdelta", "residual", "prinmix", "adaptive")
 
 
+def test_the_ratio_where_none_is_asked_for():
+    for method in ALL:
+        expected = 12 if isinstance(method, Residual) else 16
+        assert method.default_ratio == (expected if method.adapts else None)
+    assert LowRank(9).default_ratio is None
+    assert DeltaCome(parse_template("8:1,2:4")).default_ratio is None
+
+
 def test_low_rank_is_the_truncated_svd():
     delta = long_tailed()
     u, s, v = torch.linalg.svd(delta)
@@ -171,6 +179,14 @@ def test_prinmix_is_closer_than_delta_come_at_equal_bytes():
             for method in (PrinMix(), PrinMix(refit=False), DeltaCome())
         ]
         assert errors == sorted(errors)
+
+
+def test_directions_are_shared_out_on_the_cpu(monkeypatch):
+    """Where prices are. What stands for a spectrum on a GPU here can do nothing but come from there."""
+    there = SimpleNamespace(cpu=lambda: torch.arange(IN, 0, -1).float())
+    monkeypatch.setattr(Adaptive, "spectrum", lambda *_: there)
+    plans = Adaptive().planner({"w": Matrix((IN, IN), lambda: torch.empty(0))})(IN * IN / 8)
+    assert plans["w"].bands
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])

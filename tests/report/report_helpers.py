@@ -30,13 +30,17 @@ def matrix(name, packed, error=None):
     return record, {f"{name}.{kind}": blob for kind, blob in packed.blobs().items()}
 
 
-def save(folder, names, *, terms="bands", errors=True, group_size=32):
-    """An artifact of packed matrices with these names, and a norm that is stored exactly.
+def save(folder, names, *, terms="bands", errors=True, group_size=32, dropped=()):
+    """An artifact of packed matrices with these names, and a norm that is stored exactly; those that are
+    `dropped` have no term.
 
     Returns it with the dense part of every band direction: name → float32 (directions, out, in).
     """
     records, entries, parts = [], {}, {}
     for number, name in enumerate(names):
+        if name in dropped:
+            records.append(matrix(name, Packed(), 1.0)[0])
+            continue
         packed = random_packed(SHAPE, terms, PLAN, group_size, seed=number)
         if packed.bands:
             packed = Packed(

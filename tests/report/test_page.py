@@ -181,6 +181,28 @@ def test_small_artifacts(tmp_path, terms, names):
     assert keys == expected
 
 
+def test_what_a_plan_left_out_is_said(tmp_path):
+    names = layers(2)
+    artifact, _ = save(tmp_path / "a", names, dropped=names[1:3])
+    errors = [r.error for r in artifact.manifest.records.values() if r.error is not None]
+    facts = gather(artifact)
+    assert facts.dropped == 2
+    assert facts.mean_error == pytest.approx(sum(errors) / len(errors))
+    assert facts.nbytes.total() == artifact.bytes_on_disk()
+    write_report(artifact, tmp_path / "page.html")
+    root = tree(tmp_path / "page.html")
+    words = " ".join(" ".join(root.itertext()).split())
+    assert f"mean error of a matrix, 2 left as the base's {number(facts.mean_error)}" in words
+    assert f"matrices packed, of {len(names) + 1} tensors {len(names) - 2}" in words
+    assert f"{number(facts.mean_error)} on average, 1 at most" in words
+    assert "Left as the base's, with an error of 1: 2." in words
+    assert sorted(float(row[-1]) for row in rows(root, "widths"))[:2] == [0, 0]
+    assert [row[-1] for row in rows(root, "errors")].count("1") == 2
+    # Where nothing is packed there are no widths.
+    artifact, _ = save(tmp_path / "b", names[:1], dropped=names)
+    assert [section.key for section in sections(gather(artifact), [])] == ["bytes", "errors"]
+
+
 def test_names_from_outside_stay_text(tmp_path):
     artifact, _ = save(tmp_path / "a", [f"model.layers.0.{HOSTILE}.weight", f"{HOSTILE}.weight"])
     write_report(artifact, tmp_path / "page.html")

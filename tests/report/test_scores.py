@@ -27,16 +27,24 @@ def test_files_of_one_exam_are_put_together(tmp_path):
 
 
 def test_tasks_of_the_harness(tmp_path):
-    def model(name, accuracy, **more):
-        figures = {"acc,none": accuracy, "acc_stderr,none": 0.02, "acc_norm,none": 0.9}
-        return {"name": name, **more, "results": {"arc": figures, "words": {"ppl,x": 12.5}}}
+    def model(name, accuracy, error, **more):
+        figures = {"acc,none": accuracy, "acc_stderr,none": error, "acc_norm,none": 0.9}
+        return {
+            "name": name,
+            **more,
+            "results": {"all": {}, "arc": figures, "words": {"ppl,x": 12.5}},
+        }
 
-    delta = model("d", 0.5, artifact="a", method="adaptive", bytes=10, ratio=32.0)
+    base = model("base", 0.01, 0.01)
+    tuned = model("tuned", 0.0, 0.0)
+    delta = model("d", 0.5, 0.02, artifact="a", method="adaptive", bytes=10, ratio=32.0)
     file = tmp_path / "h.json"
-    file.write_text(json.dumps({"tasks": ["arc", "words"], "models": [model("base", 0.25), delta]}))
+    file.write_text(json.dumps({"tasks": ["all"], "models": [base, tuned, delta]}))
     arc, words = read_scores([file])
     assert (arc.task, arc.metric, arc.questions) == ("arc", "acc", None)
     assert arc.deltas[0].low == pytest.approx(0.5 - 1.96 * 0.02)
+    assert arc.percent  # though the base's interval begins below 0
+    assert (arc.dense("tuned").low, words.deltas[0].low, words.deltas[0].high) == (None,) * 3
     assert (words.metric, words.percent, words.deltas[0].score) == ("ppl,x", False, 12.5)
 
 

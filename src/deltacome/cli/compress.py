@@ -105,8 +105,7 @@ def compress(
     )
     if ratio is not None and ratio <= 0:
         raise typer.BadParameter(f"expected a ratio above 0, got {ratio}", param_hint="--ratio")
-    if ratio is None and chosen.adapts:
-        ratio = 12.0 if method == "residual" else 16.0  # its signs alone are 1/16
+    ratio = chosen.default_ratio if ratio is None else ratio
     if search is not None and (method != "delta-come" or plan or precision or not ratio):
         raise typer.BadParameter(
             "needs --method delta-come, a --ratio, and no plan", param_hint="--search"
@@ -120,12 +119,17 @@ def compress(
 
     start = time.monotonic()
     if search is not None and ratio is not None:
-        from deltacome.compression.pipeline import check_output
+        from deltacome.compression.pipeline import check_options, check_output
         from deltacome.compression.search import find_template
+        from deltacome.methods.bands import Gptq
 
         check_output(output, resume=resume)
-        text = {"source": calibration or "self", "samples": samples, "seq_len": seq_len}
-        found = find_template(base, tuned, ratio, search, **text, seed=seed, device=device)
+        options = {"device": device, "dtype": dtype, "workers": workers, "sweeps": sweeps}
+        source, _, compute = check_options(chosen, calibration, **options)
+        text = {"source": source, "samples": samples, "seq_len": seq_len, "seed": seed}
+        gptq_or_not = Gptq(chosen.damping, chosen.act_order, nearest=not chosen.gptq)
+        how = {"device": device, "dtype": compute, "gptq": gptq_or_not}
+        found = find_template(base, tuned, ratio, search, **text, **how)
         chosen = dataclasses.replace(chosen, template=found.template)
     try:
         with progress_bars(quiet=as_json) as report:

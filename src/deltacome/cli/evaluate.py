@@ -93,18 +93,12 @@ def evaluate(
     args = None if task_args is None else parse_json(task_args, "--task-args")
     quiet_libraries()
     from deltacome.evals.report import table
-    from deltacome.evals.run import evaluate, names
-    from deltacome.format.artifact import Artifact
+    from deltacome.evals.run import evaluate
 
-    deltas = delta or []
-    sizes = {}
-    for name, path in zip(names(deltas), deltas, strict=True):
-        artifact = Artifact.from_pretrained(path)
-        sizes[name] = (artifact.bytes_on_disk(), artifact.ratio())
     result = evaluate(
         base,
         tuned=tuned,
-        deltas=deltas,
+        deltas=delta or [],
         task=task,
         task_args=args,
         device=device,
@@ -116,7 +110,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(table(result, sizes))
+        Console(width=None if sys.stdout.isatty() else 120).print(table(result))
 
 
 def _refuse(mode: str, **options: Any) -> None:

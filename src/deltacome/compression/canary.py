@@ -31,8 +31,8 @@ def make_canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | 
             raise UnsupportedError(f"{parameter}: no tensor of the checkpoint is all of it")
         record, entries = outside[stored]
         value = restored(run, record, entries)
-        if record.exact_rows is None or record.replaced:
-            return value
+        if stored not in run.plans or record.exact_rows is None:
+            return value  # all of it: the tuned tensor where nothing is packed, or no row was added
         rest = run.tuned.read(record.name)[record.exact_rows[0] :]
         return torch.cat([value, rest.to(value.dtype)])
 

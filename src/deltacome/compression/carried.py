@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from deltacome.arch.checkpoint import SIDE_FILES
 from deltacome.format.artifact import TUNED_CONFIG_FILE
 from deltacome.format.manifest import CARRIED_NAME
+
+TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Side files without any of which there is no tokenizer."""
 
 
 def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
@@ -30,6 +34,17 @@ def dropped_files(base: Path, tuned: Path) -> tuple[str, ...]:
     """Names of the base's side files that the tuned model lacks.
 
     A template in the base's folder would else win over the one in the tuned `tokenizer_config.json`.
+    Of a model that was saved without a tokenizer the base's is meant, with all that goes with it.
     """
-    names = {f.name for pattern in SIDE_FILES for f in base.glob(pattern) if f.is_file()}
-    return tuple(sorted(name for name in names if not (tuned / name).is_file()))
+    lacking = _names(base, SIDE_FILES) - _names(tuned, SIDE_FILES)
+    if lacking & _names(base, TOKENIZER) and not _names(tuned, TOKENIZER):
+        warnings.warn(
+            f"{tuned}: it has no tokenizer file, so the base's are taken: {', '.join(sorted(lacking))}",
+            stacklevel=2,
+        )
+        return ()
+    return tuple(sorted(lacking))
+
+
+def _names(folder: Path, patterns: tuple[str, ...]) -> set[str]:
+    return {f.name for pattern in patterns for f in folder.glob(pattern) if f.is_file()}

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from deltacome.compression.conversations import as_messages
 from deltacome.errors import CalibrationError
@@ -60,7 +60,7 @@ def calibration_rows(
             than a row: they cannot be cut.
         PictureError: a picture is missing or belongs nowhere, or no processor takes it.
     """
-    tokenizer = _tokenizer(tuned)
+    tokenizer = tokenizer_of(tuned)
     if source == "self":
         written = _write(tokenizer, tuned, samples, seq_len, seed, device, on_step)
         rows = [Row(ids) for ids in written]
@@ -101,34 +101,18 @@ def check_length(seq_len: int, tuned: Path) -> None:
         )
 
 
-def answers_from(tuned: Path) -> Callable[[list[int]], int]:
-    """What tells the first position of a row that predicts the last answer of a chat; 0 elsewhere."""
-    tokenizer = _tokenizer(tuned)
-    if not tokenizer.chat_template:
-        return lambda row: 0
-    chat = [{"role": "user", "content": _MARK}]
-    with_opening, without = (
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opens)
-        for opens in (True, False)
-    )
-    opening = tokenizer(with_opening.removeprefix(without), add_special_tokens=False)["input_ids"]
-
-    def first(row: list[int]) -> int:
-        for start in range(len(row) - len(opening) - 1, 0, -1):
-            if opening and row[start : start + len(opening)] == opening:
-                return start + len(opening) - 1
-        return 0
-
-    return first
-
-
 def row_shares(counts_BL: Tensor) -> Tensor:
     """What each token that counts weighs, (T,), so that every row weighs 1 in all."""
     in_row_B1 = counts_BL.sum(1, keepdim=True)
     return (1.0 / in_row_B1).expand(counts_BL.shape)[counts_BL]
 
 
-def _tokenizer(tuned: Path) -> Any:
+def tokenizer_of(tuned: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        CalibrationError: there is none.
+    """
     try:
         return AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
     except Exception as error:  # which one depends on the kind of tokenizer that is broken
@@ -175,6 +159,9 @@ def _text_of(item: Any, tokenizer: Any, where: str, folder: Path) -> Text | Seen
     if isinstance(item, dict) and isinstance(item.get("messages"), list):
         return _chat(tokenizer, item["messages"], where)
     if isinstance(item, dict) and {"prompt", "answer"} <= item.keys():
+        for key in ("prompt", "answer"):
+            if not isinstance(item[key], str | int | float):  # null would be the word None
+                raise CalibrationError(f"{where}: expected a text as {key}, got {item[key]!r:.80}")
         turns = [("user", str(item["prompt"])), ("assistant", str(item["answer"]))]
         if not tokenizer.chat_template:
             return "".join(text for _, text in turns), False
@@ -260,6 +247,8 @@ def _write(
     dtype = torch.float32 if device == "cpu" and _slow_at_16_bit() else "auto"
     model: Any = kind.from_pretrained(tuned, dtype=dtype, trust_remote_code=False)
     model.to(device).eval()
+    # As the model is, without what its makers set against repetition and the like.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     draw = random.Random(seed)
     special = set(tokenizer.all_special_ids)
     ordinary = [i for i in range(len(tokenizer)) if i not in special]

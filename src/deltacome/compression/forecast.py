@@ -25,6 +25,7 @@ from torch import Tensor
 from deltacome.arch.checkpoint import check_dense, check_finite, full_digest
 from deltacome.arch.layout import Layout, find_layout
 from deltacome.compression.budget import make_plans
+from deltacome.compression.data import check_length, check_source
 from deltacome.compression.survey import account, packable, pair_models
 from deltacome.errors import CheckpointError, PlanError
 from deltacome.format.manifest import DTYPES, Manifest, Record
@@ -105,10 +106,16 @@ def forecast(
     Raises:
         CheckpointError: a configuration or header cannot be read.
         MismatchError: the two do not belong together.
-        PlanError: no ratios.
+        PlanError: no ratios, or one that is not above 0.
+        CalibrationError: as `compress`, for a file that is not there or rows that are too long.
     """
     if not ratios:
         raise PlanError("forecast: expected at least one ratio, got none")
+    for ratio in ratios:
+        if not ratio > 0:
+            raise PlanError(f"ratio: expected a number above 0, got {ratio}")
+    if calibration not in ("self", "none"):
+        check_source(calibration)
     beside, there = outline(base), outline(tuned)
     for side in (beside, there):
         check_dense(side.path)
@@ -130,6 +137,8 @@ def forecast(
             matrices[pair.name] = Matrix(record.bands_shape, _no_delta)
     if calibration != "none" and not is_causal(model):
         calibration = "none"
+    if calibration != "none":
+        check_length(seq_len, there.path)
     said = _sizes(records, matrices, ratios)
     said.calibration = calibration if calibration != "none" else None
     said.exact = _exact(records, layout, where)

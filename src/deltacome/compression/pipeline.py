@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -50,8 +50,6 @@ from deltacome.skeleton import (
     targets,
 )
 
-DEFAULT_RATIO = 16.0
-
 
 def compress(
     base: str | Path,
@@ -59,7 +57,7 @@ def compress(
     output: str | Path,
     *,
     method: Method | None = None,
-    ratio: float | None = DEFAULT_RATIO,
+    ratio: float | Literal["auto"] | None = "auto",
     calibration: str | None = None,
     samples: int = 128,
     seq_len: int = 256,
@@ -80,8 +78,9 @@ def compress(
         tuned: the full fine-tune, likewise.
         output: folder of the artifact; must not exist.
         method: Delta-CoMe with triple precision by default.
-        ratio: bytes of the tuned weights at 16 bit ÷ bytes of the artifact on disk, met within 2 %.
-            None where the method's options leave no choice.
+        ratio: bytes of the tuned weights at 16 bit ÷ bytes of the artifact on disk, met within 2 %;
+            None for what the method's options give, where they leave no choice. `auto` is 16, 12 of
+            `Residual`, and None where there is no choice (`Method.default_ratio`).
         calibration: `self`, `none`, a .txt or .jsonl file, or a data set on the Hub. By default
             `self` if the method looks at inputs, else `none`.
         samples: rows of calibration text.
@@ -105,18 +104,14 @@ def compress(
         DeltaError: bad input, refused before or without leaving an artifact (see `errors`).
     """
     method = method or DeltaCome()
-    calibration = calibration_source(method, calibration)
-    device = pick_device(device)
-    compute = _pick_dtype(dtype, device)
+    ratio = method.default_ratio if ratio == "auto" else ratio
+    calibration, device, compute = check_options(
+        method, calibration, device=device, dtype=dtype, workers=workers, sweeps=sweeps
+    )
     base_checkpoint, tuned_checkpoint = (
         Checkpoint(base, base_revision),
         Checkpoint(tuned, tuned_revision),
     )
-    if workers < 1 or (workers > 1 and calibration != "none"):
-        raise PlanError(
-            f"workers: blocks are independent only without calibration, got {workers} workers and "
-            f"calibration {calibration}"
-        )
     if calibration != "none":
         check_length(seq_len, tuned_checkpoint.path)
     # BLAS splits its sums by thread, so bytes depend on how many there are; a worker has its share.
@@ -156,6 +151,8 @@ def compress(
 
         run.plans.update(plan_terms(run, writer, manifest, ratio, text, seed, sweep_folder))
         rows = text()
+        if rows is not None:  # no more than were asked for, with whose digits bytes were counted
+            manifest.provenance["calibration"]["samples"] = len(rows)
         # What a sweep has measured already is not measured again block by block.
         streams = method.calibrates and run.weights is None
         if workers > 1:
@@ -177,6 +174,32 @@ def compress(
     return Artifact.open(path)
 
 
+def check_options(
+    method: Method,
+    calibration: str | None,
+    *,
+    device: str,
+    dtype: str,
+    workers: int,
+    sweeps: str | Path | None,
+) -> tuple[str, str, torch.dtype]:
+    """What `compress` refuses whatever the models are; else source of text, device, type of passes.
+
+    Raises:
+        DeltaError: names the option.
+    """
+    source, device = calibration_source(method, calibration), pick_device(device)
+    compute = _pick_dtype(dtype, device)
+    if workers < 1 or (workers > 1 and source != "none"):
+        raise PlanError(
+            f"workers: blocks are independent only without calibration, got {workers} workers and "
+            f"calibration {source}"
+        )
+    if sweeps is not None and not (isinstance(method, Adaptive) and source != "none"):
+        raise PlanError(f"sweeps: expected adaptive and text, got {method.options()['name']}")
+    return source, device, compute
+
+
 def check_output(output: str | Path, *, resume: bool) -> None:
     """Refuses an output before work that comes ahead of `compress`, which asks again under its lock.
 
@@ -193,13 +216,8 @@ def check_output(output: str | Path, *, resume: bool) -> None:
 
 
 def _sweep_name(method: Method, identity: dict[str, Any]) -> str:
-    """A name that says all that a sweep depends on.
-
-    Raises:
-        PlanError: the method makes none.
-    """
-    if not isinstance(method, Adaptive) or identity["calibration"] == "none":
-        raise PlanError(f"sweeps: expected adaptive and text, got {method.options()['name']}")
+    """A name that says all that a sweep depends on; `plan_terms` adds the rows themselves."""
+    assert isinstance(method, Adaptive)  # no other has one (`check_options`)
     of_sweep = identity | {"method": method.diagonal, "ratio": None}
     return hashlib.sha256(json.dumps(of_sweep).encode()).hexdigest()[:16]
 
@@ -272,7 +290,8 @@ def _check_streamed(run: Run) -> None:
 def _manifest(
     run: Run, calibration: str, samples: int, seq_len: int, seed: int, threads: int
 ) -> Manifest:
-    source = calibration if calibration in ("self", "none") else Path(calibration).name
+    # A place on this machine is nobody's concern; a data set of the Hub is known by its whole name.
+    source = Path(calibration).name if Path(calibration).exists() else calibration
     said: dict[str, Any] = {"source": source}
     if calibration != "none":
         said |= {"samples": samples, "seq_len": seq_len, "seed": seed}

@@ -18,17 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deltacome.compression.answers import answers_from
 from deltacome.compression.budget import make_plans
-from deltacome.compression.data import answers_from, calibration_rows, check_source
+from deltacome.compression.data import calibration_rows, check_source
 from deltacome.compression.run import (
     Progress,
     Run,
     delta_of,
     made_once,
     measured_weights,
+    put_tensors,
     stream_of,
 )
-from deltacome.compression.sensitivity import keep, sweep
+from deltacome.compression.sensitivity import Weights, keep, sweep
 from deltacome.errors import CalibrationError, PlanError, naming
 from deltacome.format.artifact import ArtifactWriter
 from deltacome.format.folder import disk_errors, write_atomic
@@ -37,7 +39,7 @@ from deltacome.format.spec import Band
 from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.method import Matrix, Method, Terms
 from deltacome.rows import Row, seen_hash
-from deltacome.skeleton import picture_token, set_part
+from deltacome.skeleton import picture_token
 
 SWEEP_TOKENS = 1024
 """Tokens of a batch whose logits are held at once, with what is differentiated of them."""
@@ -58,8 +60,8 @@ def plan_terms(
     if isinstance(method, Adaptive) and not file.exists():
         _check_least(run, manifest, ratio)
     if isinstance(method, Adaptive) and (rows := text()) is not None:
-        if sweep_folder and (pictures := seen_hash(rows)):  # which the calibration file only names
-            sweep_folder = sweep_folder.with_name(f"{sweep_folder.name}-{pictures}")
+        if sweep_folder:  # other machines write other rows, and a file only names its pictures
+            sweep_folder = sweep_folder.with_name(f"{sweep_folder.name}-{_rows_hash(rows)}")
         run.weights = sweep_folder or writer.partial / "sweep"
         if not run.weights.exists():
             for killed in writer.partial.glob("sweep.*"):  # of this run, and as large as a model
@@ -105,15 +107,9 @@ def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row], seed: int)
     """
     steps, total = itertools.count(1), 2 * len(run.layout.blocks)
 
-    def load(block: str) -> None:
-        for name, target in run.where.items():
-            if target.parameter.startswith(f"{block}.") and name in run.records:
-                value = run.tuned.read(name).to(run.device, run.dtype)
-                set_part(run.model, target, value)
-
     weights = sweep(
         stream_of(run, rows, batch_tokens=SWEEP_TOKENS),
-        load,
+        lambda block: put_tensors(run, block, run.where, run.tuned.read),
         seed=seed,
         diagonal=method.diagonal,
         tied=run.tied,
@@ -121,7 +117,15 @@ def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row], seed: int)
         on_step=lambda: run.report(Progress("sweep", next(steps), total)),
     )
     with disk_errors(folder):
-        keep(folder, ({run.names[n]: w for n, w in one.items()} for one in weights), run.plans)
+        keep(folder, (_by_tensor(run, found) for found in weights), run.plans)
+
+
+def _by_tensor(run: Run, found: dict[str, Weights]) -> dict[str, Weights]:
+    """What a sweep found, by the stored tensor: of a tied head too, which some models store again."""
+    by = {run.names[name]: weights for name, weights in found.items()}
+    if run.tied and (weights := found.get(str(run.layout.embedding))):
+        by[run.names[str(run.layout.head)]] = weights
+    return by
 
 
 def calibration_text(
@@ -146,6 +150,10 @@ def calibration_text(
                 f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
                 f"but {embedding} has {size} rows"
             )
+        if len(rows) < samples:
+            warnings.warn(
+                f"calibration {source}: it gives {len(rows)} of {samples} rows", stacklevel=2
+            )
         if picture_token(run.model) is not None and not any(row.seen for row in rows):
             warnings.warn(
                 f"calibration {source}: {type(run.model).__name__} sees, and none of {len(rows)} rows "
@@ -163,6 +171,11 @@ def calibration_text(
         row, _, of = name.partition(".")
         seen.setdefault(row, {})[of] = value
     return [Row(inputs.pop("").tolist(), inputs) for _, inputs in sorted(seen.items())]
+
+
+def _rows_hash(rows: list[Row]) -> str:
+    content = f"{[row.ids for row in rows]} {seen_hash(rows)}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def calibration_source(method: Method, source: str | None) -> str:

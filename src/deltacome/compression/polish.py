@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltacome.compression.data import answers_from
+from deltacome.compression.answers import answers_from
 from deltacome.compression.distill import Trained, distill, divergence, squared_distance
 from deltacome.compression.run import (
     Progress,
@@ -49,6 +49,8 @@ def distill_terms(
         first = answers_from(run.tuned.path)
         how = {"loss": divergence, "rate": 0.02, "batch": 16, "first": first}
 
+    twin = _tied_twin(run, records, entries)
+
     def found() -> dict[str, Tensor]:
         distilled = distill(
             partial(_load_whole, run),
@@ -63,7 +65,7 @@ def distill_terms(
         return {
             f"{name}.{kind}": blob
             for name in records
-            for kind, blob in distilled[run.where[name].parameter].blobs().items()
+            for kind, blob in distilled[run.where[twin.get(name, name)].parameter].blobs().items()
         }
 
     blobs = made_once(writer.partial / "distilled.safetensors", found)
@@ -80,6 +82,24 @@ def distill_terms(
             changed.append(record)
         kept = {name: blobs.get(name, blob) for name, blob in unit.entries.items()}
         writer.save(unit_name, Unit(tuple(changed), kept))
+
+
+def _tied_twin(run: Run, records: dict[str, Record], entries: dict[str, Tensor]) -> dict[str, str]:
+    """A tied head that is stored all the same → the embedding, if both have the same terms.
+
+    The model has one weight for both, so scalars are found for the embedding alone.
+    """
+    if not run.tied:
+        return {}
+    embedding, head = (run.names[str(name)] for name in (run.layout.embedding, run.layout.head))
+    if embedding == head or not {embedding, head} <= records.keys():
+        return {}
+    one, other = records[embedding], records[head]
+    alike = (one.plan, one.sign_scales) == (other.plan, other.sign_scales)
+    for kind in ("bands", "signs"):
+        blobs = (entries.get(f"{name}.{kind}", torch.empty(0)) for name in (embedding, head))
+        alike = alike and torch.equal(*blobs)
+    return {head: embedding} if alike else {}
 
 
 def _load_whole(run: Run) -> torch.nn.Module:

@@ -6,7 +6,7 @@ Base and unit together give back a tensor as the finished artifact will.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -89,16 +89,22 @@ def of_common_rows(run: Run, name: str, weights: Weights) -> Weights:
 
 
 def load_block(run: Run, block: str, unit: Unit) -> None:
-    """Loads the compressed-so-far weights of a block: base + terms, or the tuned value itself.
+    """Loads the compressed-so-far weights of a block: base + terms, or the tuned value itself."""
+    records = {record.name: record for record in unit.records}
+    put_tensors(run, block, records, lambda name: restored(run, records[name], unit.entries))
 
-    Saved buffers too: a router's correction decides which experts a token goes to.
+
+def put_tensors(run: Run, block: str, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+    """Loads those of some stored tensors that a block has, weights in the type of the passes.
+
+    Saved buffers too, as they are: a router's correction decides which experts a token goes to.
     """
     there = run.layout.blocks[block].state_dict(prefix=f"{block}.", keep_vars=True)
-    for record in unit.records:
-        target = run.where[record.name]
+    for name in names:
+        target = run.where[name]
         if target.parameter not in there:
-            continue  # a table that old checkpoints store and the model computes
-        value = restored(run, record, unit.entries).to(run.device)
+            continue  # another block's, or a table that old checkpoints store and the model computes
+        value = read(name).to(run.device)
         is_weight = isinstance(there[target.parameter], nn.Parameter)
         set_part(run.model, target, value.to(run.dtype) if is_weight else value)
 

@@ -47,6 +47,7 @@ COUNTS = (None, *(Fraction(1, 1 << power) for power in range(9, 2, -1)))
 Genes = tuple[int, ...]
 """An index into COUNTS for each of WIDTHS."""
 
+PLAIN = Gptq()
 POPULATION, GENERATIONS, MUTATION = 12, 8, 0.3
 
 
@@ -128,7 +129,7 @@ def sample_linears(
 
 
 def search_template(
-    linears: list[Linear], ratio: float, way: Way = "greedy", seed: int = 0
+    linears: list[Linear], ratio: float, way: Way = "greedy", seed: int = 0, gptq: Gptq = PLAIN
 ) -> Search:
     """The template of least mean error among those tried, each matrix at `ratio` of its own bytes."""
     tried: dict[str, float] = {}
@@ -136,7 +137,7 @@ def search_template(
     def cost(genes: Genes) -> float:
         template = _template(genes)
         if str(template) not in tried:
-            tried[str(template)] = _mean_error(linears, template, ratio)
+            tried[str(template)] = _mean_error(linears, template, ratio, gptq)
         return tried[str(template)]
 
     genes = _greedy(cost) if way == "greedy" else _genetic(cost, random.Random(seed))
@@ -170,7 +171,9 @@ def _template(genes: Genes) -> Template:
     return Template((*wide, (2, None)))
 
 
-def _mean_error(linears: list[Linear], template: Template, ratio: float) -> float:
+def _mean_error(
+    linears: list[Linear], template: Template, ratio: float, gptq: Gptq = PLAIN
+) -> float:
     errors = []
     for linear in linears:
         out_size, in_size = linear.delta_OI.shape
@@ -179,8 +182,8 @@ def _mean_error(linears: list[Linear], template: Template, ratio: float) -> floa
             return 1.0
         u_RO, s_R, v_RI = (part[: rank(plan)] for part in linear.triple)
         with naming([linear.name]):
-            (factors,) = Gptq().v_factors([(v_RI, plan)], linear.factor)
-            bands = Gptq().with_u(u_RO, s_R, factors, plan, linear.gram_II)
+            (factors,) = gptq.v_factors([(v_RI, plan)], linear.factor)
+            bands = gptq.with_u(u_RO, s_R, factors, plan, linear.gram_II)
         delta_hat_OI = dense(bands).to(linear.delta_OI.device)
         errors.append(relative_error(linear.delta_OI, delta_hat_OI, linear.gram_II))
     return sum(errors) / len(errors)
@@ -197,9 +200,13 @@ def find_template(
     seq_len: int = 256,
     seed: int = 0,
     device: str = "auto",
+    dtype: torch.dtype = torch.float32,
     blocks: int = 3,
+    gptq: Gptq = PLAIN,
 ) -> Search:
-    """A template for two checkpoints; calibration text as in `compress`.
+    """A template for two checkpoints; calibration text as in `compress`, `dtype` that of its passes.
+
+    `gptq` says how codes are to be chosen: what is best for GPTQ need not be for plain rounding.
 
     Raises:
         DeltaError: as `compress`, and for `source` "none": errors are those of outputs.
@@ -214,5 +221,5 @@ def find_template(
     rows = calibration_rows(
         source, after.path, samples=samples, seq_len=seq_len, seed=seed, device=device
     )
-    linears = sample_linears(before, after, rows, blocks=blocks, device=device)
-    return search_template(linears, ratio, way, seed)
+    linears = sample_linears(before, after, rows, blocks=blocks, device=device, dtype=dtype)
+    return search_template(linears, ratio, way, seed, gptq)

@@ -1,18 +1,17 @@
 """The tables of `run.evaluate` and `harness.run_harness` for a terminal."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
 
-def table(result: dict[str, Any], sizes: Mapping[str, tuple[int, float]] | None = None) -> Table:
+def table(result: dict[str, Any]) -> Table:
     """Columns: score with its 95 % interval, KL on the task and on general text in nats per token, with
-    standard errors.
+    standard errors; bytes on disk and ratio if there is a delta.
 
-    `sizes` maps the names of models to (bytes on disk, ratio), which are added for those it has.
     A dash stands for what was not measured.
     """
+    sizes = any("ratio" in model for model in result["models"])
     shown = Table(title=f"{result['task']}, {result['n']} questions")
     shown.add_column("model")
     for column in ("score %", "95 %", "KL task", "KL text", *(("MB", "ratio") if sizes else ())):
@@ -24,9 +23,9 @@ def table(result: dict[str, Any], sizes: Mapping[str, tuple[int, float]] | None 
         for kl in ("kl_task", "kl_text"):
             cells.append(nats(model[kl], model.get(f"{kl}_error")))
         if sizes:
-            size, ratio = sizes.get(model["name"], (None, None))
-            cells.append("-" if size is None else f"{size / 1e6:.1f}")
-            cells.append("-" if ratio is None else f"{ratio:.1f}")
+            known = "ratio" in model
+            cells.append(f"{model['bytes'] / 1e6:.1f}" if known else "-")
+            cells.append(f"{model['ratio']:.1f}" if known else "-")
         shown.add_row(model["name"], *cells)
     return shown
 

@@ -124,7 +124,10 @@ def _errors(artifact: Artifact) -> list[str]:
         mean, worst = math.fsum(errors) / len(errors), max(errors)
         nbytes = sum(record.nbytes(size) for record in records)
         lines.append(f"| `{name}` | {len(records)} | {nbytes:,} | {mean:.3g} | {worst:.3g} |")
-    said = "Errors are ‖(D − D̂)X‖² / ‖DX‖² of a matrix's delta D on calibration inputs X."
+    said = (
+        "Errors are ‖(D − D̂)X‖² / ‖DX‖² of a matrix's delta D; X are its calibration inputs, or the "
+        "identity where there were none."
+    )
     return [*lines, "", said, ""]
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from deltacome.format.codec import BandTensors, Packed
 from deltacome.format.spec import Band, bands_nbytes
 from deltacome.methods.bands import factor_of
-from deltacome.methods.method import Matrix, Planner, Shape, Terms
+from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms
 from deltacome.numerics.allocate import allocate
 from deltacome.numerics.gptq import Quantized, quantize_v
 from deltacome.numerics.grid import min_max_grid, round_to_grid
@@ -87,6 +87,11 @@ class Adaptive:
         return True
 
     @property
+    def default_ratio(self) -> float:
+        """The ratio where none is asked for."""
+        return DEFAULT_RATIO
+
+    @property
     def calibrates(self) -> bool:
         """Inputs, and what outputs are worth, are measured on text."""
         return True
@@ -101,7 +106,7 @@ class Adaptive:
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """One price of a byte for all directions of all matrices."""
         spectra = {
-            name: self.spectrum(matrix.delta(), None, None)
+            name: self.spectrum(matrix.delta(), None, None).cpu()  # as prices are
             if matrix.spectrum is None
             else matrix.spectrum
             for name, matrix in matrices.items()

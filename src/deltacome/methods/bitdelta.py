@@ -44,6 +44,11 @@ class BitDelta:
         return False
 
     @property
+    def default_ratio(self) -> None:
+        """None: it follows from the one bit."""
+        return
+
+    @property
     def calibrates(self) -> bool:
         """Signs are data-free; distillation wants text, but no grams."""
         return False

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltacome.format.codec import Packed
 from deltacome.format.spec import rank
 from deltacome.methods.bands import Gptq, scaled_svd
-from deltacome.methods.method import Matrix, Planner, Terms
+from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Terms
 from deltacome.methods.template import PRECISIONS, Template, parse_template
 
 TRIPLE = parse_template(PRECISIONS["triple"])
@@ -57,6 +57,11 @@ class DeltaCome:
     def adapts(self) -> bool:
         """Whether the template has a hole."""
         return self.template.has_hole
+
+    @property
+    def default_ratio(self) -> float | None:
+        """The ratio where none is asked for, if plans adapt to one."""
+        return DEFAULT_RATIO if self.adapts else None
 
     @property
     def calibrates(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from deltacome.format.codec import BandTensors, Factor, Packed
 from deltacome.format.spec import rank
 from deltacome.methods.bands import scaled_svd
-from deltacome.methods.method import Matrix, Planner, Terms
+from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Terms
 from deltacome.methods.template import parse_template
 
 
@@ -38,6 +38,11 @@ class LowRank:
     def adapts(self) -> bool:
         """Whether the rank is left to the ratio."""
         return self.directions is None
+
+    @property
+    def default_ratio(self) -> float | None:
+        """The ratio where none is asked for, if plans adapt to one."""
+        return DEFAULT_RATIO if self.adapts else None
 
     @property
     def calibrates(self) -> bool:

@@ -47,6 +47,9 @@ class Matrix:
     """What a sweep through the model measured of it, for a method that asks for one."""
 
 
+DEFAULT_RATIO = 16.0
+"""Of methods whose plans reach it."""
+
 Planner = Callable[[float], dict[str, Terms]]
 """Bytes for the terms of all matrices → the terms of each, the best that fit, else the smallest.
 
@@ -60,6 +63,11 @@ class Method(Protocol):
     @property
     def adapts(self) -> bool:
         """Whether plans adapt to a number of bytes; otherwise they follow from the options."""
+        ...
+
+    @property
+    def default_ratio(self) -> float | None:
+        """The ratio where none is asked for; None where plans do not adapt to one."""
         ...
 
     @property

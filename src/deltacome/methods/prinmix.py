@@ -30,7 +30,7 @@ from deltacome.errors import PlanError, naming
 from deltacome.format.codec import Packed, dequantize
 from deltacome.format.spec import Band, Plan, bands_nbytes, rank
 from deltacome.methods.bands import Gptq, scaled_svd
-from deltacome.methods.method import Matrix, Planner, Shape, Terms
+from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms
 from deltacome.numerics.grid import min_max_grid, round_to_grid
 from deltacome.numerics.refit import refit_u
 
@@ -58,6 +58,11 @@ class PrinMix:
     def adapts(self) -> bool:
         """The program fills whatever bytes there are."""
         return True
+
+    @property
+    def default_ratio(self) -> float:
+        """The ratio where none is asked for."""
+        return DEFAULT_RATIO
 
     @property
     def calibrates(self) -> bool:

@@ -44,6 +44,11 @@ class Residual:
         return self.template.has_hole
 
     @property
+    def default_ratio(self) -> float | None:
+        """The ratio where none is asked for, if plans adapt to one: signs alone are a sixteenth."""
+        return 12.0 if self.adapts else None
+
+    @property
     def calibrates(self) -> bool:
         """The method is data-free."""
         return False

@@ -35,8 +35,10 @@ class Place:
     depth: int | None
     """None outside of blocks."""
     matrices: int
+    dropped: int
+    """Of these, changed by the fine-tune and left as the base's by the plan."""
     weights: int
-    """Entries that packed terms cover."""
+    """Entries that packed terms cover, or would cover."""
     nbytes: Counter[str]
     """Of packed terms, by kind."""
     directions: Counter[str]
@@ -84,8 +86,20 @@ class Facts:
 
     @property
     def depths(self) -> list[int]:
-        """All depths at which there are packed matrices."""
+        """All depths at which there are matrices."""
         return sorted({place.depth for place in self.places if place.depth is not None})
+
+    @property
+    def dropped(self) -> int:
+        """Matrices that the plan left as the base's."""
+        return sum(place.dropped for place in self.places)
+
+    @property
+    def mean_error(self) -> float | None:
+        """Of the matrices, not of the places; those that were dropped count too."""
+        known = [(p.error, p.matrices) for p in self.places if p.error is not None]
+        count = sum(matrices for _, matrices in known)
+        return sum(error * matrices for error, matrices in known) / count if known else None
 
     @property
     def projections(self) -> list[str]:
@@ -118,7 +132,7 @@ def gather(artifact: Artifact) -> Facts:
         total += packed_kinds(record, manifest.group_size)
         if record.exact_rows:
             total["exact"] += entry_nbytes(record.dtype, record.exact_shape)
-        if record.packed:
+        if record.packed or (record.error is not None and covered(record)):
             members.setdefault(place_of(record.name), []).append(record)
     total["headers"] = sum(shard.nbytes for shard in manifest.shards.values()) - total.total()
     names = (MANIFEST_FILE, INDEX_FILE)
@@ -146,6 +160,11 @@ def place_of(name: str) -> tuple[str, int | None]:
     first, *others = numbers
     kept = ["*" if i == first else part for i, part in enumerate(parts) if i not in others]
     return ".".join(kept), int(parts[first])
+
+
+def covered(record: Record) -> int:
+    """Entries of a tensor that are not stored exactly: those that a delta is taken of."""
+    return math.prod(record.shape) - (math.prod(record.exact_shape) if record.exact_rows else 0)
 
 
 def packed_kinds(record: Record, group: int) -> Counter[str]:
@@ -185,7 +204,8 @@ def _place(artifact: Artifact, key: tuple[str, int | None], records: list[Record
         projection=key[0],
         depth=key[1],
         matrices=len(records),
-        weights=sum(math.prod(record.bands_shape) for record in records),
+        dropped=sum(not record.packed for record in records),
+        weights=sum(covered(record) for record in records),
         nbytes=nbytes,
         directions=directions,
         error=sum(errors) / len(errors) if errors else None,

@@ -103,17 +103,14 @@ def _drawn(section: Section) -> Drawn:
 
 def _tiles(facts: Facts) -> list[tuple[str, str]]:
     """What people look for first."""
-    errors = [p for p in facts.places if p.error is not None]
-    mean = None
-    if errors:
-        mean = sum((p.error or 0) * p.matrices for p in errors) / sum(p.matrices for p in errors)
-    matrices = sum(place.matrices for place in facts.places)
+    packed = sum(place.matrices for place in facts.places) - facts.dropped
+    left = f", {facts.dropped:,} left as the base's" if facts.dropped else ""
     return [
         (f"{facts.ratio:.2f}", "ratio, everything counted"),
         (size(facts.bytes_on_disk), f"on disk, for {size(facts.tuned_nbytes)}"),
         (number(facts.nominal_ratio), "nominal ratio: codes only"),
-        (number(mean), "mean error of a matrix"),
-        (f"{matrices:,}", f"matrices packed, of {facts.tensors.total():,} tensors"),
+        (number(facts.mean_error), f"mean error of a matrix{left}"),
+        (f"{packed:,}", f"matrices packed, of {facts.tensors.total():,} tensors"),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ class Score:
     name: str
     score: float | None
     low: float | None
-    """Of the 95 % interval, as `high`."""
+    """Of the 95 % interval, as `high`; None where none is known."""
     high: float | None
     kl_task: float | None
     """KL to the tuned model in nats a token, as `kl_text`."""
@@ -48,9 +48,8 @@ class Exam:
 
     @property
     def percent(self) -> bool:
-        """Whether scores are shares of something."""
-        values = [v for m in self.models for v in (m.score, m.low, m.high) if v is not None]
-        return all(0 <= value <= 1 for value in values)
+        """Whether scores are shares of something; ends of an interval may lie outside."""
+        return all(m.score is None or 0 <= m.score <= 1 for m in self.models)
 
     def dense(self, name: str) -> Score | None:
         """`base` or `tuned`."""
@@ -79,9 +78,7 @@ def _read(file: Path) -> list[Exam]:
         if "task" in document:
             models = tuple(_score(model, model) for model in document["models"])
             return [Exam(_label(document["task"]), "exact match", int(document["n"]), models)]
-        return [
-            _harness_exam(document["models"], task) for task in document["models"][0]["results"]
-        ]
+        return _harness_exams(document["models"])
     except OSError as error:
         raise DeltaError(f"{file}: cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -91,19 +88,29 @@ def _read(file: Path) -> list[Exam]:
         ) from error
 
 
-def _harness_exam(models: list[dict[str, Any]], task: str) -> Exam:
-    """A task of lm-eval, by its first metric."""
-    keys = list(models[0]["results"][task])
-    metric, *_ = (key for key in keys if "stderr" not in key and "sample_len" not in key)
+def _harness_exams(models: list[dict[str, Any]]) -> list[Exam]:
+    """Tasks of lm-eval, each by its first metric; a group may have none of its own."""
+    metrics = {task: next(_metrics(found), None) for task, found in models[0]["results"].items()}
+    exams = [_harness_exam(models, task, metric) for task, metric in metrics.items() if metric]
+    if not exams:
+        raise ValueError(f"expected a metric of a task, got {list(metrics)!r:.80}")
+    return exams
+
+
+def _metrics(figures: dict[str, Any]) -> Iterator[str]:
+    return (key for key in figures if "stderr" not in key and "sample_len" not in key)
+
+
+def _harness_exam(models: list[dict[str, Any]], task: str, metric: str) -> Exam:
     name, _, form = metric.partition(",")
 
     def score(model: dict[str, Any]) -> Score:
         figures = model["results"][task]
-        half = 1.96 * figures.get(f"{name}_stderr,{form}", 0.0)
-        value = figures[metric]
-        return _score(
-            model, {"score": value, "score_low": value - half, "score_high": value + half}
-        )
+        value, error = figures[metric], figures.get(f"{name}_stderr,{form}")
+        low = high = None
+        if error:  # one of 0 is of equal answers to few questions, and bounds nothing
+            low, high = value - 1.96 * error, value + 1.96 * error
+        return _score(model, {"score": value, "score_low": low, "score_high": high})
 
     return Exam(task, metric.removesuffix(",none"), None, tuple(map(score, models)))
 

@@ -35,7 +35,7 @@ class Section:
 def sections(facts: Facts, exams: Sequence[Exam]) -> list[Section]:
     """Those that the artifact has something to show for."""
     found = [_bytes(facts)]
-    if facts.places:
+    if any(place.nbytes for place in facts.places):
         found.append(_widths(facts))
     if any(place.error is not None and place.depth is not None for place in facts.places):
         found.append(_errors(facts))
@@ -111,10 +111,12 @@ def _errors(facts: Facts) -> Section:
     worst = max((p for p in known if p.depth is not None), key=lambda place: place.error or 0)
     outside = [f"{_name(names, p)} {number(p.error)}" for p in facts.outside if p.error is not None]
     beside = f" Outside of blocks: {', '.join(outside[:6])}." if outside else ""
+    if facts.dropped:
+        beside += f" Left as the base's, with an error of 1: {facts.dropped:,}."
     return Section(
         "errors",
         "Error by layer",
-        f"{number(_mean_error(known))} on average, {number(worst.error)} at most: {_name(names, worst)}."
+        f"{number(facts.mean_error)} on average, {number(worst.error)} at most: {_name(names, worst)}."
         + beside,
         "‖(D − D̂)X‖² / ‖DX‖² of a matrix's delta D, as measured when it was compressed; X are its "
         "calibration inputs, or the identity where there were none.",
@@ -196,11 +198,6 @@ def _where(names: dict[str, str], place: Place) -> tuple[str, str]:
 def _name(names: dict[str, str], place: Place) -> str:
     word = clip(names[place.projection], 40)
     return word if place.depth is None else f"{word} of layer {place.depth}"
-
-
-def _mean_error(places: Sequence[Place]) -> float:
-    """Of the matrices, not of the places."""
-    return sum((p.error or 0) * p.matrices for p in places) / sum(p.matrices for p in places)
 
 
 def _half(spectrum: np.ndarray) -> int:

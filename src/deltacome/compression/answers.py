@@ -1,0 +1,88 @@
+"""Where the last answer of a chat begins, in a row of token ids.
+
+An answer is what follows the opening that a chat template writes when it is asked for one:
+`<|im_start|>assistant`, `[/INST]`. Its tokens are taken as they are within a chat, since many tokenizers
+split them otherwise where they stand alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deltacome.compression.data import tokenizer_of
+
+_ASKED, _SAID = "USERTEXT", "ANSWER"
+First = Callable[[list[int]], int]
+
+
+def answers_from(tuned: Path) -> First:
+    """What tells the first position of a row that predicts the last answer of a chat; 0 elsewhere.
+
+    Where no answer would be found, in a chat of two turns that the template itself writes, a warning
+    says so: all tokens count alike then, as they do without a template.
+
+    Args:
+        tuned: folder of the tuned model, for its tokenizer and template.
+    """
+    tokenizer = tokenizer_of(tuned)
+    if not tokenizer.chat_template:
+        return lambda row: 0
+    opening = _opening(tokenizer)
+
+    def first(row: list[int]) -> int:
+        for start in range(len(row) - len(opening) - 1, 0, -1):
+            if row[start : start + len(opening)] == opening:
+                return start + len(opening) - 1
+        return 0
+
+    if not tokenizer.decode(opening).strip() or not _finds(first, tokenizer):
+        warnings.warn(
+            f"{tuned}: where answers begin in a chat of its template cannot be told by tokens: in "
+            "calibration text questions weigh like answers",
+            stacklevel=2,
+        )
+        return lambda row: 0
+    return first
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """Tokens between a question and what would be its answer, or the last of them that are no part of
+    how a question ends; none where they cannot be told."""
+    asked, closed = (
+        _chat(tokenizer, {"user": _ASKED}, add_generation_prompt=opens) for opens in (True, False)
+    )
+    adds = asked.startswith(closed) and asked != closed
+    start = len(closed) if adds else asked.find(_ASKED) + len(_ASKED)
+    return _between(tokenizer, asked + _SAID, start, len(asked))
+
+
+def _finds(first: First, tokenizer: Any) -> bool:
+    """Whether the answer of a chat is found, and no word of its question is taken for it."""
+    text = _chat(tokenizer, {"user": _ASKED, "assistant": _SAID})
+    row = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    begins = first(row) + 1
+    until_question = _between(tokenizer, text, 0, text.find(_ASKED) + len(_ASKED))
+    until_answer = _between(tokenizer, text, 0, text.find(_SAID))
+    return len(until_question) < begins <= len(until_answer)
+
+
+def _chat(tokenizer: Any, turns: dict[str, str], **options: Any) -> str:
+    """The text of a chat; templates of models that see may leave out what is not in parts."""
+    plain = [{"role": role, "content": said} for role, said in turns.items()]
+    text = tokenizer.apply_chat_template(plain, tokenize=False, **options)
+    if all(said in text for said in turns.values()):
+        return text
+    in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in plain]
+    return tokenizer.apply_chat_template(in_parts, tokenize=False, **options)
+
+
+def _between(tokenizer: Any, text: str, start: int, end: int) -> list[int]:
+    """Tokens of a text that lie wholly within two of its characters."""
+    if not tokenizer.is_fast:  # others do not say where a token lies
+        return []
+    said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = zip(said["input_ids"], said["offset_mapping"], strict=True)
+    return [token for token, (at, to) in pairs if at >= start and to <= end]
