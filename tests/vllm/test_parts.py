@@ -493,12 +493,12 @@ WRONG = {
 @pytest.mark.parametrize("content", WRONG, ids=lambda content: content[:30])
 def test_a_generation_configuration_that_is_wrong(content, base, tmp_path):
     """In the engine it would end the thread that reads requests, or a step."""
-    with pytest.raises(ArtifactError, match=f"a/generation_config.json: {WRONG[content]}"):
+    with pytest.raises(ArtifactError, match=f"a: generation_config.json: {WRONG[content]}"):
         manners(base, tmp_path / "a", generation_config_json=content.encode())
 
 
 def test_a_template_that_is_none(base, tmp_path):
-    with pytest.raises(ArtifactError, match=r"a/chat_template\.jinja: expected UTF-8, got b'"):
+    with pytest.raises(ArtifactError, match=r"a: chat_template\.jinja: expected UTF-8, got b'"):
         manners(base, tmp_path / "a", chat_template_jinja=b"{{ \xff }}")
     for i, template in enumerate((5, {"a": "b"}, [{"name": "default"}])):
         content = json.dumps({"chat_template": template}).encode()

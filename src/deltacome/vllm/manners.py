@@ -75,7 +75,7 @@ def _text(token: Any) -> str | None:
 
 
 def _wrong(artifact: Artifact, key: str, expected: str, got: Any) -> ArtifactError:
-    return ArtifactError(f"{artifact.path / key}: expected {expected}, got {got!r:.100}")
+    return ArtifactError(f"{artifact.path}: {key}: expected {expected}, got {got!r:.100}")
 
 
 def _ends(artifact: Artifact, generation: dict[str, Any], size: int) -> set[int]:
@@ -107,7 +107,7 @@ def _sampling(artifact: Artifact, generation: dict[str, Any]) -> dict[str, Any]:
         try:
             checked(**{name: found[name]})
         except (compat.VLLMValidationError, ValueError) as error:
-            raise ArtifactError(f"{artifact.path / where}: {error}") from error
+            raise ArtifactError(f"{artifact.path}: {where}: {error}") from error
     return found
 
 
