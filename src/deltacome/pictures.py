@@ -128,9 +128,9 @@ def picture_row(processor: Any, seen: Seen, *, opens: bool = False) -> Row:
 
 
 def _string(item: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(item[key], str):
-        raise PictureError(f"{where}: expected a string as {key}, got {item[key]!r:.80}")
-    return item[key]
+    if not isinstance(item[key], str | int | float):  # null would be the word None
+        raise PictureError(f"{where}: expected a text as {key}, got {item[key]!r:.80}")
+    return str(item[key])
 
 
 def _text(text: str) -> dict[str, str]:

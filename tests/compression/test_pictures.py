@@ -288,9 +288,12 @@ def test_ways_to_give_pictures(vision, source, line):
         ({"images": ["red.png"] * 3, "messages": asked(PICTURE)}, "2 more pictures than its mes"),
         (
             {"image": "red.png", "prompt": None, "answer": "red"},
-            "expected a string as prompt, got N",
+            "expected a text as prompt, got N",
         ),
-        ({"image": "red.png", "prompt": "what", "answer": 7}, "expected a string as answer, got 7"),
+        (
+            {"image": "red.png", "prompt": "what", "answer": None},
+            "expected a text as answer, got None",
+        ),
         ({"messages": ["one", *asked(BLUE)]}, "the processor refuses it"),
         ({"image": "red.png", "conversations": turns("no place")}, "has 1 pictures, and neither"),
         (

@@ -273,7 +273,7 @@ def _write(
 
 
 def _slow_at_16_bit() -> bool:
-    """Whether this CPU writes rows by the dozen several times as fast in float32."""
+    """Whether this CPU has no arithmetic for 16 bit: rows by the dozen are sooner written in float32."""
     return torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
 
 
