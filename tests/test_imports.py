@@ -25,7 +25,11 @@ WRITING = tuple(f"deltacome.{room}" for room in WRITERS)
 TOGETHER = {
     # Rooms that may share a process, as torch takes seconds to load → what must not be loaded.
     ("errors", "cli"): ("torch", "transformers", "deltacome.format"),
-    ("device", "format", "rows", "arch", "ops"): ("transformers", "deltacome.runtime", *WRITING),
+    ("device", "format", "rows", "chats", "arch", "ops"): (
+        "transformers",
+        "deltacome.runtime",
+        *WRITING,
+    ),
     ("runtime",): WRITING,
     ("skeleton", "pictures", "outline"): ("deltacome.runtime", "deltacome.ops", *WRITING),
     ("numerics", "methods"): ("transformers", "deltacome.arch", "deltacome.compression"),

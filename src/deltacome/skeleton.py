@@ -9,7 +9,7 @@ stack is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,24 @@ def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[attribute] = value.to(getattr(module, attribute).dtype)
     else:
         module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+
+
+def set_buffers(
+    model: nn.Module, where: Mapping[str, Target], read: Callable[[str], Tensor]
+) -> None:
+    """Puts stored tensors in the place of saved buffers, which a pass needs as it needs weights: running
+    statistics of a tower, scales of a block.
+
+    Args:
+        model: a skeleton.
+        where: the targets of a checkpoint's tensors.
+        read: gives one by name.
+    """
+    there = model.state_dict(keep_vars=True)
+    for name, target in where.items():
+        value = there.get(target.parameter)
+        if value is not None and not isinstance(value, nn.Parameter):
+            set_weight(model, target.parameter, read(name))
 
 
 def set_part(model: nn.Module, target: Target, value: Tensor) -> None:

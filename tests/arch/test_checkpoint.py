@@ -53,6 +53,14 @@ def test_shards_are_read_as_one(tmp_path):
     )
 
 
+def test_a_single_file_counts_where_an_index_is_left_over(tmp_path):
+    """As in transformers, whose passes would be of another model otherwise."""
+    folder = sharded(tmp_path / "m")
+    assert list(single(folder, a=torch.ones(3)).tensors) == ["a"]
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    assert torch.equal(Checkpoint(folder).read("a"), torch.ones(3))
+
+
 def test_a_revision_is_the_commit_that_was_read(tmp_path, hub):
     folder = single(tmp_path / "m", w=torch.ones(3)).path
     assert Checkpoint(folder, "v1").revision is None  # a folder has none

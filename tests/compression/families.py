@@ -13,6 +13,7 @@ from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
     GPT2Config,
+    GPTJConfig,
     LlamaConfig,
     LlavaConfig,
     MixtralConfig,
@@ -29,6 +30,9 @@ ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 0}
 FAMILIES = {
     "GPT2LMHeadModel": lambda: GPT2Config(
         vocab_size=300, n_embd=64, n_layer=2, n_head=2, n_positions=128, **ENDS
+    ),
+    "GPTJForCausalLM": lambda: GPTJConfig(  # whose blocks return tuples; its head has a bias
+        vocab_size=300, n_embd=64, n_layer=3, n_head=2, rotary_dim=16, n_positions=128, **ENDS
     ),
     "Gemma2ForCausalLM": lambda: Gemma2Config(
         **TEXT, head_dim=32, query_pre_attn_scalar=32, sliding_window=8
@@ -53,7 +57,7 @@ FAMILIES = {
         pad_token_id=0,
     ),
 }
-RATIOS = {"GPT2LMHeadModel": 3.7, "LlavaForConditionalGeneration": 2}
+RATIOS = {"GPT2LMHeadModel": 3.7, "GPTJForCausalLM": 4, "LlavaForConditionalGeneration": 2}
 """What a tiny model has room for, its exact tensors being float32; 3 for the others."""
 STREAMED = [name for name in FAMILIES if not re.match("Bert|T5", name)]
 

@@ -5,10 +5,14 @@ import json
 import families
 import pytest
 import torch
+import transformers
 from tiny_pairs import FAMILIES, VOCAB, copy_of, rewrite, weights_of
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PhiConfig
 
+from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import compress
+from deltacome.compression.data import calibration_rows
+from deltacome.compression.search import sample_linears
 from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.runtime import merge
 
@@ -68,3 +72,40 @@ def test_calibrated_and_with_a_grown_vocabulary(pairs, text, tmp_path):
     options = {"samples": 4, "seq_len": 16}
     artifact = compress(base, tuned, tmp_path / "a", ratio=6, calibration=text, **options)
     assert max(check(base, artifact, tmp_path / "m").ids) < VOCAB
+
+
+class Shifted(LlamaForCausalLM):
+    """With a saved buffer outside of its blocks, as statistics of a vision tower are."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.register_buffer("shift", torch.zeros(config.hidden_size))
+        self.model.embed_tokens.register_forward_hook(self._shift)
+
+    def _shift(self, module, args, output):
+        return output + self.model.shift
+
+
+Shifted.__name__ = "LlamaForCausalLM"  # configurations name it so
+
+
+def test_a_saved_buffer_outside_of_blocks(pairs, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers, "LlamaForCausalLM", Shifted)
+    shifted = []
+    for folder in pairs["llama"]:
+        shifted.append(copy_of(folder, tmp_path / folder.name))
+        rewrite(shifted[-1], weights_of(folder) | {"model.shift": torch.arange(128) / 128}, None)
+    artifact = compress(*shifted, tmp_path / "a", ratio=6, calibration=text, samples=4, seq_len=16)
+    canary = Canary.from_json(artifact.file(CANARY_FILE))
+    merged = merge(shifted[0], artifact, tmp_path / "m")
+    model = Shifted.from_pretrained(merged, dtype=torch.float32).eval()
+    assert model.model.shift.any()
+    with torch.no_grad():
+        said = model(torch.tensor([list(canary.ids)])).logits[0].log_softmax(-1)
+    assert canary.distance([float(said[i, id]) for i, id in enumerate(canary.ids[1:])]) < 0.02
+    rows = calibration_rows(text, shifted[1], samples=4, seq_len=16, seed=0)
+    first = [
+        sample_linears(Checkpoint(base), Checkpoint(tuned), rows, blocks=1)[0]
+        for base, tuned in (pairs["llama"], shifted)
+    ]
+    assert not torch.allclose(first[0].gram_II, first[1].gram_II, rtol=0.1)

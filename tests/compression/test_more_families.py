@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny_pairs
 import torch
 from families import FAMILIES, RATIOS, STREAMED, TEXT, load, logits, make, make_pair, moved
 from tiny_pairs import rewrite, text_lines, weights_of
 from transformers import Glm4MoeConfig
 
-from deltacome import Artifact, DeltaCome, attach, base_for, compress, merge
+from deltacome import Adaptive, Artifact, DeltaCome, attach, base_for, compress, merge
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import divergence
 from deltacome.errors import UnsupportedError
@@ -142,6 +143,42 @@ def test_singular_values_are_distilled_where_weights_lie_otherwise(name, pairs, 
                 got = model(input_ids=ids).logits.flatten(0, 1)
             found.append(float(divergence(got, wanted).mean()))
     assert found[1] < 0.98 * found[0]
+
+
+def test_adaptive_refuses_what_text_does_not_reach_before_it_runs(pairs, tmp_path):
+    """Positions of GPT-2, and the tower of a model that sees."""
+    for name in ("GPT2LMHeadModel", "LlavaForConditionalGeneration"):
+        seen = []
+        with pytest.raises(UnsupportedError, match=r"adaptive: \d+ matrices are not reached"):
+            compress(
+                *pairs[name],
+                tmp_path / "a",
+                method=Adaptive(distill=0),
+                ratio=RATIOS[name],
+                samples=4,
+                seq_len=16,
+                progress=lambda step, seen=seen: seen.append(step.phase),
+            )
+        assert set(seen) == {"survey"}
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_head_that_is_stored_by_its_own_name_is_distilled(text, tmp_path):
+    """As safetensors writes it where it may choose one of two names."""
+    base, tuned = tiny_pairs.make_pair("llama-tied", tmp_path)
+    for folder in (base, tuned):
+        weights = weights_of(folder)
+        rewrite(
+            folder, weights | {"lm_head.weight": weights.pop("model.embed_tokens.weight")}, None
+        )
+    found = []
+    for steps in (0, 2):
+        options = {"ratio": 6, "calibration": text, "samples": 6, "seq_len": 16}
+        artifact = compress(
+            base, tuned, tmp_path / f"{steps}", method=DeltaCome(distill=steps), **options
+        )
+        found.append(torch.cat([band.s for band in artifact.packed("lm_head.weight").bands]))
+    assert not torch.equal(*found)
 
 
 def test_a_model_that_sees_writes_its_own_calibration(pairs, tmp_path):

@@ -1,5 +1,7 @@
 """The model run block by block is the model."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_pairs import FAMILIES, VOCAB, text_lines, write_jsonl
@@ -10,7 +12,7 @@ from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows
-from deltacome.errors import CalibrationError
+from deltacome.errors import CalibrationError, UnsupportedError
 from deltacome.methods.template import parse_template
 from deltacome.rows import Row
 from deltacome.skeleton import make_skeleton, read_config, set_weight
@@ -151,3 +153,22 @@ def test_exact_deltas_give_the_tuned_model_s_hidden_states(pairs, family, tmp_pa
     assert set(got) == set(map(tuple, rows))
     for row, hidden in got.items():
         assert_same(hidden, expected[row][-1], 5e-4)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_model_that_does_something_between_its_blocks_is_refused(pairs, block):
+    """As some that see do with their pictures: run one by one, blocks would get something else."""
+    folder = pairs["llama"][1]
+    model = make_skeleton(read_config(folder), torch.float32, folder)
+    model.model.layers[block].register_forward_hook(lambda module, args, output: output + 1)
+    options = {"device": "cpu", "dtype": torch.float32}
+    make = partial(
+        Stream, model, find_layout(model), Checkpoint(folder).read, [Row([2, 3])], **options
+    )
+    if block:  # what follows the last block is run whole
+        make()
+        return
+    with pytest.raises(
+        UnsupportedError, match=r"LlamaForCausalLM: changes hidden states between .* 1,"
+    ):
+        make()

@@ -84,7 +84,7 @@ def test_table_of_base_tuned_and_deltas(tmp_path):
     task = questions(tmp_path, "1", "2", "3")
     result = run(base, task, tuned=tuned, deltas=deltas, n=3)
 
-    assert list(result) == ["task", "n", "models"]
+    assert list(result) == ["task", "n", "seed", "task_args", "dtype", "models"]
     assert (result["task"], result["n"]) == (task, 3)
     rows = {m["name"]: m for m in result["models"]}
     assert list(rows) == ["base", "tuned", "same", "other"]
@@ -212,7 +212,7 @@ def test_report_shows_every_figure():
             {"name": "base", "score": None, "score_low": None, "score_high": None}
             | {"kl_task": None, "kl_text": 0.25},
             {"name": "small", "score": 0.5, "score_low": 0.15, "score_high": 0.85}
-            | {"kl_task": 0.00002, "kl_text": 0.00123, "kl_text_error": 0.00004}
+            | {"kl_task": 0.0, "kl_task_error": 2e-9, "kl_text": 0.00123, "kl_text_error": 0.00004}
             | {"bytes": 16_900_000, "ratio": 15.9},
         ],
     }
@@ -223,7 +223,7 @@ def test_report_shows_every_figure():
         "sums, 4 questions",
         "50.0",
         "15.0 to 85.0",
-        "2e-05",
+        "0 ± 2e-09",
         "0.00123 ± 0.00004",
         "16.9",
         "15.9",

@@ -89,14 +89,16 @@ def test_nothing_stays_of_what_was_there(hub, artifact, tmp_path):
     Artifact.from_pretrained("org/name").verify_bytes()
 
 
-def test_code_and_pickles_are_not_fetched(hub, artifact):
+def test_code_pickles_and_what_is_there_twice_are_not_fetched(hub, artifact):
     artifact.push_to_hub("org/name")
     repo = hub.repos["org/name"]
     files = dict(repo.commits[repo.branches["main"]])
-    repo.commit("main", files | {"modeling.py": b"raise", "pytorch_model.bin": b"pickle"})
+    unwanted = {"modeling.py": b"raise", "pytorch_model.bin": b"pickle"}
+    unwanted |= {"consolidated.safetensors": b"all of it once more"}
+    repo.commit("main", files | unwanted)
     pulled = Artifact.from_pretrained("org/name")
-    assert not {"modeling.py", "pytorch_model.bin"} & content(pulled.path).keys()
-    assert not hub.asked("GET", r"\.py|\.bin")
+    assert not unwanted.keys() & content(pulled.path).keys()
+    assert not hub.asked("GET", r"\.py|\.bin|consolidated")
 
 
 def test_a_private_repository(hub, artifact, tmp_path):

@@ -26,6 +26,29 @@ def test_files_of_one_exam_are_put_together(tmp_path):
     assert exams[0].percent
 
 
+def test_what_was_asked_otherwise_stands_apart(tmp_path):
+    files = []
+    for i, how in enumerate(
+        [{}, {"seed": 0, "dtype": "float32"}, {"seed": 1}, {"dtype": "bfloat16"}]
+    ):
+        file = evaluated(tmp_path / f"{i}.json", [BASE, ONE], task="sums")
+        file.write_text(json.dumps(json.loads(file.read_text()) | how))
+        files.append(file)
+    assert [exam.task for exam in read_scores(files)] == [
+        "sums",
+        "sums, seed 1",
+        "sums, dtype bfloat16",
+    ]
+    base = {"name": "base", "results": {"arc": {"acc,none": 0.5}}}
+    for shots in (None, 5):
+        file = tmp_path / f"{shots}.json"
+        file.write_text(
+            json.dumps({"tasks": ["arc"], "shots": shots, "chat": False, "models": [base]})
+        )
+    exams = read_scores([tmp_path / "None.json", tmp_path / "5.json"])
+    assert [exam.task for exam in exams] == ["arc", "arc, shots 5"]
+
+
 def test_tasks_of_the_harness(tmp_path):
     def model(name, accuracy, error, **more):
         figures = {"acc,none": accuracy, "acc_stderr,none": error, "acc_norm,none": 0.9}

@@ -224,6 +224,8 @@ def _starts(file: Path) -> dict[str, int]:
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files, and the index's map where there is one."""
+    if (folder / SINGLE_FILE).is_file():  # first, as transformers does: an index may be left over
+        return [folder / SINGLE_FILE], {}
     index_file = folder / INDEX_FILE
     if index_file.is_file():
         try:
@@ -235,8 +237,6 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             if file.parent != folder or not file.is_file():
                 raise CheckpointError(f"{folder}: shard {file.name} of the index is missing")
         return files, weight_map
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE], {}
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         raise CheckpointError(
             f"{folder}: only pickled weights found, which can run code when they are read; convert "

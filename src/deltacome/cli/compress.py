@@ -73,7 +73,7 @@ def compress(
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Rows of calibration text; adaptive gains from a thousand.")
+        int, typer.Option(min=1, help="Rows of calibration text, if any; adaptive gains from a thousand.")
     ] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
     seed: int = 0,
@@ -116,6 +116,7 @@ def compress(
         )
     quiet_libraries()
     from deltacome.compression import compress
+    from deltacome.compression.budget import TOLERANCE
 
     start = time.monotonic()
     if search is not None and ratio is not None:
@@ -165,7 +166,7 @@ def compress(
         print(json.dumps(result))
         return
     print(summary(result))
-    if ratio is not None and result["ratio"] > 1.02 * ratio:
+    if ratio is not None and result["ratio"] > (1 + TOLERANCE) * ratio:
         print(
             f"smaller than the ratio of {ratio:g} asks for: there are no more directions to store"
         )

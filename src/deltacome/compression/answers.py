@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deltacome.chats import chat_text
 from deltacome.compression.data import tokenizer_of
 
 _ASKED, _SAID = "USERTEXT", "ANSWER"
@@ -70,13 +71,8 @@ def _finds(first: First, tokenizer: Any) -> bool:
 
 
 def _chat(tokenizer: Any, turns: dict[str, str], **options: Any) -> str:
-    """The text of a chat; templates of models that see may leave out what is not in parts."""
-    plain = [{"role": role, "content": said} for role, said in turns.items()]
-    text = tokenizer.apply_chat_template(plain, tokenize=False, **options)
-    if all(said in text for said in turns.values()):
-        return text
-    in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in plain]
-    return tokenizer.apply_chat_template(in_parts, tokenize=False, **options)
+    messages = [{"role": role, "content": said} for role, said in turns.items()]
+    return chat_text(tokenizer, messages, **options)
 
 
 def _between(tokenizer: Any, text: str, start: int, end: int) -> list[int]:

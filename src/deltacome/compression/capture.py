@@ -4,7 +4,7 @@ The model exists as a skeleton whose weights are on the meta device. To learn wh
 called with (masks, rotary tables, whatever the family passes), the model's own forward runs once per
 batch with blocks that only write down their arguments and hand the hidden states on. Those arguments
 depend on positions and not on values, so blocks can then be run one after another over all batches:
-no family needs code here.
+no family needs code here. A model that does something to hidden states between its blocks is refused.
 
 Rows are padded on the right. Under a causal mask padding changes nothing before it, so no attention
 mask is needed, and padded positions are left out of grams.
@@ -33,6 +33,10 @@ ReadTensor = Callable[[str], Tensor]
 
 class _Stop(Exception):
     pass
+
+
+class _Taken(Exception):
+    """A model took the first of what a block returned, and it was no tuple."""
 
 
 def drop_weights(module: nn.Module) -> None:
@@ -86,6 +90,7 @@ class Stream:
         self.model, self.layout, self.read = model, layout, read
         self.device, self.dtype = device, dtype
         self.batches: list[Batch] = []
+        self._in_tuple = False  # whether the model takes the first of what a block returns
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -154,8 +159,8 @@ class Stream:
         """Logits (B, L, V) for the last block's output: the batch's hidden states, or others."""
         hidden = batch.hidden if hidden is None else hidden
         *_, last = self.layout.blocks
-        outputs = {name: (lambda h, *a, **k: h) for name in self.layout.blocks}
-        outputs[last] = lambda h, *a, **k: hidden
+        outputs = {name: (lambda h, *a, **k: self._returned(h)) for name in self.layout.blocks}
+        outputs[last] = lambda h, *a, **k: self._returned(hidden)
         with self._patched(outputs):
             return self.model(**self._inputs(batch.ids, batch.seen)).logits
 
@@ -191,27 +196,48 @@ class Stream:
     def _record_calls(
         self, inputs: dict[str, Any]
     ) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+        """Hidden states at the first block, and the other arguments of each.
+
+        Raises:
+            UnsupportedError: blocks do not run once each, or a block does not get what the one before it
+                gave.
+        """
         calls: list[tuple[tuple, dict[str, Any]]] = []
         first: list[Tensor] = []
 
-        def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            first.append(hidden)
+        def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if first and hidden.ndim < first[0].ndim:
+                raise _Taken
+            if first and not torch.equal(hidden, first[0]):
+                raise UnsupportedError(
+                    f"{type(self.model).__name__}: changes hidden states between its blocks, before that "
+                    f"of index {len(calls)}, so that they cannot be run one by one"
+                )
+            if not first:
+                first.append(hidden.clone())  # of which the model may change its own in place
             calls.append((args, kwargs))
-            return hidden
+            return self._returned(hidden)
 
         head = self.head
 
         def stop(module: nn.Module, args: tuple) -> None:
             raise _Stop
 
-        with self._patched(dict.fromkeys(self.layout.blocks, note)):
-            self._until_stopped(head, stop, lambda: self.model(**inputs))
+        try:
+            with self._patched(dict.fromkeys(self.layout.blocks, note)):
+                self._until_stopped(head, stop, lambda: self.model(**inputs))
+        except _Taken:
+            self._in_tuple = True
+            return self._record_calls(inputs)
         if len(calls) != len(self.layout.blocks):
             raise UnsupportedError(
                 f"{type(self.model).__name__}: expected each of {len(self.layout.blocks)} blocks to "
                 f"run once with hidden states first, {len(calls)} calls were seen"
             )
         return first[0], calls
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._in_tuple else hidden
 
     @contextmanager
     def _patched(self, forwards: Mapping[str, Callable]) -> Iterator[None]:

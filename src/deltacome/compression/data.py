@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from deltacome.chats import chat_text
 from deltacome.compression.conversations import as_messages
 from deltacome.errors import CalibrationError
 from deltacome.pictures import Seen, load_processor, picture_row, seen_in
@@ -93,12 +95,16 @@ def check_length(seq_len: int, tuned: Path) -> None:
     Raises:
         CalibrationError: says how many there are.
     """
-    text = read_config(tuned).get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = positions_of(read_config(tuned))
     if limit is not None and seq_len > limit:
         raise CalibrationError(
             f"seq_len: expected at most {limit}, the positions of {tuned}, got {seq_len}"
         )
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has, where its configuration says."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def row_shares(counts_BL: Tensor) -> Tensor:
@@ -176,7 +182,7 @@ def _chat(tokenizer: Any, messages: list, where: str) -> Text:
     if not tokenizer.chat_template:
         raise CalibrationError(f"{where}: has messages, but the tuned model has no chat template")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False), True
+        return chat_text(tokenizer, messages), True
     except Exception as error:  # a template is a program and raises what it likes
         raise CalibrationError(f"{where}: the chat template refuses it: {error}") from error
 
@@ -281,7 +287,7 @@ def _opening(tokenizer: Any) -> list[int]:
     """Token ids of a chat up to where the user's words begin; empty without a template."""
     if not tokenizer.chat_template:
         return []
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    text = chat_text(tokenizer, [{"role": "user", "content": _MARK}])
     return tokenizer(text.split(_MARK)[0], add_special_tokens=False)["input_ids"]
 
 
@@ -294,9 +300,8 @@ def _converse(
     prompts = []
     for row, opening in zip(drafts, openings, strict=True):
         question = tokenizer.decode(row[len(opening) :], skip_special_tokens=True).strip()
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
+        asked = [{"role": "user", "content": question}]
+        text = chat_text(tokenizer, asked, add_generation_prompt=True)
         prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     return _continue(model, tokenizer, prompts, seq_len)
 
@@ -321,7 +326,8 @@ def _continue(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=seq_len - shortest,
+        # What the longest goes on to beyond its row is dropped; there may be no position for it.
+        max_new_tokens=min(seq_len - shortest, (positions_of(model.config) or math.inf) - longest),
         pad_token_id=pad,
     )
     rows = []

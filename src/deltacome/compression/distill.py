@@ -98,11 +98,12 @@ def distill(
         CheckpointError: the tuned model lacks a parameter.
     """
     model = load().to(device).eval().requires_grad_(False)
-    everywhere = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if strange := sorted(terms.keys() - everywhere):
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    if strange := sorted(terms.keys() - everywhere.keys()):
         raise CheckpointError(f"{type(model).__name__} has no parameter {strange[0]}")
-    # What a model ties to another weight goes along with that one.
-    weights = {n: _Weight(p, terms[n]) for n, p in model.named_parameters() if n in terms}
+    # Tied weights are one, found under the first of its names that has a term.
+    firsts = {id(everywhere[name]): name for name in reversed(everywhere) if name in terms}
+    weights = {name: _Weight(everywhere[name], terms[name]) for name in firsts.values()}
     optimizer = torch.optim.Adam([w.logs for w in weights.values()], lr=rate, betas=(0.9, 0.95))
     tuned = _Tuned(model, first)
     draw, order = random.Random(seed), []

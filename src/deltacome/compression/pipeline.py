@@ -24,6 +24,7 @@ from deltacome.compression.canary import make_canary
 from deltacome.compression.carried import carried_files, dropped_files
 from deltacome.compression.data import check_length
 from deltacome.compression.planning import (
+    PLANS_FILE,
     calibration_source,
     calibration_text,
     plan_terms,
@@ -31,6 +32,7 @@ from deltacome.compression.planning import (
 )
 from deltacome.compression.polish import distill_terms
 from deltacome.compression.run import Progress, Run
+from deltacome.compression.sensitivity import refuse_unreached
 from deltacome.compression.survey import pair_models, survey
 from deltacome.device import pick_device
 from deltacome.errors import OutputError, PlanError, UnsupportedError
@@ -47,6 +49,7 @@ from deltacome.skeleton import (
     is_causal,
     make_skeleton,
     read_config,
+    set_buffers,
     targets,
 )
 
@@ -122,9 +125,7 @@ def compress(
         "method": method.options(),
         "ratio": ratio,
         "calibration": source_identity(calibration),
-        "samples": samples,
-        "seq_len": seq_len,
-        "seed": seed,
+        **_text_options(calibration, samples, seq_len, seed),
         "device": device,
         "dtype": str(compute),
         "versions": _versions(),
@@ -224,7 +225,7 @@ def _sweep_name(method: Method, identity: dict[str, Any]) -> str:
 
 def _forget_if_empty(partial: Path) -> None:
     """A run that is refused before anything was finished leaves nothing that could be resumed."""
-    if {file.name for file in partial.iterdir()} <= {"run.json", "plans.json", "lock"}:
+    if {file.name for file in partial.iterdir()} <= {RUN_FILE, PLANS_FILE, "lock"}:
         shutil.rmtree(partial)
 
 
@@ -250,6 +251,7 @@ def _prepare(
         report(Progress("survey", done, len(pairs), name))
 
     records, matrices = survey(base, tuned, pairs, layout, where, on_tensor)
+    set_buffers(model, where, tuned.read)
     return Run(
         base,
         tuned,
@@ -285,6 +287,8 @@ def _check_streamed(run: Run) -> None:
             f"{type(run.model).__name__}: calibration runs through the blocks of a causal language "
             "model, one after another, and this is none: compress it with calibration none"
         )
+    if isinstance(run.method, Adaptive):
+        refuse_unreached(_without_inputs(run))  # before text is written and a sweep is run
 
 
 def _manifest(
@@ -293,9 +297,10 @@ def _manifest(
     # A place on this machine is nobody's concern; a data set of the Hub is known by its whole name.
     source = Path(calibration).name if Path(calibration).exists() else calibration
     said: dict[str, Any] = {"source": source}
-    if calibration != "none":
-        said |= {"samples": samples, "seq_len": seq_len, "seed": seed}
-        said |= _without_inputs(run)
+    if text := _text_options(calibration, samples, seq_len, seed):
+        said |= text
+        if unreached := _without_inputs(run):
+            said["matrices_without_inputs"] = len(unreached)
     return Manifest(
         base_name_or_path=run.base.name_or_path,
         base_revision=run.base.revision,
@@ -305,6 +310,13 @@ def _manifest(
     )
 
 
+def _text_options(calibration: str, samples: int, seq_len: int, seed: int) -> dict[str, int]:
+    """What chooses rows of calibration text; without any it changes nothing."""
+    if calibration == "none":
+        return {}
+    return {"samples": samples, "seq_len": seq_len, "seed": seed}
+
+
 def _versions() -> dict[str, str]:
     """Of the packages that bytes hang on."""
     return {
@@ -312,15 +324,15 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _without_inputs(run: Run) -> dict[str, int]:
-    """How many matrices calibration does not reach, if any: experts, and what no text passes."""
+def _without_inputs(run: Run) -> list[str]:
+    """Matrices that calibration does not reach: experts, and what no text passes."""
     inside = tuple(f"{name}." for name in run.layout.blocks)
     ends = {run.names.get(str(name)) for name in (run.layout.embedding, run.layout.head)}
-    count = 0
-    for name in run.plans.keys() - ends:
-        target = run.where[name]
-        count += target.expert is not None or not target.parameter.startswith(inside)
-    return {"matrices_without_inputs": count} if count else {}
+    return [
+        name
+        for name in run.plans.keys() - ends
+        if run.where[name].expert is not None or not run.where[name].parameter.startswith(inside)
+    ]
 
 
 def _identity(checkpoint: Checkpoint) -> list:

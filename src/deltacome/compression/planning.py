@@ -41,6 +41,7 @@ from deltacome.methods.method import Matrix, Method, Terms
 from deltacome.rows import Row, seen_hash
 from deltacome.skeleton import picture_token
 
+PLANS_FILE = "plans.json"
 SWEEP_TOKENS = 1024
 """Tokens of a batch whose logits are held at once, with what is differentiated of them."""
 
@@ -55,7 +56,7 @@ def plan_terms(
     sweep_folder: Path | None,
 ) -> dict[str, Terms]:
     """Plans, kept beside the units: a resumed run need not measure what they were made from."""
-    file = writer.partial / "plans.json"
+    file = writer.partial / PLANS_FILE
     method = run.method
     if isinstance(method, Adaptive) and not file.exists():
         _check_least(run, manifest, ratio)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,9 +20,10 @@ from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import Layout
 from deltacome.compression.capture import Stream
 from deltacome.compression.sensitivity import Weights, measured
+from deltacome.errors import ArtifactError
 from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.codec import Packed, read_bands, read_signs
-from deltacome.format.folder import disk_errors
+from deltacome.format.folder import disk_errors, sync
 from deltacome.format.manifest import Record
 from deltacome.methods.method import Method, Terms
 from deltacome.rows import Row
@@ -157,10 +159,20 @@ def finished_unit(writer: ArtifactWriter, name: str) -> Unit:
 
 
 def made_once(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors that an interrupted run made already, or makes now and keeps beside the units."""
+    """Tensors that an interrupted run made already, or makes now and keeps beside the units.
+
+    Raises:
+        ArtifactError: what is kept cannot be read.
+    """
     if not file.exists():
-        tensors = make()
+        tensors, temporary = make(), file.with_suffix(".tmp")
         with disk_errors(file):
-            save_file(tensors, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
-    return load_file(file)
+            save_file(tensors, temporary)
+            sync(temporary)
+            temporary.replace(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{file}: cannot be read: {error}; remove the folder to start anew"
+        ) from error

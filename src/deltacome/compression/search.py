@@ -38,7 +38,7 @@ from deltacome.methods.template import Template
 from deltacome.numerics.gptq import GramFactor, factor_gram
 from deltacome.numerics.gram import relative_error
 from deltacome.rows import Row
-from deltacome.skeleton import make_skeleton, read_config, set_weight, targets
+from deltacome.skeleton import make_skeleton, read_config, set_buffers, set_weight, targets
 
 Way = Literal["greedy", "genetic"]
 WIDTHS = (8, 4, 3)
@@ -102,6 +102,7 @@ def sample_linears(
         delta = tuned.read(weight).float() - base.read(before[weight] or weight).float()
         return (delta.T.contiguous() if transposed else delta).to(device)
 
+    set_buffers(model, where, tuned.read)
     stream = Stream(model, layout, read, rows, device=device, dtype=dtype)
     names = list(layout.blocks)
     chosen = {names[i * (len(names) - 1) // max(1, blocks - 1)] for i in range(blocks)}

@@ -95,16 +95,25 @@ def keep(folder: Path, weights: Iterator[dict[str, Weights]], wanted: Collection
                 kept = {key: value.cpu() for key, value in found[name]._asdict().items()}
                 save_file(kept, _file(partial, name))
             left -= found.keys()
-        if left:
-            raise UnsupportedError(
-                f"adaptive: {len(left)} matrices are not reached by text that runs through the "
-                f"decoder's blocks, {min(left)} the first: use another method, or calibration none"
-            )
+        refuse_unreached(left)
         try:
             partial.rename(folder)
         except OSError:
             if not folder.exists():  # else another process was first, with the same
                 raise
+
+
+def refuse_unreached(names: Collection[str]) -> None:
+    """Refuses matrices that no sweep weighs, if there are any.
+
+    Raises:
+        UnsupportedError: names the first.
+    """
+    if names:
+        raise UnsupportedError(
+            f"adaptive: {len(names)} matrices are not reached by text that runs through the "
+            f"decoder's blocks, {min(names)} the first: use another method, or calibration none"
+        )
 
 
 def measured(folder: Path, name: str) -> Weights:
@@ -296,14 +305,16 @@ def _outside(
     embedding_name, head_name = str(stream.layout.embedding), str(stream.layout.head)
     table_VH = stream.read(embedding_name).to(stream.device, torch.float32)
     gram = Gram(embedding_name, table_VH.shape[1], device=stream.device)
-    worth_V = torch.zeros(len(table_VH), device=stream.device)
+    worth_V = torch.zeros(len(table_VH))
     for batch, entering, gradient in zip(stream.batches, hidden, gradients, strict=True):
         words = batch.words.to(stream.device)
         ids_T = batch.ids.to(stream.device)[words]
         g_TH = gradient[words].float() * _scale(entering[words].float(), table_VH[ids_T])
         gram.add(g_TH)
-        worth_V.index_add_(0, ids_T, g_TH.square().sum(1))
-    embedding = Weights(gram.value, worth_V / worth_V.sum().clamp(min=1e-30))
+        # On the CPU, as a GPU adds in no fixed order.
+        worth_V.index_add_(0, batch.ids[batch.words], g_TH.square().sum(1).cpu())
+    worth_V = (worth_V / worth_V.sum().clamp(min=1e-30)).to(stream.device)
+    embedding = Weights(gram.value, worth_V)
     if not tied:
         return {embedding_name: embedding, head_name: head}
     uses = [(use.inputs, use.outputs, use.inputs.trace()) for use in (embedding, head)]

@@ -59,8 +59,8 @@ def run_harness(
         dtype: of a torch dtype; "auto" is that of the checkpoints, as published figures have it.
 
     Returns:
-        `{"tasks": …, "models": [{"name": …, "results": Figures}]}`; deltas have what
-        `run.account` says too.
+        `{"tasks": …, "shots", "limit", "chat", "dtype", "models": [{"name": …, "results": Figures}]}`;
+        deltas have what `run.account` says too.
 
     Raises:
         DeltaError: the harness is not installed, or does not know a task.
@@ -114,7 +114,8 @@ def run_harness(
     for name, artifact in zip(names(deltas), artifacts, strict=True):
         with tuned_by(artifact, base, model) as running:
             models.append({"name": name, **account(artifact), "results": figures(running)})
-    return {"tasks": list(tasks), "models": models}
+    how = {"shots": shots, "limit": limit, "chat": chat, "dtype": dtype}
+    return {"tasks": list(tasks), **how, "models": models}
 
 
 def _quiet(model: Any) -> Any:

@@ -8,6 +8,7 @@ adds by itself is part of the model that brings it.
 
 from typing import Any
 
+from deltacome.chats import chat_text
 from deltacome.errors import PictureError
 from deltacome.evals.tasks import Question
 from deltacome.pictures import Seen, picture_row, question
@@ -18,9 +19,8 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids up to where the answer begins."""
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    asked = [{"role": "user", "content": prompt}]
+    text = chat_text(tokenizer, asked, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+from deltacome.format.card import harness_metrics
+
 
 def table(result: dict[str, Any]) -> Table:
     """Columns: score with its 95 % interval, KL on the task and on general text in nats per token, with
@@ -38,7 +40,7 @@ def harness_table(result: dict[str, Any]) -> Table:
     for model in models:
         shown.add_column(model["name"], justify="right")
     for task, metrics in models[0]["results"].items():
-        for metric in (m for m in metrics if "stderr" not in m and "sample_len" not in m):
+        for metric in harness_metrics(metrics):
             values = [model["results"][task][metric] for model in models]
             shown.add_row(f"{task}, {metric.split(',none')[0]}", *(f"{v:.4f}" for v in values))
     return shown
@@ -48,5 +50,5 @@ def nats(value: float | None, error: float | None = None) -> str:
     """A KL with its standard error, to five decimals or to two digits where it is below 0.0001."""
     if value is None:
         return "-"
-    shown = [f"{x:.2g}" if value < 1e-4 else f"{x:.5f}" for x in (value, error) if x]
-    return " ± ".join(shown) or "0"
+    figures = (value, error) if error else (value,)
+    return " ± ".join(f"{x:.2g}" if value < 1e-4 else f"{x:.5f}" for x in figures)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,11 +180,16 @@ def _figures(artifact: Artifact, result: dict[str, Any]) -> Iterator[Figure]:
                 yield task, name, f"{pretty}, {result['n']} questions", values
         return
     for task, metrics in rows["delta"]["results"].items():
-        for metric in (m for m in metrics if "stderr" not in m and "sample_len" not in m):
+        for metric in harness_metrics(metrics):
             values = {
                 whose: row["results"].get(task, {}).get(metric) for whose, row in rows.items()
             }
             yield task, metric.partition(",")[0], metric.removesuffix(",none"), values
+
+
+def harness_metrics(figures: Iterable[str]) -> Iterator[str]:
+    """Of the names that lm-eval has figures under, those of metrics: not their errors, not counts."""
+    return (name for name in figures if "stderr" not in name and "sample_len" not in name)
 
 
 def _rows(artifact: Artifact, result: dict[str, Any]) -> dict[str, dict[str, Any]]:

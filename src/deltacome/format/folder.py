@@ -44,9 +44,12 @@ def claim(output: Path) -> IO[str]:
         # Another process may have finished, and removed this file, since it was opened.
         if not os.path.samestat(os.fstat(stream.fileno()), file.stat()):
             raise FileNotFoundError(file)
-    except OSError as error:
+    except (BlockingIOError, FileNotFoundError) as error:
         stream.close()
         raise OutputError(f"{partial}: another process is writing here") from error
+    except OSError as error:  # some network file systems have no locks
+        stream.close()
+        raise OutputError(f"{file}: cannot be locked: {error}") from error
     if output.exists():
         release(output, stream)
         _refuse_existing(output)

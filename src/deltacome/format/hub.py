@@ -16,6 +16,8 @@ from deltacome.errors import DeltaError
 
 FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 """What is fetched of a repository: nothing that is pickled or that is code."""
+TWICE = ("consolidated*",)
+"""Weights that some repositories hold once more, in their makers' own layout."""
 NAME = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^\s@]+))?")
 
 
@@ -61,7 +63,13 @@ def fetch_folder(
 
     with hub_errors(name if revision is None else f"{name}@{revision}", refused):
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(patterns), **download)
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(TWICE),
+                **download,
+            )
         )
 
 

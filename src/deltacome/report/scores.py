@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deltacome.errors import DeltaError
+from deltacome.format.card import harness_metrics
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Exam:
     """One task: base, tuned if it was given, and deltas."""
 
     task: str
+    """And how it was asked, where that is not as usual."""
     metric: str
     questions: int | None
     models: tuple[Score, ...]
@@ -77,8 +79,10 @@ def _read(file: Path) -> list[Exam]:
         document = json.loads(file.read_text(encoding="utf-8"))
         if "task" in document:
             models = tuple(_score(model, model) for model in document["models"])
-            return [Exam(_label(document["task"]), "exact match", int(document["n"]), models)]
-        return _harness_exams(document["models"])
+            label = _label(document["task"]) + _how(document)
+            return [Exam(label, "exact match", int(document["n"]), models)]
+        exams = _harness_exams(document["models"])
+        return [replace(exam, task=exam.task + _how(document)) for exam in exams]
     except OSError as error:
         raise DeltaError(f"{file}: cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -90,15 +94,13 @@ def _read(file: Path) -> list[Exam]:
 
 def _harness_exams(models: list[dict[str, Any]]) -> list[Exam]:
     """Tasks of lm-eval, each by its first metric; a group may have none of its own."""
-    metrics = {task: next(_metrics(found), None) for task, found in models[0]["results"].items()}
+    metrics = {
+        task: next(harness_metrics(found), None) for task, found in models[0]["results"].items()
+    }
     exams = [_harness_exam(models, task, metric) for task, metric in metrics.items() if metric]
     if not exams:
         raise ValueError(f"expected a metric of a task, got {list(metrics)!r:.80}")
     return exams
-
-
-def _metrics(figures: dict[str, Any]) -> Iterator[str]:
-    return (key for key in figures if "stderr" not in key and "sample_len" not in key)
 
 
 def _harness_exam(models: list[dict[str, Any]], task: str, metric: str) -> Exam:
@@ -139,6 +141,18 @@ def _finite(value: Any, above: float = -math.inf) -> float:
     if not (math.isfinite(value) and value > above):
         raise ValueError(f"expected a finite number, got {value!r:.80}")
     return float(value)
+
+
+USUAL = {"seed": 0, "dtype": "float32", "chat": False}
+"""What needs no word, as `deltacome eval` does it by itself."""
+
+
+def _how(document: dict[str, Any]) -> str:
+    """`, seed 1`: how it was asked. Who was asked otherwise is not to be compared."""
+    names = ("seed", "task_args", "shots", "limit", "chat", "dtype")
+    found = {name: document.get(name, USUAL.get(name)) for name in names}
+    said = (f", {n} {found[n]}" for n in names if found[n] not in (None, USUAL.get(n)))
+    return "".join(said)
 
 
 def _label(task: str) -> str:
