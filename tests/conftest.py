@@ -3,12 +3,20 @@ import sys
 import pytest
 import torch
 
-LONGEST = ("tests/vllm/", "tests/test_real_model.py", "tests/ops/test_triton")
+LONGEST = (
+    *("tests/ops/test_triton", "tests/test_real_model.py", "tests/vllm/"),
+    *("tests/compression/", "tests/docs/", "tests/evals/", "tests/test_"),
+)
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take minutes go first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    """The files that take longest go first, so that no process is left with one of them at the end."""
+
+    def rank(item):
+        found = [place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)]
+        return min(found, default=len(LONGEST))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)

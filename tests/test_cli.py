@@ -397,8 +397,3 @@ def test_the_installed_program(pair, tmp_path):
     compressed = run("compress", *pair, "-o", str(tmp_path / "a"), *QUICK, "--json")
     assert compressed.returncode == 0, compressed.stderr
     assert json.loads(compressed.stdout).keys() == OVERVIEW | COST
-    refused = run("--debug", "inspect", str(tmp_path / "none"))
-    assert refused.returncode == 1
-    assert refused.stdout == ""
-    assert "Traceback" in refused.stderr
-    assert "ArtifactError" in refused.stderr

@@ -1,5 +1,6 @@
 """What importing a room loads: each runs without Triton and vLLM, and readers without writers."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,16 +45,45 @@ TOGETHER = {
     ("compression",): ("deltacome.runtime", "deltacome.evals"),
 }
 
-CHILD = """
-import importlib, sys
-names, blocked, never = (argument.split(",") for argument in sys.argv[1:])
-for name in blocked:
-    sys.modules[name] = None  # importing it raises ImportError
-for name in names:
-    importlib.import_module(name)
-loaded = sorted(name for name in never if name and name in sys.modules)
-assert not loaded, f"loaded {loaded}"
+CHECK = """
+import importlib, json, os, sys, traceback
+
+def check(names, never, blocked=("triton", "vllm"), then=""):
+    for name in blocked:
+        sys.modules[name] = None  # importing it raises ImportError
+    for name in names:
+        importlib.import_module(name)
+    loaded = sorted(name for name in never if name in sys.modules)
+    assert not loaded, f"loaded {loaded}"
+    exec(then, {})
 """
+ONE = (
+    CHECK
+    + """
+check(**json.loads(sys.argv[1]))
+"""
+)
+EACH = (
+    CHECK
+    + """
+statuses = {}
+for heavy, groups in json.loads(sys.argv[1]).items():
+    if heavy:  # what none of these groups is kept from is loaded once; each then has a fork
+        sys.modules["triton"] = None
+        importlib.import_module(heavy)
+    for key, group in groups.items():
+        process = os.fork()
+        if not process:
+            try:
+                check(**group)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        statuses[key] = os.waitpid(process, 0)[1]
+print(json.dumps(statuses))
+"""
+)
 
 
 NAMES = """
@@ -72,14 +102,31 @@ else:
 """
 
 
-def run(names, never=(), blocked=("triton", "vllm"), then=""):
+def python(code, said):
     return subprocess.run(
-        [sys.executable, "-c", CHILD + then, ",".join(names), ",".join(blocked), ",".join(never)],
+        [sys.executable, "-c", code, json.dumps(said)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def run(names, never=(), **more):
+    return python(ONE, {"names": names, "never": never, **more})
+
+
+@pytest.fixture(scope="module")
+def each():
+    """What became of each group of rooms."""
+    groups = {"": {}, "torch": {}, "transformers": {}}
+    for rooms, never in TOGETHER.items():
+        names = [name for name in MODULES if name.split(".")[1] in rooms]
+        assert len(names) >= len(rooms)
+        heavy = "" if "torch" in never else "torch" if "transformers" in never else "transformers"
+        then = NAMES if "compression" in rooms else ""
+        groups[heavy]["+".join(rooms)] = {"names": names, "never": never, "then": then}
+    return python(EACH, groups)
 
 
 def test_all_rooms_are_seen():
@@ -89,11 +136,9 @@ def test_all_rooms_are_seen():
 
 
 @pytest.mark.parametrize("rooms", TOGETHER, ids="+".join)
-def test_rooms_in_a_fresh_process(rooms):
-    names = [name for name in MODULES if name.split(".")[1] in rooms]
-    assert len(names) >= len(rooms)
-    child = run(names, TOGETHER[rooms], then=NAMES if "compression" in rooms else "")
-    assert child.returncode == 0, child.stderr
+def test_rooms_in_a_fresh_process(rooms, each):
+    assert each.returncode == 0, each.stderr
+    assert json.loads(each.stdout.splitlines()[-1])["+".join(rooms)] == 0, each.stderr
 
 
 def test_the_package_alone_loads_nothing():

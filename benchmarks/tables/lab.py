@@ -2,8 +2,8 @@
 
 Everything lies under one folder (`work/tables`). A tenant is keyed by base and training run, an artifact
 by both models, the calibration text, the method's options and the code that makes it, a measurement by
-the weights and the questions. So a table that was cut off goes on where it was, and one that shares
-cells with another pays for them once.
+the weights, the questions and the code that asks. So a table that was cut off goes on where it was, and
+one that shares cells with another pays for them once.
 
 Models are measured as dense float32 weights in one skeleton: base + decoded terms, which is what the
 packed runtime computes. `Lab.agreement` shows that for one artifact of every method and is printed with
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from deltacome.evals.prompts import answer_ids
 from deltacome.evals.run import Exam, shared_tokenizer
 from deltacome.evals.score import exact_match, generate, wilson
 from deltacome.evals.tasks import Question, read_questions
+from deltacome.format.folder import write_atomic
 from deltacome.methods.method import Method
 
 ROOT = Path(__file__).parents[2]
@@ -181,12 +183,12 @@ class Lab:
                 samples=self.size.rows,
                 seq_len=self.size.row_tokens,
                 seed=seed,
-                sweeps=self._sweeps() if isinstance(method, Adaptive) else None,
+                sweeps=self.sweeps() if isinstance(method, Adaptive) else None,
                 resume=True,
             )
         return Artifact.open(folder)
 
-    def _sweeps(self) -> Path:
+    def sweeps(self) -> Path:
         """Where sweeps of adaptive are kept, by the code that makes them and what it is patched to."""
         patched = sensitivity.ANSWER, sensitivity.LIFT, sensitivity.TEMPERATURE
         key = hash_of(_hashes_of("numerics", "compression"), *patched)
@@ -204,7 +206,7 @@ class Lab:
         reads = method.calibrates or options.get("distill")
         text = self.calibration(task, seed) if reads else None
         hashes = [self._weights_hash(folder) for folder in (self.base, self.tenant(task))]
-        identity = [*hashes, options, ratio, seed, _code_hash(method), self.size.row_tokens]
+        identity = [*hashes, options, ratio, seed, code_hash(method), self.size.row_tokens]
         name = f"{task}-{options['name']}-{hash_of(*identity, None if text is None else text.name)}"
         return self.work / "artifacts" / name, text
 
@@ -237,7 +239,8 @@ class Lab:
         """Score with interval, both KLs, by row too, and all answers."""
         tuned, size = self.dense(self.tenant(task)), self.size
         asked = [(q.prompt, q.answer) for q in self.questions(task)]
-        key = hash_of(variant.key, tuned.key, asked, size.kl_questions, "rounded answers, rows")
+        how = ["rounded answers, rows", device(), *_hashes_of("evals")]
+        key = hash_of(variant.key, tuned.key, asked, size.kl_questions, *how)
 
         def ask() -> dict[str, Any]:
             exam = self._exam(task)
@@ -268,7 +271,7 @@ class Lab:
         if not file.exists():
             made = make()
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(made))
+            write_atomic(file, json.dumps(made))
         return json.loads(file.read_text())
 
     def questions(self, task: str) -> list[Question]:
@@ -359,7 +362,6 @@ def say(text: str) -> None:
 def provenance(lab: Lab) -> str:
     """Where the figures come from: commit, versions, machine, size."""
     import platform
-    from importlib.metadata import version
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -413,12 +415,14 @@ def general_text(count: int, tokens: int, seed: int = 0) -> list[str]:
     return [text[start + i * step : start + (i + 1) * step] for i in range(count)]
 
 
-def _code_hash(method: Method) -> str:
-    """Of what turns weights into an artifact: shared rooms, and of methods the one in question."""
+def code_hash(method: Method) -> str:
+    """Of what turns weights into an artifact: shared rooms, of methods the one in question, versions."""
     shared = ("method.py", "bands.py", "template.py")
     files = [ROOT / "src" / "deltacome" / "methods" / name for name in shared]
     files += [Path(inspect.getfile(kind)) for kind in type(method).__mro__ if kind is not object]
-    return hash_of(*_hashes_of("format", "numerics", "compression"), *map(_file_hash, files))
+    files += sorted((ROOT / "src" / "deltacome").glob("*.py"))
+    rooms = _hashes_of("format", "numerics", "arch", "compression")
+    return hash_of(*rooms, *map(_file_hash, files), *map(version, ("torch", "transformers")))
 
 
 def _hashes_of(*rooms: str) -> list[str]:

@@ -45,7 +45,9 @@ def _lora(lab: Lab, task: str, nbytes: int) -> tuple[dict[str, Any], int]:
     inside = [n for n, p in lab.model.named_parameters() if p.ndim == 2 and ".layers." in n]
     sizes = [sum(lab.model.get_parameter(name).shape) for name in inside]
     rank = max(1, nbytes // (2 * sum(sizes)))
-    key = hash_of(lab.dense(lab.base).key, lab.dense(lab.tenant(task)).key, rank, lab.size.steps)
+    key = hash_of(
+        lab.dense(lab.base).key, lab.dense(lab.tenant(task)).key, rank, lab.size.steps, BATCH, RATE
+    )
     file = lab.work / "lora" / f"{task}-{key}.safetensors"
     if not file.exists():
         say(f"training a LoRA of rank {rank} on {task}, {lab.size.steps} steps")
@@ -64,7 +66,9 @@ def _lora(lab: Lab, task: str, nbytes: int) -> tuple[dict[str, Any], int]:
             adapted.unload()
             model.requires_grad_(False)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(values, file)
+        partial = file.with_suffix(".tmp")
+        save_file(values, partial)
+        partial.replace(file)
     base = lab.dense(lab.base)
     changed = load_file(file)
     nbytes = 2 * rank * sum(sizes)

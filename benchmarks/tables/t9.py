@@ -3,7 +3,7 @@
 import time
 
 import cells as md
-from lab import Lab, hash_of
+from lab import Lab, code_hash, hash_of
 from rows import RATIO
 
 from deltacome import DeltaCome, PrinMix
@@ -42,7 +42,8 @@ def make(lab: Lab) -> str:
 def _searched(lab: Lab, task: str, way: str) -> tuple[str, float, int]:
     """Template, seconds and number of candidates; kept, since a search takes minutes."""
     tuned, text = lab.tenant(task), lab.calibration(task)
-    key = hash_of(lab.dense(tuned).key, text.name, way, RATIO, BLOCKS)
+    models = [lab.dense(folder).key for folder in (lab.base, tuned)]
+    key = hash_of(*models, text.name, way, RATIO, BLOCKS, code_hash(DeltaCome()))
 
     def search() -> list:
         rows = calibration_rows(
@@ -75,4 +76,5 @@ def _program_seconds(lab: Lab, task: str) -> float:
         PrinMix().planner(matrices)(size / RATIO)
         return time.monotonic() - started
 
-    return lab.kept(f"search/program-{hash_of(lab.dense(lab.tenant(task)).key, RATIO)}", plan)
+    models = [lab.dense(folder).key for folder in (lab.base, lab.tenant(task))]
+    return lab.kept(f"search/program-{hash_of(*models, RATIO, code_hash(PrinMix()))}", plan)

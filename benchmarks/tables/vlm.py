@@ -18,7 +18,7 @@ from typing import Any
 
 import cells as md
 import torch
-from lab import Lab, device, general_text, hash_of, say
+from lab import Lab, code_hash, device, general_text, hash_of, say
 from pictures import CELL, CELLS, NOISE, PROMPT, SIDE, Picture, picture
 from rows import RATIO
 from torch import Tensor
@@ -274,13 +274,14 @@ def _artifact(
     lab: Lab, tuned: Path, name: str, method: Any, ratio: float | None, seen: bool | None
 ) -> Artifact:
     text = None if seen is None else _calibration(lab, tuned, seen)
-    key = hash_of(tuned.name, method.options(), ratio, None if text is None else text.name)
+    read = None if text is None else text.name
+    key = hash_of(tuned.name, method.options(), ratio, read, code_hash(method))
     folder = lab.work / "vlm" / f"delta-{key}"
     if not folder.exists():
         say(f"compressing the vision-language model, {name}, pictures: {seen}")
         size: dict[str, Any] = {"samples": lab.size.rows, "seq_len": ROW_TOKENS}
         if isinstance(method, Adaptive):
-            size["sweeps"] = lab.work / "vlm" / "sweeps"
+            size["sweeps"] = lab.sweeps()
         source = None if text is None else str(text)
         deltacome.compress(
             lab.base, tuned, folder, method=method, ratio=ratio, calibration=source, **size,

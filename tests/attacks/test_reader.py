@@ -4,13 +4,13 @@ import json
 import os
 import resource
 import struct
-import subprocess
 import sys
 import time
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "format"))
 import fuzz
@@ -19,6 +19,8 @@ import originals
 
 from deltacome.errors import ArtifactError
 from deltacome.format.artifact import MAX_JSON_BYTES, Artifact
+from deltacome.runtime import verify
+from deltacome.skeleton import make_skeleton, parse_config
 
 SHARD = "delta-00001-of-00001.safetensors"
 
@@ -122,11 +124,21 @@ def test_a_shard_that_declares_more_than_it_holds(folder):
         Artifact.open(folder)
 
 
-def test_reading_imports_no_code_of_the_artifact(folder, tmp_path):
-    """Files that would be code are not even listed; what is listed is text."""
+def test_reading_imports_no_code_of_the_artifact(folder, tmp_path, monkeypatch):
+    """Files that would be code are not even listed, though the configuration names them."""
     marker = tmp_path / "ran"
-    for name in ("modeling_x.py", "tokenization_x.py", "__init__.py", "sitecustomize.py"):
+    for name in ("modeling_x.py", "configuration_x.py", "__init__.py"):
         (folder / name).write_text(f"open({str(marker)!r}, 'w')")
-    program = "import sys; from deltacome.runtime import verify; print(verify(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", program, str(folder)], check=True, cwd=folder)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    asks = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    config = json.loads(files["tuned_config.json"]) | {"auto_map": asks, "num_attention_heads": 7}
+    files["tuned_config.json"] = json.dumps(config).encode()
+    mutate.mend(files)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    verify(folder)
+    tuned = parse_config(json.loads(Artifact.open(folder).file("tuned_config.json")))
+    make_skeleton(tuned, torch.float32, folder)
     assert not marker.exists()

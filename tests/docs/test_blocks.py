@@ -192,7 +192,8 @@ def run_ours(arguments, monkeypatch):
     if arguments[0] == "serve":
         arguments = ["serve", "--dry-run", *arguments[1:]]
     if arguments[0] == "compress":
-        arguments += [f"--{key.replace('_', '-')}={value}" for key, value in QUICK.items()]
+        quick = QUICK | ({"distill": 4} if "adaptive" in arguments else {})
+        arguments += [f"--{key.replace('_', '-')}={value}" for key, value in quick.items()]
     monkeypatch.setattr(sys, "argv", ["deltacome", *arguments])
     try:
         deltacome.cli.main()
