@@ -66,8 +66,9 @@ class Size:
     """Steps that find BitDelta's scales, of four rows: its authors' number."""
     fit: int = 100
     """Steps that find the singular values of `adaptive`, of sixteen rows."""
-    distilled: bool = True
-    """Whether Delta-CoMe with the last step of `adaptive` has a row, the one that takes longest."""
+    beside: bool = True
+    """Whether there are rows that show what a step does: BitDelta before its scales are found, Delta-CoMe
+    with the last step of `adaptive`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of calibration, for the main rows."""
     ratios: tuple[float, ...] = (8, 16, 32, 64, 128)

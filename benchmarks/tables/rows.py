@@ -15,9 +15,10 @@ def baselines(size: Size) -> list[Row]:
     BitDelta's size follows from its one bit. What the residual adds to that has to go somewhere, so
     its ratio is smaller: 12.
     """
+    initial: list[Row] = [("BitDelta, initial scales", BitDelta(), None)]
     return [
         ("low rank", LowRank(), RATIO),
-        ("BitDelta, initial scales", BitDelta(), None),
+        *(initial if size.beside else []),
         ("BitDelta", BitDelta(distill=size.distill), None),
         ("Delta-CoMe", DeltaCome(), RATIO),
         ("residual (D-QRELO)", Residual(), 12.0),
@@ -30,7 +31,7 @@ def main_rows(size: Size) -> list[Row]:
     distilled: list[Row] = [("Delta-CoMe, distilled too", DeltaCome(distill=size.fit), RATIO)]
     return [
         *baselines(size),
-        *(distilled if size.distilled else []),
+        *(distilled if size.beside else []),
         ("adaptive", Adaptive(distill=size.fit), RATIO),
         ("adaptive, half the bytes", Adaptive(distill=size.fit), 2 * RATIO),
     ]
