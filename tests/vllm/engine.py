@@ -8,11 +8,13 @@ how the model ran; or what went wrong.
 """
 
 import json
+import multiprocessing
 import sys
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.v1.executor import multiproc_executor
 
 OPTIONS = {
     "dtype": "float32",
@@ -45,6 +47,8 @@ def run(job):
 
 
 def main():
+    # A worker that is spawned loads vLLM once more, which takes half a minute; servers spawn theirs.
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
     said = {}

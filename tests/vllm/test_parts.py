@@ -1,12 +1,16 @@
 """Parts of the plugin that need no engine."""
 
 import asyncio
+import contextlib
+import ctypes
 import inspect
 import json
 import re
 import shutil
 import sys
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,19 +24,23 @@ from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 from vllm.lora.layers import LoRAMappingType
 from vllm.model_executor import models
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 import deltacome.vllm
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.cli import app
-from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
+from deltacome.errors import ArtifactError, MismatchError, PlanError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.canary import Canary, canary_ids
 from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.spec import Band, bands_nbytes
+from deltacome.ops.slots import BandTable, PlacedBands
+from deltacome.ops.slots import Pool as OpsPool
 from deltacome.vllm import compat, version
 from deltacome.vllm import manager as manager_module
 from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.launch import Launch, plan_launch
+from deltacome.vllm.layers import Delta, install
 from deltacome.vllm.manager import ModelManager, WorkerManager, default_slot_bytes
 from deltacome.vllm.manners import Manners
 from deltacome.vllm.places import Part, Place, find_places
@@ -180,6 +188,43 @@ def test_shards_that_cut_a_block_have_groups_that_kernels_take():
         assert torch.allclose(got, whole[start:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [320, 300])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_vocabulary_that_is_cut_within_a_block(vocabulary, rank):
+    """Each of two workers has 160 of 320 rows, which vLLM makes of 300, and begins or ends in a block."""
+    cut = compat.VocabParallelEmbedding._get_indices(320, 320, vocabulary, vocabulary, rank, 2)
+    start, stop = cut.org_vocab_start_index, cut.org_vocab_end_index
+    sizes = {"embedding_dim": 64, "org_vocab_size": vocabulary}
+    weight = torch.zeros(160, 64)
+    quant = UnquantizedEmbeddingMethod()
+    model = nn.Module()
+    model.config = SimpleNamespace(tie_word_embeddings=False)
+    model.head = module(
+        compat.ParallelLMHead, shard_indices=cut, weight=weight, quant_method=quant, **sizes
+    )
+    (place,) = find_places(model)
+    (part,) = place.parts
+    blob = write_bands(random_bands((vocabulary, 64), PLAN, 128))
+    whole_OI = dense(read_bands(blob, (vocabulary, 64), PLAN, 128))
+    group = place.group(128)
+    shard = shard_bands("w", blob, (vocabulary, 64), PLAN, 128, part.rows, part.columns, group)
+    pool = OpsPool(1, shard.numel())
+    step = Step(1, 4, torch.device("cpu"))
+    delta = install(place, pool, step, "reference", replace(Settings(), max_bands=len(PLAN)))
+    pool.load(0, 0, shard)
+    delta.bands.load(0, [PlacedBands(0, PLAN)])
+    step.set([0, -1, 0], [0, -1, 0])
+    x, y = torch.randn(3, 64), torch.ones(3, 160)
+    delta.add(y, x, biased=False)
+    expected = torch.ones(3, 160)
+    expected[::2, : stop - start] += x[::2] @ whole_OI[start:stop].T
+    torch.testing.assert_close(y, expected)
+    ids, rows = torch.tensor([0, 3, stop - start - 1]), torch.zeros(3, 64)
+    delta.add_rows(rows, ids)
+    torch.testing.assert_close(rows[::2], whole_OI[start:stop][ids[::2]])
+    assert not rows[1].any()
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -257,7 +302,8 @@ def test_what_encodes_images_has_no_place():
 
 def embedding(kind, weight):
     indices = SimpleNamespace(org_vocab_start_index=0, org_vocab_end_index=len(weight))
-    return module(kind, shard_indices=indices, embedding_dim=weight.shape[1], weight=weight)
+    sizes = {"embedding_dim": weight.shape[1], "org_vocab_size": len(weight)}
+    return module(kind, shard_indices=indices, weight=weight, **sizes)
 
 
 def test_a_head_is_tied_to_the_embedding_whose_weight_it_has():
@@ -315,7 +361,10 @@ def test_rows_of_an_encoder_are_not_the_batchs(monkeypatch):
 def test_adapters_of_towers_are_refused_by_name():
     lora = SimpleNamespace(enable_tower_connector_lora=True)
     of_text = SimpleNamespace(
-        using_transformers_backend=lambda: False, runner_type="generate", architecture="Llama"
+        using_transformers_backend=lambda: False,
+        is_encoder_decoder=False,
+        runner_type="generate",
+        architecture="Llama",
     )
     config = SimpleNamespace(additional_config=None, lora_config=lora, model_config=of_text)
     with pytest.raises(UnsupportedError, match="--enable-tower-connector-lora: "):
@@ -370,6 +419,104 @@ def test_a_tenant(base, tmp_path):
     matrices = {name.removesuffix(".weight") for name in tensors if "norm" not in name}
     assert set(tenant.bands) == matrices
     assert len(tenant.norms) == len(tensors) - len(matrices)
+
+
+def test_a_tenant_whose_tables_nobody_worked_out_is_not_the_base():
+    table = BandTable(OpsPool(1, 1024), 64, [64], max_bands=1)
+    delta = Delta(Step(1, 4, torch.device("cpu")), table, None, None, False, "reference")
+    place = Place("m", nn.Module(), "linear", (Part("m", ((0, 64),), (0, 64)),))
+    tenant = Tenant(1, "folder", nbytes=64, bands={"m": [PlacedBands(0, (Band(1, 1),))]})
+    with pytest.raises(KeyError):
+        delta.load(0, tenant, place)
+    manager = object.__new__(ModelManager)
+    vars(manager).update(pool=table.pool, places=[place], deltas={"m": delta})
+    with pytest.raises(ArtifactError, match=r"folder: has 9999 bytes .* set slot_bytes to 9999"):
+        manager.tables(replace(tenant, nbytes=9999))
+    longer = {"m": [PlacedBands(0, (Band(1, 1), Band(2, 1)))]}
+    with pytest.raises(PlanError, match=r"folder: m: .* set max_bands or max_rank"):
+        manager.tables(replace(tenant, bands=longer))
+    tenant.fields = manager.tables(tenant)
+    delta.load(0, tenant, place)
+    assert torch.equal(table.fields_SPBF[0], tenant.fields["m"])
+    assert table.fields_SPBF.any()
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """A stand-in for CUDA: what it has registered, and what it was told in turn."""
+    pages, told = {}, []
+
+    def register(pointer, nbytes):
+        told.append("register")
+        return bool(pages.setdefault(pointer, nbytes))
+
+    def unregister(pointer):
+        ctypes.string_at(pointer, pages.pop(pointer))  # it is mapped yet
+        told.append("unregister")
+
+    @contextlib.contextmanager
+    def device(one):
+        told.append(str(one))
+        yield
+
+    monkeypatch.setattr(compat, "host_register", register)
+    monkeypatch.setattr(compat, "host_unregister", unregister)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    return pages, told
+
+
+def gathered(device):
+    chunk = torch.arange(50, dtype=torch.uint8)
+    tenant = Tenant(1, "", [(0, chunk), (64, chunk)], nbytes=128)
+    tenant.gather(torch.device(device))
+    assert tenant.image[:50].equal(chunk)
+    assert tenant.image[64:114].equal(chunk)
+    assert (len(tenant.image), int(tenant.image[50:64].max())) == (128, 0)
+    return tenant
+
+
+def test_a_tenants_memory_is_registered_while_it_is_there(registered):
+    """torch's own pinned memory comes in powers of two and never goes."""
+    pages, told = registered
+    tenant = gathered("cuda:1")
+    assert pages == {tenant.image.data_ptr(): 128}
+    image = tenant.image  # a copy that has just begun
+    del tenant
+    assert told == ["cuda:1", "register", "cuda:1", "wait", "unregister"]
+    assert image.any()
+    told.clear()
+    gathered("cpu")
+    Tenant(1, "").gather(torch.device("cuda:1"))  # which packs nothing
+    assert told == []
+
+
+def test_a_dropped_tenants_memory_goes_in_the_thread(registered, monkeypatch):
+    """Where it is waited for, the engine's next step is not."""
+    threads = []
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda: threads.append(threading.current_thread().name)
+    )
+    reading = Future()
+    reading.set_result(gathered("cuda:0"))
+    held = {1: reading.result()}
+    worker, manager = object.__new__(WorkerManager), object.__new__(ModelManager)
+    vars(manager).update(remove_adapter=held.pop)
+    vars(worker).update(
+        _adapter_manager=manager,
+        _held={1: manager_module.Held("p", reading)},
+        _thread=ThreadPoolExecutor(1, thread_name_prefix="reads"),
+    )
+    del reading
+    worker.drop(1)
+    worker._thread.shutdown()
+    assert (threads, registered[0]) == (["reads_0"], {})
+
+
+def test_memory_that_cannot_be_registered_is_taken_as_it_is(registered, monkeypatch):
+    monkeypatch.setattr(compat, "host_register", lambda pointer, nbytes: False)
+    gathered("cuda:0")
+    assert "unregister" not in registered[1]
 
 
 def test_a_tuned_tower_is_refused(base, tmp_path):
@@ -659,6 +806,8 @@ def test_an_artifact_named_on_the_hub(base, hub, tmp_path, monkeypatch):
 
 # --- launching -----------------------------------------------------------------------------------
 
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
 
 def launched(base, tenants, **options):
     launch = plan_launch(str(base), tenants, **options)
@@ -766,7 +915,8 @@ def test_a_slot_has_room_for_a_worker_s_part_of_a_sixteenth(kind, workers):
 
 @pytest.mark.parametrize("spelt", ["-tp 2", "--tensor-parallel-size=2", "--tensor_parallel_size 2"])
 def test_launch_reserves_a_workers_share(spelt, base, tmp_path):
-    tenants = {"m": str(random_artifact(base, tmp_path / "a", group_size=128).path)}
+    options = {"group_size": 128, "same": VOCABULARY}
+    tenants = {"m": str(random_artifact(base, tmp_path / "a", **options).path)}
     alone, staged = (launched(base, tenants, more=more.split())[1] for more in ("", "-pp 2"))
     launch, both = launched(base, tenants, more=[*spelt.split(), "-pp", "2"])
     assert both["slot_bytes"] < staged["slot_bytes"] < alone["slot_bytes"]

@@ -13,6 +13,8 @@ from test_engine import KINDS
 from tiny_pairs import VOCAB, make_base
 from vllm_helpers import Server, Stage, greedy, load, some_ids, wish
 
+ENDLESS = {"extra_body": {"ignore_eos": True}}
+
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
@@ -55,18 +57,18 @@ def answered_by_engine(server):
 def test_found_on_two_workers_and_after_a_restart_on_two_engines(wide, server):
     ids = some_ids(7, 1, VOCAB)
     for name in ("base", "one", "two"):
-        assert server.say(name, ids) == greedy(wide.models[name], ids, 8), name
-    endless = {"stream": True, "extra_body": {"ignore_eos": True}}
-    stream = server.client.completions.create(**wish("two", ids, 4000, **endless))
+        assert server.say(name, ids, **ENDLESS) == greedy(wide.models[name], ids, 8), name
+    stream = server.client.completions.create(**wish("two", ids, 4000, stream=True, **ENDLESS))
     next(iter(stream))
     server.kill()
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         list(stream)  # it was killed within an answer
     server.command[server.command.index("--tensor-parallel-size")] = "--data-parallel-size"
+    server.command += ["--distributed-executor-backend", "uni"]
     server.start()
     names = ("two", "three", "one", "base") * 4
     with ThreadPoolExecutor(4) as threads:  # at once, so that both engines get some
-        said = list(threads.map(lambda name: server.say(name, ids), names))
+        said = list(threads.map(lambda name: server.say(name, ids, **ENDLESS), names))
     for name, tokens in zip(names, said, strict=True):
         assert tokens == greedy(wide.models[name], ids, 8), name
     counts = answered_by_engine(server)

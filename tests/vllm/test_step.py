@@ -4,19 +4,28 @@ There is no GPU here. What one would run is a stand-in for the kernel, which add
 """
 
 import importlib.metadata
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor import models
 
 from deltacome.errors import UnsupportedError
 from deltacome.ops.bands import triton as kernels
+from deltacome.ops.rows import group_all
 from deltacome.ops.slots import BandTable, Pool
 from deltacome.vllm import compat
+from deltacome.vllm import manager as manager_module
 from deltacome.vllm.layers import Delta, NormDelta, _norm_forward, _with_delta
 from deltacome.vllm.manager import ModelManager
 from deltacome.vllm.places import Part, Place
+from deltacome.vllm.refuse import EMBEDS_AHEAD
+from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step, _Rows
 from deltacome.vllm.tenant import Tenant
 
@@ -139,6 +148,74 @@ def test_graphs_of_the_base_alone_have_no_kernels(compiled, launched):
         assert launched == ([16] if adapters else [])
 
 
+class Biased(nn.Module):
+    """A linear with a bias, which tenants of all slots change by one."""
+
+    def __init__(self, step):
+        super().__init__()
+        table = BandTable(Pool(SLOTS, 64, device="cpu"), 140, [140], max_rank=1, max_bands=1)
+        bias_SO = torch.ones(SLOTS + 1, 140)
+        bias_SO[-1] = 0
+        self._delta = Delta(step, table, None, bias_SO, False, "triton")
+        self.method, self.bias = _with_delta(Method)(), torch.zeros(140)
+
+    def forward(self, x_TI):
+        return self.method.apply(self, x_TI, self.bias)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_biases_cost_the_base_alone_nothing(compiled, launched):
+    torch._dynamo.reset()
+    step = step_of_a_gpu()
+    model = traced(Biased(step))[0] if compiled else Biased(step)
+    x_TI = torch.randn(9, 140)
+    torch._dynamo.mark_dynamic(x_TI, 0)
+    for adapters in (True, False):
+        step.set([-1] * 9, [-1] * 9, adapters=adapters)
+        step._tokens.all.slot_T.zero_()  # were they looked at, all rows would have one
+        torch.testing.assert_close(model(x_TI), x_TI.cos() + adapters)
+    step.set([3, -1], [3, -1])
+    expected = x_TI[:2].cos() + torch.tensor([[5.0], [0.0]])
+    torch.testing.assert_close(model(x_TI[:2]), expected)
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied into some tensors."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.addresses, self.count = [t.untyped_storage().data_ptr() for t in tensors], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default:
+            self.count += args[0].untyped_storage().data_ptr() in self.addresses
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_is_one_copy_that_nobody_waits_for(monkeypatch):
+    """Of memory that is not pinned the host would wait for the step that runs."""
+    full, pinned = torch.full, []
+
+    def noted(*args, pin_memory=False, **kwargs):
+        pinned.append(pin_memory)
+        return full(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "full", noted)
+    rows = _Rows(SLOTS, MOST, torch.device("cpu"), grouped=True)
+    rows.pinned = True
+    for slots in ([5, -1, 3, 3] * 20, [0], [7] * MOST, []):
+        pinned.clear()
+        with Copies(rows.all.slot_T, rows.all.order_T, rows.all.tiles_M3) as copies:
+            rows.set(slots)
+        assert (copies.count, pinned.count(True)) == (1, 1)
+        expected = group_all(torch.tensor([*slots, *[-1] * (MOST - len(slots))]), SLOTS)
+        assert torch.equal(rows.all.slot_T, expected.slot_T)
+        used = sum(slot >= 0 for slot in slots)
+        assert torch.equal(rows.all.order_T[:used], expected.order_T[:used])
+        for ours, theirs in zip(rows.all.tiles_M3, expected.tiles_M3, strict=True):
+            assert torch.equal(ours[ours[:, 0] >= 0], theirs[theirs[:, 0] >= 0])
+
+
 def test_on_a_cpu_only_tenants_count():
     step = Step(SLOTS, MOST, torch.device("cpu"))
     step.set([-1, -1], [-1], adapters=True)
@@ -168,14 +245,24 @@ def test_made_up_adapters_are_adapters(monkeypatch):
 # --- heads that would not get their tenants' deltas -----------------------------------------------
 
 
-def model_config(head_dtype, sleeps=False):
+def model_config(head_dtype=torch.bfloat16, **config):
+    usual = {
+        "dtype": torch.bfloat16,
+        "head_dtype": head_dtype,
+        "enable_sleep_mode": False,
+        "enable_prompt_embeds": False,
+        "architecture": "TransformersForCausalLM",
+        "using_transformers_backend": lambda: False,
+        "is_encoder_decoder": False,
+        "multimodal_config": None,
+        "runner_type": "generate",
+    }
+    return SimpleNamespace(**usual | config)
+
+
+def parallel_config(**config):
     return SimpleNamespace(
-        dtype=torch.bfloat16,
-        head_dtype=head_dtype,
-        enable_sleep_mode=sleeps,
-        architecture="TransformersForCausalLM",
-        using_transformers_backend=lambda: False,
-        runner_type="generate",
+        **{"enable_batch_sharded_sampling": False, "use_ubatching": False} | config
     )
 
 
@@ -191,8 +278,9 @@ def managed(monkeypatch, places=(), **config):
         "lora_config": SimpleNamespace(enable_tower_connector_lora=False),
         "speculative_config": None,
         "use_v2_model_runner": True,
-        "parallel_config": SimpleNamespace(enable_batch_sharded_sampling=False),
-        "model_config": model_config(torch.bfloat16),
+        "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
+        "parallel_config": parallel_config(),
+        "model_config": model_config(),
     }
     return ModelManager(None, vllm_config=SimpleNamespace(**usual | config), device="cpu")
 
@@ -205,19 +293,80 @@ def test_drafted_tokens_of_the_v2_runner_are_refused(monkeypatch):
     managed(monkeypatch)
 
 
-def test_batch_sharded_sampling_is_refused(monkeypatch):
-    sharded = SimpleNamespace(enable_batch_sharded_sampling=True)
-    with pytest.raises(UnsupportedError, match="--enable-batch-sharded-sampling: "):
-        managed(monkeypatch, parallel_config=sharded)
+PRUNED = {
+    pruned: SimpleNamespace(is_multimodal_pruning_enabled=lambda pruned=pruned: pruned)
+    for pruned in (False, True)
+}
+REFUSED = {
+    "--enable-batch-sharded-sampling: ": {
+        "parallel_config": parallel_config(enable_batch_sharded_sampling=True)
+    },
+    "--enable-dbo, --ubatch-size: ": {"parallel_config": parallel_config(use_ubatching=True)},
+    "--enable-sleep-mode: ": {"model_config": model_config(enable_sleep_mode=True)},
+    "--kv-sharing-fast-prefill: ": {"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)},
+    "--video-pruning-rate: ": {"model_config": model_config(multimodal_config=PRUNED[True])},
+    "--enable-prompt-embeds: .*V1 model runner": {
+        "model_config": model_config(enable_prompt_embeds=True),
+        "use_v2_model_runner": False,
+    },
+    "Whisper: the rows of an encoder": {
+        "model_config": model_config(architecture="Whisper", is_encoder_decoder=True)
+    },
+}
 
 
-def test_sleep_is_refused(monkeypatch):
-    with pytest.raises(UnsupportedError, match="--enable-sleep-mode: "):
-        managed(monkeypatch, model_config=model_config(torch.bfloat16, sleeps=True))
+@pytest.mark.parametrize("why", REFUSED)
+def test_refused_by_name(why, monkeypatch):
+    with pytest.raises(UnsupportedError, match=why):
+        managed(monkeypatch, **REFUSED[why])
+
+
+def test_what_is_not_refused(monkeypatch):
+    managed(monkeypatch, model_config=model_config(enable_prompt_embeds=True))
+    managed(monkeypatch, model_config=model_config(multimodal_config=PRUNED[False]))
+
+
+def test_what_embeds_text_ahead_of_its_step_is_refused(monkeypatch):
+    """vLLM's own sources say which models do; Qwen 3's does it of videos that are pruned."""
+    folder = Path(inspect.getfile(models)).parent
+    call = re.compile(r"get_language_model\(\)\.embed_input_ids\(")
+    assert {f.stem for f in folder.glob("*.py") if call.search(f.read_text())} == {
+        "molmo2",
+        "qwen3_vl",
+    }
+    for name in EMBEDS_AHEAD:
+        with pytest.raises(UnsupportedError, match=f"{name}: embeds text while it encodes"):
+            managed(monkeypatch, model_config=model_config(architecture=name))
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_a_gpu_without_kernels_is_refused_unless_nothing_is_captured(impl, monkeypatch):
+    monkeypatch.setattr(manager_module, "find_places", lambda model: [])
+    monkeypatch.setattr(manager_module, "fastest", lambda device: "reference")
+
+    def pool(*args, **kwargs):
+        raise NotImplementedError  # what comes next needs a GPU
+
+    monkeypatch.setattr(manager_module, "Pool", pool)
+    manager = object.__new__(ModelManager)
+    vars(manager).update(
+        settings=Settings(impl=impl, slot_bytes=64),
+        model=None,
+        device="cuda:0",
+        lora_config=SimpleNamespace(max_loras=2),
+    )
+    why = r"8\.0 or newer.* set --enforce-eager"
+    for eager, raised, match in ((False, UnsupportedError, why), (True, NotImplementedError, None)):
+        manager.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(enforce_eager=eager),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        )
+        with pytest.raises(raised, match=match):
+            manager._create_lora_modules()
 
 
 def test_the_transformers_backend_is_refused_by_name(monkeypatch):
-    theirs = model_config(torch.bfloat16)
+    theirs = model_config()
     theirs.using_transformers_backend = lambda: True
     with pytest.raises(UnsupportedError, match="--model-impl: TransformersForCausalLM: "):
         managed(monkeypatch, model_config=theirs)
@@ -228,7 +377,7 @@ def test_a_head_made_of_the_bases_is_refused(inner, monkeypatch):
     text = SimpleNamespace(classifier_from_token=["no", "yes"])
     config = SimpleNamespace(get_text_config=lambda: text) if inner else text
     text.get_text_config = lambda: text
-    theirs = model_config(torch.bfloat16)
+    theirs = model_config()
     theirs.hf_config = config
     managed(monkeypatch, model_config=theirs)  # it writes text
     theirs.runner_type = "pooling"

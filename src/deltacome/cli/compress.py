@@ -73,7 +73,10 @@ def compress(
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Rows of calibration text, if any; adaptive gains from a thousand.")
+        int,
+        typer.Option(
+            min=1, help="Rows of calibration text, if any; adaptive gains from a thousand."
+        ),
     ] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
     seed: int = 0,

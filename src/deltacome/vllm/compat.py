@@ -47,6 +47,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.kv_offload.cpu.host_register import host_register, host_unregister
 from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
@@ -83,6 +84,8 @@ __all__ = [
     "SamplingParams",
     "VLLMValidationError",
     "VocabParallelEmbedding",
+    "host_register",
+    "host_unregister",
     "lora_model_runner_mixin",
 ]
 
@@ -131,6 +134,8 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     ),
     SamplingParams.update_from_generation_config: ("self", "generation_config", "eos_token_id"),
     AsyncMPClient.call_utility_all_async: ("self", "method", "args"),
+    host_register: ("ptr", "num_bytes"),
+    host_unregister: ("ptr",),
     EngineCore.collective_rpc: ("self", "method", "timeout", "args", "kwargs"),
     PromptLogprobsWorker.compute_prompt_logprobs: ("self", "logits_fn", "hidden_states", "..."),
     PromptLogprobsWorker.compute_prompt_token_id_logprobs: (

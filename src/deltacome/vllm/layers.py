@@ -26,9 +26,11 @@ from torch import Tensor
 
 from deltacome.ops.bands import band_rows, bands
 from deltacome.ops.norm import norm
+from deltacome.ops.rows import Rows
 from deltacome.ops.signs import sign_rows, signs
 from deltacome.ops.slots import BandTable, Pool, SignTable
 from deltacome.vllm import compat
+from deltacome.vllm.biases import add_biases
 from deltacome.vllm.places import Place
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step
@@ -46,6 +48,8 @@ class Delta:
     """float32 (S + 1, O), tuned minus base; the last row, which slot −1 finds, is zero."""
     head: bool
     impl: str
+    before: int = 0
+    """Rows of a vocabulary that the terms have before the module's own (`Part.before`)."""
 
     @property
     def idle(self) -> bool:
@@ -61,15 +65,26 @@ class Delta:
         size = sum(self.bands.outs)
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])[:, :size]
         rows = self.step.sampled(x_TI) if self.head else self.step.tokens(x_TI.shape[0])
+        if self.before or size > y_TO.shape[1]:
+            wide_TO = y_TO.new_zeros(len(y_TO), size, dtype=torch.float32)
+            self._add_terms(wide_TO, x_TI, rows)
+            mine_TO = wide_TO[:, self.before :][:, : y_TO.shape[1]]
+            y_TO[:, : mine_TO.shape[1]] += mine_TO
+        else:
+            self._add_terms(y_TO, x_TI, rows)
+        if self.bias_SO is not None and biased:
+            add_biases(y_TO, rows.slot_T, self.bias_SO)
+
+    def _add_terms(self, y_TO: Tensor, x_TI: Tensor, rows: Rows) -> None:
         bands(y_TO, x_TI, rows, self.bands, impl=self.impl)
         if self.signs is not None:
             signs(y_TO, x_TI, rows, self.signs, impl=self.impl)
-        if self.bias_SO is not None and biased:
-            y_TO.add_(self.bias_SO[rows.slot_T.long()].to(y.dtype))
 
     def add_rows(self, y: Tensor, ids: Tensor) -> None:
         """Adds each row's own delta to an embedding's output, in place."""
         y_TI, ids_T = y.view(-1, y.shape[-1]), ids.reshape(-1)
+        if self.before:
+            ids_T = ids_T + self.before
         rows = self.step.tokens(ids_T.shape[0])
         band_rows(y_TI, ids_T, rows, self.bands, impl=self.impl)
         if self.signs is not None:
@@ -77,7 +92,7 @@ class Delta:
 
     def load(self, slot: int, tenant: Tenant, place: Place) -> None:
         """Lets a cleared slot be a tenant's, whose bytes are in the pool."""
-        if place.name in tenant.fields:
+        if place.name in tenant.bands:
             self.bands.fields_SPBF[slot].copy_(tenant.fields[place.name])
         if self.signs is not None and place.name in tenant.signs:
             self.signs.load(slot, tenant.signs[place.name])
@@ -145,6 +160,7 @@ def install(
         bias_SO = torch.zeros(shape, device=pool.blobs_SN.device)
     sign_table = SignTable(pool, in_size, outs) if settings.signs else None
     delta = Delta(step, table, sign_table, bias_SO, place.kind != "linear", impl)
+    delta.before = place.parts[0].before
     module.quant_method.__class__ = _with_delta(type(module.quant_method))
     module._delta = delta
     if hasattr(module, "use_fused_embedding"):

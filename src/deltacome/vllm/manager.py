@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from deltacome.errors import (
     ArtifactError,
@@ -29,7 +30,7 @@ from deltacome.vllm import compat
 from deltacome.vllm.layers import Delta, NormDelta, install
 from deltacome.vllm.mends import mend_heads, one_more_slot
 from deltacome.vllm.places import Place, find_places
-from deltacome.vllm.refuse import refuse_heads, refuse_options
+from deltacome.vllm.refuse import refuse_heads, refuse_impl, refuse_options
 from deltacome.vllm.request import artifact_path, content_path, has_digest
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step
@@ -56,6 +57,7 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         slots = self.lora_slots
         impl = self.settings.impl or fastest(device)
         check_impl("vLLM", impl)
+        refuse_impl(impl, device, self.vllm_config.model_config)
         self.evictions = 0
         self._slot_of: dict[int, int] = {}
         nbytes = self.settings.slot_bytes or default_slot_bytes(
@@ -150,8 +152,8 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         )
         super()._set_adapter_mapping(others)
 
-    def check_fits(self, tenant: Tenant) -> None:
-        """Works out a tenant's tables; raises unless it fits into a slot.
+    def tables(self, tenant: Tenant) -> dict[str, Tensor]:
+        """What a slot's tables say of a tenant, by place: its `fields`.
 
         Raises:
             ArtifactError: it has more bytes; says what to set.
@@ -163,16 +165,18 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
                 f"{tenant.path}: has {tenant.nbytes} bytes of packed terms, a slot {nbytes}: set "
                 f"slot_bytes to {tenant.nbytes} in additional_config's deltacome"
             )
-        for place in self.places:
-            delta = self.deltas.get(place.name)
-            if isinstance(delta, Delta) and place.name in tenant.bands:
-                try:
-                    tenant.fields[place.name] = delta.bands.fields(0, tenant.bands[place.name])
-                except PlanError as error:
-                    raise PlanError(
-                        f"{tenant.path}: {place.name}: {error}: set max_bands or max_rank in "
-                        "additional_config's deltacome"
-                    ) from error
+        fields = {}
+        for name, parts in tenant.bands.items():
+            delta = self.deltas[name]
+            assert isinstance(delta, Delta)
+            try:
+                fields[name] = delta.bands.fields(0, parts)
+            except PlanError as error:
+                raise PlanError(
+                    f"{tenant.path}: {name}: {error}: set max_bands or max_rank in "
+                    "additional_config's deltacome"
+                ) from error
+        return fields
 
 
 class Held(NamedTuple):
@@ -230,8 +234,8 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
         # Looked at last: what was read of a folder that is replaced meanwhile may be either's.
         if has_digest(path) and content_path(folder) != path:
             raise MismatchError(f"{folder}: holds other weights than {path}")
-        manager.check_fits(tenant)
-        tenant.gather(pinned=torch.device(self.device).type == "cuda")
+        tenant.fields = manager.tables(tenant)
+        tenant.gather(torch.device(self.device))
         return tenant
 
     def prefetch(self, id: int, path: str) -> None:
@@ -250,10 +254,10 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
         return True
 
     def drop(self, id: int) -> None:
-        """Forgets an artifact: its memory, and its slot."""
-        self._held.pop(id, None)
+        """Forgets an artifact: its slot, and its memory in the thread, which may wait for a GPU."""
+        last = [self._held.pop(id, None)]
         self._tenants.remove_adapter(id)
-        self._thread.submit(_trim)
+        self._thread.submit(_free, last)
 
     def figures(self) -> dict[str, int]:
         """What this worker holds, for metrics."""
@@ -284,12 +288,13 @@ def mark_compiled(vllm_config: Any) -> None:
     vllm_config.additional_config["deltacome_plugin"] = version
 
 
-def _trim() -> None:
-    """Gives free memory back to the system (some 10 ms).
+def _free(last: list[Held | None]) -> None:
+    """Lets go of a tenant that nothing else holds, and gives free memory back to the system (some 10 ms).
 
     A tenant's small tensors lie between others' in malloc's arenas, and glibc alone keeps the pages that
     they leave: a worker whose tenants come and go would grow.
     """
+    last.clear()
     with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from deltacome.errors import UnsupportedError
+from deltacome.format.spec import BLOCK
 from deltacome.vllm import compat
 from deltacome.vllm.shard import Range, common_group
 
@@ -31,10 +32,12 @@ class Part:
     """In vLLM's naming, without `.weight` or `.bias`."""
     rows: tuple[Range, ...]
     columns: Range
+    before: int = 0
+    """How many of the rows come before the module's own, which the last of them may follow too."""
 
     @property
     def size(self) -> int:
-        """Rows that this worker has."""
+        """Rows that this worker's shard has."""
         return sum(stop - start for start, stop in self.rows)
 
 
@@ -142,9 +145,13 @@ def _place(name: str, module: nn.Module, packed: dict[str, list[str]]) -> Place 
 
 
 def _vocabulary(name: str, module: Any) -> Part:
+    """A worker's rows, and those around them: vLLM pads a vocabulary to whole blocks of codes, not the
+    part of each worker."""
     shard = module.shard_indices
-    rows = (shard.org_vocab_start_index, shard.org_vocab_end_index)
-    return Part(name, (rows,), (0, module.embedding_dim))
+    start, stop = shard.org_vocab_start_index, shard.org_vocab_end_index
+    before = start % BLOCK
+    around = (start - before, min(-(-stop // BLOCK) * BLOCK, module.org_vocab_size))
+    return Part(name, (around,), (0, module.embedding_dim), before)
 
 
 def _linear(name: str, module: nn.Module, packed: dict[str, list[str]]) -> Iterator[Part]:

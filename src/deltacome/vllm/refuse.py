@@ -2,55 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
+
+import torch
 
 from deltacome.errors import UnsupportedError
 from deltacome.vllm.places import Place
 
 NORM_BEHIND = ("MiMoForCausalLM", "Step3p5ForCausalLM")
 """Whose `compute_logits` has a norm before the head."""
+EMBEDS_AHEAD = ("Molmo2ForConditionalGeneration",)
+"""Which embed text while they encode images."""
 
 
 def refuse_options(vllm_config: Any) -> None:
-    """Refuses options under which rows or bytes of tenants are not where they are looked for.
+    """Refuses models and options under which rows or bytes of tenants are not where they are looked for.
 
     Raises:
-        UnsupportedError: names the option, and the way out.
+        UnsupportedError: names the model or the option, and the way out.
     """
-    model_config = vllm_config.model_config
-    if model_config.using_transformers_backend():
-        raise UnsupportedError(
-            f"--model-impl: {model_config.architecture}: on vLLM's Transformers backend tokens lie along "
-            "another axis, and tenants' norms would be the first one's: expected a model of vLLM's own"
+    models = _models(vllm_config.model_config)
+    for why in chain(models, _inputs(vllm_config), _options(vllm_config)):
+        raise UnsupportedError(why)
+
+
+def _models(config: Any) -> Iterator[str]:
+    """Why a model is refused."""
+    name = config.architecture
+    if config.using_transformers_backend():
+        yield (
+            f"--model-impl: {name}: on vLLM's Transformers backend tokens lie along another axis, and "
+            "tenants' norms would be the first one's: expected a model of vLLM's own"
         )
-    if model_config.architecture in NORM_BEHIND:
-        raise UnsupportedError(
-            f"{model_config.architecture}: vLLM takes its last norm of the rows that are sampled, where "
-            "tenants' norms would be those of other rows: expected another architecture"
+    if name in NORM_BEHIND:
+        yield (
+            f"{name}: vLLM takes its last norm of the rows that are sampled, where tenants' norms would "
+            "be those of other rows: expected another architecture"
         )
-    if _head_from_tokens(model_config):
-        raise UnsupportedError(
+    if name in EMBEDS_AHEAD:
+        yield (
+            f"{name}: embeds text while it encodes images, which would get the embedding of whatever "
+            "tenants are in the step: expected another architecture"
+        )
+    if config.is_encoder_decoder:
+        yield (
+            f"{name}: the rows of an encoder are not the tokens of a step, and would be other tenants': "
+            "expected a model without one"
+        )
+    if _head_from_tokens(config):
+        yield (
             "classifier_from_token: a head of scores that is made of the base's head when the engine "
             "starts would be the base's for all tenants: expected a checkpoint with a head of its own"
         )
+
+
+def _inputs(vllm_config: Any) -> Iterator[str]:
+    """Why a way to make the model's inputs is refused."""
+    config = vllm_config.model_config
     if vllm_config.lora_config.enable_tower_connector_lora:
-        raise UnsupportedError(
+        yield (
             "--enable-tower-connector-lora: not beside tenants, whose images are encoded by the base's "
             "towers: start without it, or set VLLM_PLUGINS without deltacome"
         )
-    if model_config.enable_sleep_mode:
-        raise UnsupportedError(
+    if config.multimodal_config and config.multimodal_config.is_multimodal_pruning_enabled():
+        yield (
+            "--video-pruning-rate: text is embedded while a video is encoded, and would get the "
+            "embedding of whatever tenants are in the step: expected it off"
+        )
+    if config.enable_prompt_embeds and not vllm_config.use_v2_model_runner:
+        yield (
+            "--enable-prompt-embeds: vLLM's V1 model runner looks up only the rows that are no "
+            "embeddings yet, as if they were the first: expected it off, or VLLM_USE_V2_MODEL_RUNNER=1"
+        )
+
+
+def _options(vllm_config: Any) -> Iterator[str]:
+    """Why a way to run the model is refused."""
+    parallel = vllm_config.parallel_config
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        yield (
+            "--kv-sharing-fast-prefill: layers that share another's cache get the rows that are sampled "
+            "alone, as if they were the first: expected it off"
+        )
+    if parallel.use_ubatching:
+        yield (
+            "--enable-dbo, --ubatch-size: the second part of a batch would get the tenants of the first: "
+            "expected them off"
+        )
+    if vllm_config.model_config.enable_sleep_mode:
+        yield (
             "--enable-sleep-mode: at level 2 what tenants have on the GPU is thrown away with the "
             "weights, and weights that come instead may be another base: expected it off"
         )
     if vllm_config.speculative_config is not None and vllm_config.use_v2_model_runner:
-        raise UnsupportedError(
+        yield (
             "--speculative-config: vLLM's V2 model runner does not say whose the rows are that the head "
             "gets of drafted tokens: expected none, or VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    if vllm_config.parallel_config.enable_batch_sharded_sampling:
-        raise UnsupportedError(
+    if parallel.enable_batch_sharded_sampling:
+        yield (
             "--enable-batch-sharded-sampling: gives the head its rows in another order: expected it off"
         )
 
@@ -76,3 +128,17 @@ def refuse_heads(model_config: Any, places: Sequence[Place]) -> None:
                 f"{place.name}: head_dtype: expected the model's, {model_config.dtype}, got "
                 f"{model_config.head_dtype}: in another dtype tenants' heads would be the base's"
             )
+
+
+def refuse_impl(impl: str, device: torch.device, model_config: Any) -> None:
+    """Refuses to capture graphs of what waits for the GPU; torch would say so in other words.
+
+    Raises:
+        UnsupportedError: says what to set.
+    """
+    if impl == "reference" and device.type == "cuda" and not model_config.enforce_eager:
+        raise UnsupportedError(
+            f"{device}: impl: expected 'triton', which needs Triton and an NVIDIA GPU of compute "
+            "capability 8.0 or newer, got 'reference', which graphs cannot be captured of: set "
+            "--enforce-eager"
+        )

@@ -61,7 +61,10 @@ def _nbytes(record: Record, group: int, config: Any, tensor: int) -> int:
         way = _way(record, text)
         if way == "colwise":  # of the weight's transpose: rows, of a head at least
             padded = math.ceil(rows / BLOCK) * BLOCK  # as vocabularies are
-            rows = min(rows, max(math.ceil(padded / tensor), _head_size(text)))
+            mine = max(math.ceil(padded / tensor), _head_size(text))
+            if record.shape[0] == text.vocab_size and mine % BLOCK:
+                mine += 2 * BLOCK  # with rows around them, to whole blocks
+            rows = min(rows, mine)
         elif way == "rowwise":
             columns = math.ceil(columns / tensor)
     nbytes = bands_nbytes((rows, columns), record.plan, group)

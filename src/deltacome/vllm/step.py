@@ -16,32 +16,54 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import MismatchError
-from deltacome.ops.rows import Rows, group_all, group_rows, set_unused
+from deltacome.ops.rows import TILES, Rows, group_all, group_rows, set_unused
 
 
 class _Rows:
-    """The slots of up to `size` rows, and with `grouped` their tiles, of each size."""
+    """The slots of up to `size` rows, and with `grouped` their tiles, of each size.
+
+    Slots, order and tiles then lie in one buffer, so that one copy brings a step's.
+    """
 
     def __init__(self, slots: int, size: int, device: torch.device, *, grouped: bool) -> None:
-        self.slots, self.grouped = slots, grouped
-        slot_T = torch.full((size,), -1, dtype=torch.int32, device=device)
-        self.all = group_all(slot_T, slots) if grouped else Rows(slot_T, slot_T, slot_T, 1)
-        self.used = 0
+        self.slots, self.grouped, self.pinned = slots, grouped, device.type == "cuda"
+        shape = (2 + len(TILES), 3 * size) if grouped else (1, size)
+        self._lines = torch.full(shape, -1, dtype=torch.int32, device=device)
+        slot_T = self._lines[0]
+        self.all = _parts(self._lines) if grouped else Rows(slot_T, slot_T, slot_T, 1)
+        self.used = size
+        self.set([])
 
     def set(self, slots: Sequence[int]) -> None:
         # A graph can be larger than the batch that it runs.
         rows = max(self.used, len(slots))
         self.used = len(slots)
         slot_T = torch.tensor([*slots, *[-1] * (rows - len(slots))], dtype=torch.int32)
-        self.all.slot_T[:rows].copy_(slot_T, non_blocking=True)
-        if self.grouped:
-            new = group_all(slot_T, self.slots)  # on the host: no kernels for it
-            self.all.order_T[:rows].copy_(new.order_T, non_blocking=True)
-            self.all.tiles_M3[:, :rows].copy_(new.tiles_M3, non_blocking=True)
+        if not self.grouped:
+            self.all.slot_T[:rows].copy_(slot_T)
+            return
+        grouped = group_all(slot_T, self.slots)  # on the host: no kernels for it
+        # Pinned, or the copy would wait for the step that runs; and new, as the last may not be read yet.
+        shape = (len(self._lines), 3 * rows)
+        lines = torch.full(shape, -1, dtype=torch.int32, pin_memory=self.pinned)
+        parts = _parts(lines)
+        parts.slot_T.copy_(slot_T)
+        parts.order_T.copy_(grouped.order_T)
+        parts.tiles_M3.copy_(grouped.tiles_M3)
+        self._lines[:, : 3 * rows].copy_(lines, non_blocking=True)
 
     def get(self, tokens: int) -> Rows:
         rows = self.all
         return Rows(rows.slot_T[:tokens], rows.order_T, rows.tiles_M3, rows.tile)
+
+
+def _parts(lines: Tensor) -> Rows:
+    """What lies in a buffer: slots and order in a third of a line each, a line for each size of tiles.
+
+    What is left of those two is −1, for the rows that follow: nobody's.
+    """
+    rows = lines.shape[1] // 3
+    return Rows(lines[0, :rows], lines[1, :rows], lines[2:].view(len(TILES), rows, 3), 0)
 
 
 class Step:

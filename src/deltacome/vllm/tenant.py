@@ -10,7 +10,6 @@ with the list of tensors or the figure to set.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from deltacome.format.spec import ALIGN
 from deltacome.ops.slots import PlacedBands, PlacedSigns
 from deltacome.runtime.match import check_config
 from deltacome.vllm import compat
+from deltacome.vllm.image import new_image
 from deltacome.vllm.places import Place, encoder_prefixes, missing_prefixes
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.shard import shard_bands, shard_signs
@@ -49,7 +49,7 @@ class Tenant:
     bands: dict[str, list[PlacedBands | None]] = field(default_factory=dict)
     signs: dict[str, list[PlacedSigns | None]] = field(default_factory=dict)
     fields: dict[str, Tensor] = field(default_factory=dict)
-    """Tables of `bands`, as `BandTable.fields` gives them."""
+    """Tables of `bands`, as `ModelManager.tables` works them out."""
     norms: dict[str, Tensor] = field(default_factory=dict)
     """float32 (H,), the weight that multiplies."""
     biases: dict[str, Tensor] = field(default_factory=dict)
@@ -60,15 +60,12 @@ class Tenant:
     modules_to_save: dict[str, Any] = field(default_factory=dict)
     is_3d_lora_weight: bool = False
 
-    def gather(self, *, pinned: bool) -> None:
-        """Copies the packed terms into one piece of memory, which a slot takes in one copy.
+    def gather(self, device: torch.device) -> None:
+        """Copies the packed terms into one piece of memory, which a device's slot takes in one copy.
 
         Until then they are views of files: who writes into those would change what is served.
         """
-        if pinned or not self.nbytes:
-            self.image = torch.zeros(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
-        else:  # memory of its own, which goes back to the system with it; malloc would keep pieces
-            self.image = torch.frombuffer(mmap.mmap(-1, self.nbytes), dtype=torch.uint8)
+        self.image = new_image(self, self.nbytes, device)
         for offset, chunk in self.chunks:
             self.image[offset : offset + chunk.numel()] = chunk
         self.chunks = []
