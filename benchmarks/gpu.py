@@ -5,7 +5,9 @@
     TRITON_INTERPRET=1 python benchmarks/gpu.py --check   # no GPU: the results alone, on small shapes
 
 No figure of this benchmark is committed yet: the kernels were checked in Triton's interpreter and
-compiled ahead of time, and have not been timed on a GPU.
+compiled ahead of time, and have not been timed on a GPU. It needs torch, numpy and Triton; a page is
+written line by line, so that a run that is cut off loses nothing, and a part that fails does not keep
+the others from running.
 
 The parts, each a table:
 
@@ -27,13 +29,17 @@ and y. The last column is the time of the bands, in their faster tiles, over tha
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from origin import origin
+from origin import device, origin
 from torch import Tensor
 
 from deltacome.format.codec import (
@@ -44,9 +50,17 @@ from deltacome.format.codec import (
     write_bands,
     write_signs,
 )
-from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, format_plan, rank
+from deltacome.format.spec import (
+    GROUP,
+    Band,
+    Plan,
+    bands_nbytes,
+    format_plan,
+    rank,
+    sign_sections,
+)
 from deltacome.ops.bands import bands
-from deltacome.ops.rows import Rows, group_rows
+from deltacome.ops.rows import Rows, group_rows, tile_for
 from deltacome.ops.signs import signs
 from deltacome.ops.slots import BandTable, PlacedBands, PlacedSigns, Pool, SignTable
 
@@ -56,58 +70,95 @@ LLAMA: dict[Shape, Plan] = {
     (11008, 4096): (Band(8, 2), Band(3, 32), Band(2, 1428)),
     (4096, 11008): (Band(8, 2), Band(3, 32), Band(2, 1428)),
 }
-"""(out, in) → the paper's plan at 1/16."""
+"""(out, in) → the plan at 1/16 of the paper's own code."""
 SIZES = (2048, 4096, 6144, 8192)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Hidden sizes and batches of figure 3."""
+DECODE = (1, 16, 64)
+"""Rows of one tenant."""
+BATCH = 64
 TENANTS = (1, 2, 4, 8, 16, 32, 64)
+"""Rows of a batch, and how many tenants share them."""
 PREFILL = (2048, 8192)
-"""Tenants in a batch of 64 rows; rows of a prompt."""
+"""Rows of a prompt."""
 DISTINCT = 2
 """Tenants whose codes differ; more would only take longer to make, as bytes are read all the same."""
 BEYOND_CACHE = 512 * 2**20
 """Bytes to go through before a weight is read again: ten times the L2 cache of an H100."""
-TOLERANCE = 2**-9
-"""Of a row's norm: t is rounded to 11 bits, y not at all (it is float32 in the check)."""
+ENOUGH = 2e5
+"""Microseconds of replays that are enough for a median, if there are three."""
+TOLERANCE = 2**-8
+"""Of a row's norm: y is rounded to 8 bits, which may cost half of this, and t to 11."""
+PARTS = ("figure3", "decode", "tenants", "prefill")
 DTYPE = torch.bfloat16
 DEVICE = "cuda"
 
 
+@dataclass
 class Deltas:
-    """Tenants of one matrix in enough pools that no cache holds them, with their dense values."""
+    """Tenants of one matrix, packed in one way, in enough pools that no cache holds them."""
 
-    def __init__(self, shape: Shape, plan: Plan, tenants: int, device: str, *, one: bool) -> None:
-        out, size = shape
-        self.shape, self.plan, self.tenants = shape, plan, tenants
-        distinct = [random_bands(shape, plan) for _ in range(min(DISTINCT, tenants))]
-        positive = [torch.rand(out, size) > 0.5 for _ in distinct]
-        blobs = [write_bands(b).to(device) for b in distinct]
-        scale = torch.full((1,), 0.02)
-        sign_blobs = [write_signs(SignTensors.from_signs(p, scale)).to(device) for p in positive]
-        self.dense = [dense(b) for b in distinct]
-        self.dense_signs = [0.02 * (2.0 * p - 1) for p in positive]
-        self.nbytes, self.sign_nbytes = len(blobs[0]), len(sign_blobs[0])
-        self.band_tables, self.sign_tables = [], []
-        for nbytes, kind, target in (
-            (self.nbytes, "bands", self.band_tables),
-            (self.sign_nbytes, "signs", self.sign_tables),
-        ):
-            copies = 1 if one else max(1, BEYOND_CACHE // (tenants * nbytes))
-            for _ in range(copies):
-                pool = Pool(tenants, nbytes, device=device)
-                table = (
-                    BandTable(pool, size, [out], max_rank=rank(plan), max_bands=len(plan))
-                    if kind == "bands"
-                    else SignTable(pool, size, [out])
-                )
-                for slot in range(tenants):
-                    which = (blobs if kind == "bands" else sign_blobs)[slot % len(distinct)]
-                    pool.load(slot, 0, which)
-                    if isinstance(table, BandTable):
-                        table.load(slot, [PlacedBands(0, plan)])
-                    else:
-                        table.load(slot, [PlacedSigns(0, 1)])
-                target.append(table)
+    name: str
+    op: Callable[..., None]
+    tables: Sequence[BandTable | SignTable]
+    dense: list[Tensor]
+    """Of the tenants that differ, which take turns in the slots."""
+    nbytes: int
+    """Of a tenant."""
+    products: int
+    """Of a row."""
+
+
+@functools.cache
+def tenant_of_bands(shape: Shape, plan: Plan, which: int) -> tuple[Tensor, Tensor]:
+    """A tenant's blob and its dense delta; `which` tells tenants apart."""
+    packed = random_bands(shape, plan)
+    return write_bands(packed), dense(packed)
+
+
+@functools.cache
+def tenant_of_signs(shape: Shape, which: int) -> tuple[Tensor, Tensor]:
+    """A tenant's blob and its dense delta; `which` tells tenants apart."""
+    packed = SignTensors.from_signs(torch.rand(shape) > 0.5, torch.full((1,), 0.02))
+    return write_signs(packed), packed.dense()
+
+
+def of_bands(shape: Shape, plan: Plan, tenants: int, copies: int, device: str) -> Deltas:
+    made = [tenant_of_bands(shape, plan, which) for which in range(min(DISTINCT, tenants))]
+    tables = []
+    for pool in _pools([blob for blob, _ in made], tenants, copies, device):
+        table = BandTable(pool, shape[1], shape[:1], max_rank=rank(plan), max_bands=len(plan))
+        for slot in range(tenants):
+            table.load(slot, [PlacedBands(0, plan)])
+        tables.append(table)
+    whole, nbytes = [delta_OI for _, delta_OI in made], len(made[0][0])
+    return Deltas("bands", bands, tables, whole, nbytes, rank(plan) * sum(shape))
+
+
+def of_signs(shape: Shape, tenants: int, copies: int, device: str) -> Deltas:
+    made = [tenant_of_signs(shape, which) for which in range(min(DISTINCT, tenants))]
+    tables = []
+    for pool in _pools([blob for blob, _ in made], tenants, copies, device):
+        table = SignTable(pool, shape[1], shape[:1])
+        for slot in range(tenants):
+            table.load(slot, [PlacedSigns(0, 1)])
+        tables.append(table)
+    whole, nbytes = [delta_OI for _, delta_OI in made], len(made[0][0])
+    return Deltas("signs (BitDelta)", signs, tables, whole, nbytes, shape[0] * shape[1])
+
+
+def _pools(blobs: list[Tensor], tenants: int, copies: int, device: str) -> Iterator[Pool]:
+    blobs = [blob.to(device) for blob in blobs]
+    for _ in range(copies):
+        pool = Pool(tenants, len(blobs[0]), device=device)
+        for slot in range(tenants):
+            pool.load(slot, 0, blobs[slot % len(blobs)])
+        yield pool
+
+
+def copies_of(nbytes: int) -> int:
+    """How many of such weights no cache holds, with what else is read and written beside one."""
+    return max(1, BEYOND_CACHE // nbytes)
 
 
 def random_bands(shape: Shape, plan: Plan) -> list[BandTensors]:
@@ -128,19 +179,19 @@ def random_bands(shape: Shape, plan: Plan) -> list[BandTensors]:
 
 def check(deltas: Deltas, x_TI: Tensor, rows: Rows) -> None:
     """Refuses to go on unless each row is its own tenant's delta applied in float64."""
-    for op, table, expected in (
-        (bands, deltas.band_tables[0], deltas.dense),
-        (signs, deltas.sign_tables[0], deltas.dense_signs),
-    ):
-        y_TO = torch.zeros(len(x_TI), deltas.shape[0], device=x_TI.device)
-        op(y_TO, x_TI, rows, table, impl="triton")  # pyright: ignore[reportArgumentType]
-        for which, delta_OI in enumerate(expected):
-            mine_T = rows.slot_T % len(expected) == which
-            wanted = x_TI[mine_T].double() @ delta_OI.to(x_TI.device).double().T
-            error = (y_TO[mine_T].double() - wanted).norm(dim=1)
-            worst = float((error / wanted.norm(dim=1)).amax()) if len(error) else 0.0
-            if not worst <= TOLERANCE:
-                sys.exit(f"{op.__name__}: wrong result: relative error {worst:.2e} of a row")
+    y_TO = _zeros(x_TI, len(deltas.dense[0]))
+    deltas.op(y_TO, x_TI, rows, deltas.tables[0], impl="triton")
+    for which, delta_OI in enumerate(deltas.dense):
+        mine_T = rows.slot_T % len(deltas.dense) == which
+        wanted = x_TI[mine_T].double() @ delta_OI.to(x_TI.device).double().T
+        error = (y_TO[mine_T].double() - wanted).norm(dim=1)
+        worst = float((error / wanted.norm(dim=1)).amax()) if len(error) else 0.0
+        if not worst <= TOLERANCE:
+            sys.exit(f"{deltas.name}: wrong result: relative error {worst:.2e} of a row")
+
+
+def _zeros(x_TI: Tensor, out: int) -> Tensor:
+    return torch.zeros(len(x_TI), out, dtype=x_TI.dtype, device=x_TI.device)
 
 
 class Limits:
@@ -173,113 +224,93 @@ HEAD = (
 def decode(limits: Limits) -> Iterator[str]:
     """One tenant at Llama's shapes, beside its peers."""
     yield HEAD
-    for shape, plan in LLAMA.items():
-        deltas = Deltas(shape, plan, 1, DEVICE, one=False)
-        for tokens in (1, 16, 64):
-            x_TI = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
-            slot_T = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)
-            yield from _peers(limits, deltas, x_TI, slot_T, (1, 16) if tokens == 1 else (16,))
+    for shape in LLAMA:
+        for tokens in DECODE:
+            yield from _peers(limits, shape, 1, tokens, (1, 16) if tokens == 1 else (16,))
 
 
-def tenants(limits: Limits, tokens: int = 64) -> Iterator[str]:
+def tenants(limits: Limits) -> Iterator[str]:
     """The same number of rows, of more and more tenants."""
     yield HEAD
     for count in TENANTS:
-        for shape, plan in LLAMA.items():
-            deltas = Deltas(shape, plan, count, DEVICE, one=False)
-            x_TI = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
-            slot_T = torch.arange(tokens, device=DEVICE) % count
-            yield from _peers(limits, deltas, x_TI, slot_T, (1, 16))
+        for shape in LLAMA:
+            yield from _peers(limits, shape, count, BATCH, (1, 16))
 
 
 def prefill(limits: Limits) -> Iterator[str]:
     """Many rows of one tenant, against what its products cost at the speed of the base's matmul."""
     yield HEAD
     for tokens in PREFILL:
-        for shape, plan in LLAMA.items():
-            deltas = Deltas(shape, plan, 1, DEVICE, one=False)
-            x_TI = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
-            slot_T = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)
-            base = time_matmul(x_TI, shape)
-            floor = base * rank(plan) * sum(shape) / (shape[0] * shape[1])
-            yield from _peers(limits, deltas, x_TI, slot_T, (64,), floor)
+        for shape in LLAMA:
+            yield from _peers(limits, shape, 1, tokens, (64,), floor=True)
 
 
 def _peers(
     limits: Limits,
-    deltas: Deltas,
-    x_TI: Tensor,
-    slot_T: Tensor,
+    shape: Shape,
+    count: int,
+    tokens: int,
     tiles: tuple[int, ...],
-    floor: float | None = None,
+    *,
+    floor: bool = False,
 ) -> Iterator[str]:
-    """Rows of a table: bands, its peers, the base's matmul, and the arithmetic floor if there is one."""
-    (out, size), tokens, count = deltas.shape, len(x_TI), deltas.tenants
+    """Rows of a table: bands, its peers, the base's matmul, and the arithmetic floor if asked for."""
+    (out, size), plan = shape, LLAMA[shape]
+    x_TI = torch.randn(tokens, size, device=DEVICE, dtype=DTYPE)
+    slot_T = torch.arange(tokens, device=DEVICE) % count
     moved = x_TI.nbytes + 2 * tokens * out * x_TI.itemsize
-    base = time_matmul(x_TI, deltas.shape)
-    y_TO = torch.zeros(tokens, out, device=DEVICE, dtype=DTYPE)
+    nbytes = bands_nbytes(shape, plan)
+    ours = of_bands(shape, plan, count, copies_of(moved + count * nbytes), DEVICE)
+    copies = copies_of(moved + count * sign_sections(shape, 1)[2])
+    peer = of_signs(shape, count, copies, DEVICE)
+
     found: list[tuple[str, float, str]] = []
-    for tile in tiles:
-        rows = group_rows(slot_T, count, tile=tile)
-        check(deltas, x_TI, rows)
-        for name, op, tables, nbytes, work in (
-            ("bands", bands, deltas.band_tables, deltas.nbytes, rank(deltas.plan) * (out + size)),
-            ("signs (BitDelta)", signs, deltas.sign_tables, deltas.sign_nbytes, out * size),
-        ):
-
-            def calls(op=op, tables=tables, rows=rows) -> None:  # type: ignore[no-untyped-def]
-                for table in tables:
-                    op(y_TO, x_TI, rows, table, impl="triton")
-
-            us = graph_time(calls) / len(tables)
-            cells = limits.speed(moved + count * nbytes, 2 * tokens * work, us)
-            found.append((f"{name}, tile {tile}", us, cells))
-    ours = min(us for name, us, _ in found if name.startswith("bands"))
-    rows = group_rows(slot_T, count)
-    slow = event_time(lambda: bands(y_TO, x_TI, rows, deltas.band_tables[0]), 3)
+    for deltas, tile in (*((ours, tile) for tile in tiles), (peer, max(tiles))):
+        us = time_deltas(deltas, x_TI, group_rows(slot_T, count, tile=tile))
+        cells = limits.speed(moved + count * deltas.nbytes, 2 * tokens * deltas.products, us)
+        found.append((f"{deltas.name}, tile {tile}", us, cells))
+    fastest = min(us for name, us, _ in found if name.startswith("bands"))
+    slow = time_reference(ours, x_TI, group_rows(slot_T, count))
     found.append(("PyTorch", slow, f"{slow:.1f} | – | – | – | –"))
-    for r in (round(deltas.nbytes / (2 * (out + size))), 64):
-        us = time_lora(x_TI, slot_T, deltas.shape, count, r)
-        flops = 2 * tokens * r * (out + size)
-        found.append(
-            (f"LoRA, rank {r}", us, limits.speed(moved + 2 * count * r * (out + size), flops, us))
-        )
+    for r in (round(nbytes / (2 * sum(shape))), 64):
+        us, pairs = time_lora(x_TI, slot_T, shape, count, r), r * sum(shape)
+        cells = limits.speed(moved + 2 * count * pairs, 2 * tokens * pairs, us)
+        found.append((f"LoRA, rank {r}", us, cells))
+    base = time_matmul(x_TI, shape)
     cells = limits.speed(moved + 2 * out * size, 2 * tokens * out * size, base)
     found.append(("base matmul", base, cells))
-    if floor is not None:
-        found.append(("arithmetic floor", floor, f"{floor:.1f} | – | – | – | –"))
-    where = f"{out}×{size} `{format_plan(deltas.plan)}`, {count} of {tokens}"
+    if floor:
+        us = base * ours.products / (out * size)
+        found.append(("arithmetic floor", us, f"{us:.1f} | – | – | – | –"))
+    where = f"{out}×{size} `{format_plan(plan)}`, {count} of {tokens}"
     for name, us, cells in found:
-        yield f"| {where} | {name} | {cells} | {us / base:.2f} | {ours / us:.2f} |"
+        yield f"| {where} | {name} | {cells} | {us / base:.2f} | {fastest / us:.2f} |"
 
 
-def figure3(limits: Limits, output: Path | None) -> Iterator[str]:
-    """Triton ÷ PyTorch over batches and sizes; also drawn."""
+def figure3(limits: Limits, ratios: dict[int, list[tuple[int, float]]]) -> Iterator[str]:
+    """Triton ÷ PyTorch over batches and sizes; what is to be drawn goes into `ratios`, by size."""
     yield f"| size | rows | {SPEED} | PyTorch µs | ratio |\n|---|---|---|---|---|---|---|---|---|"
-    ratios: dict[int, list[tuple[int, float]]] = {}
     for size in SIZES:
-        directions = size * size // 16 * 16 // (2 * 2 * size)  # 2-bit codes of 1/16 of the bytes
-        plan = (Band(8, 2), Band(3, 32), Band(2, directions - 22))
-        deltas = Deltas((size, size), plan, 1, DEVICE, one=False)
+        shape, plan = (size, size), figure3_plan(size)
+        deltas = of_bands(shape, plan, 1, copies_of(bands_nbytes(shape, plan)), DEVICE)
         for tokens in ROWS:
             x_TI = torch.randn(tokens, size, device=DEVICE, dtype=DTYPE)
-            rows = group_rows(torch.zeros(tokens, dtype=torch.int64, device=DEVICE), 1)
-            check(deltas, x_TI, rows)
-            y_TO = torch.zeros(tokens, size, device=DEVICE, dtype=DTYPE)
-
-            def calls(y_TO=y_TO, x_TI=x_TI, rows=rows, tables=deltas.band_tables) -> None:
-                for table in tables:
-                    bands(y_TO, x_TI, rows, table, impl="triton")
-
-            fast = graph_time(calls) / len(deltas.band_tables)
-            table = deltas.band_tables[0]
-            slow = event_time(lambda y=y_TO, x=x_TI, r=rows, t=table: bands(y, x, r, t), 3)
+            slot_T = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)
+            rows = group_rows(slot_T, 1, tile=tile_for(tokens, 1))
+            fast = time_deltas(deltas, x_TI, rows)
+            slow = time_reference(deltas, x_TI, rows)
             ratios.setdefault(size, []).append((tokens, slow / fast))
-            moved = x_TI.nbytes + 2 * y_TO.nbytes + deltas.nbytes
-            cells = limits.speed(moved, 4 * tokens * rank(plan) * size, fast)
+            moved = 3 * x_TI.nbytes + deltas.nbytes
+            cells = limits.speed(moved, 2 * tokens * deltas.products, fast)
             yield f"| {size} | {tokens} | {cells} | {slow:.1f} | {slow / fast:.1f} |"
-    if output is not None:
-        draw(ratios, output.with_suffix(".png"))
+
+
+def figure3_plan(size: int) -> Plan:
+    """The paper's at 1/16 for a square matrix: codes of one bit an entry.
+
+    As many bits would be size / 4 directions of 2 bits, of which those of 8 and of 3 cost 56.
+    """
+    return (Band(8, 2), Band(3, 32), Band(2, size // 4 - 56))
 
 
 def draw(ratios: dict[int, list[tuple[int, float]]], file: Path) -> None:
@@ -295,11 +326,29 @@ def draw(ratios: dict[int, list[tuple[int, float]]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def time_deltas(deltas: Deltas, x_TI: Tensor, rows: Rows) -> float:
+    """Microseconds of the kernels, whose result was checked."""
+    check(deltas, x_TI, rows)
+    y_TO = _zeros(x_TI, len(deltas.dense[0]))
+
+    def calls() -> None:
+        for table in deltas.tables:
+            deltas.op(y_TO, x_TI, rows, table, impl="triton")
+
+    return graph_time(calls) / len(deltas.tables)
+
+
+def time_reference(deltas: Deltas, x_TI: Tensor, rows: Rows) -> float:
+    """Microseconds of the same in plain torch."""
+    y_TO = _zeros(x_TI, len(deltas.dense[0]))
+    return event_time(lambda: deltas.op(y_TO, x_TI, rows, deltas.tables[0]), 3)
+
+
 def time_matmul(x_TI: Tensor, shape: Shape) -> float:
     """Microseconds of the base's matmul alone."""
-    copies = max(1, BEYOND_CACHE // (shape[0] * shape[1] * x_TI.itemsize))
+    y_TO = _zeros(x_TI, shape[0])
+    copies = copies_of(shape[0] * shape[1] * x_TI.itemsize + x_TI.nbytes + y_TO.nbytes)
     weights = [torch.randn(shape, device=DEVICE, dtype=x_TI.dtype) for _ in range(copies)]
-    y_TO = torch.empty(len(x_TI), shape[0], device=DEVICE, dtype=x_TI.dtype)
 
     def calls() -> None:
         for weight_OI in weights:
@@ -310,8 +359,8 @@ def time_matmul(x_TI: Tensor, shape: Shape) -> float:
 
 def time_lora(x_TI: Tensor, slot_T: Tensor, shape: Shape, count: int, r: int) -> float:
     """Microseconds of `x A B`: two matmuls for one pair, batched products for several of equal share."""
-    nbytes = 2 * count * r * sum(shape)
-    copies = max(1, BEYOND_CACHE // nbytes)
+    written = len(x_TI) * shape[0] * x_TI.itemsize
+    copies = copies_of(count * r * sum(shape) * x_TI.itemsize + x_TI.nbytes + written)
     options = {"device": DEVICE, "dtype": x_TI.dtype}
     pairs = [
         (torch.randn(count, shape[1], r, **options), torch.randn(count, r, shape[0], **options))
@@ -327,7 +376,7 @@ def time_lora(x_TI: Tensor, slot_T: Tensor, shape: Shape, count: int, r: int) ->
 
 
 def graph_time(calls: Callable[[], object]) -> float:
-    """Microseconds of one replay: the median of 20, after 3 to warm up."""
+    """Microseconds of one replay: the median of 20, or of fewer where these take long."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles and tunes kernels, which a capture must not
@@ -336,13 +385,13 @@ def graph_time(calls: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         calls()
-    for _ in range(3):
-        graph.replay()
-    return sorted(event_time(graph.replay, 1) for _ in range(20))[10]
+    repeats = ENOUGH / event_time(graph.replay, 2)
+    repeats = max(3, min(20, round(repeats)))
+    return statistics.median(event_time(graph.replay, 1) for _ in range(repeats))
 
 
 def event_time(call: Callable[[], object], repeats: int) -> float:
-    """Microseconds of one call by CUDA events."""
+    """Microseconds of one call by CUDA events; one before keeps the device busy until they are queued."""
     call()
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -355,13 +404,62 @@ def event_time(call: Callable[[], object], repeats: int) -> float:
 
 def check_small() -> None:
     """The results alone, on shapes that an interpreter can do."""
-    plan = (Band(8, 2), Band(3, 4), Band(2, 9))
+    shape, plan = (192, 256), (Band(8, 2), Band(3, 4), Band(2, 9))
     for count in (1, 3):
-        deltas = Deltas((192, 256), plan, count, "cpu", one=True)
-        x_TI = torch.randn(6, 256, dtype=torch.float16)  # bfloat16 is wrong in the interpreter
-        for tile in (1, 16, 64):
-            check(deltas, x_TI, group_rows(torch.arange(6) % count, count, tile=tile))
-    print(f"checked: {bands_nbytes((192, 256), plan)} bytes a tenant")
+        x_TI = torch.randn(3, 256, dtype=torch.float16)  # bfloat16 is wrong in the interpreter
+        for deltas in (of_bands(shape, plan, count, 1, "cpu"), of_signs(shape, count, 1, "cpu")):
+            for tile in (1, 16, 64):
+                check(deltas, x_TI, group_rows(torch.arange(3) % count, count, tile=tile))
+    print(f"checked: {bands_nbytes(shape, plan)} bytes a tenant")
+
+
+class Page:
+    """Lines that are printed and, with a file, written at once: a run may be cut off."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("", encoding="utf-8")
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as page:
+                page.write(f"{line}\n")
+
+
+def measure(only: Sequence[str], output: Path | None, limits: Limits) -> bool:
+    """Prints and writes the tables, and draws; whether all of them are whole."""
+    page = Page(None if output is None else output.with_suffix(".md"))
+    page.say(f"# Kernels on {device()}\n")
+    page.say(f"`python benchmarks/gpu.py {shlex.join(sys.argv[1:])}`\n")
+    page.say(
+        f"{origin('triton')} {DTYPE}; device copy {limits.copy / 1e9:.0f} GB/s (read + write), "
+        f"matmul {limits.matmul / 1e12:.0f} TFLOP/s, both timed in this run."
+    )
+    whole, ratios = True, {}
+    parts = {
+        "figure3": lambda: figure3(limits, ratios),
+        "decode": lambda: decode(limits),
+        "tenants": lambda: tenants(limits),
+        "prefill": lambda: prefill(limits),
+    }
+    for name in only:
+        page.say(f"\n## {name}\n")
+        try:
+            for line in parts[name]():
+                page.say(line)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            page.say(f"\nIt ends here: {type(error).__name__}: {error}")
+            whole = False
+    if output is not None and ratios:
+        try:
+            draw(ratios, output.with_suffix(".png"))
+        except ImportError as error:
+            page.say(f"\nFigure 3 was not drawn: {error}")
+    return whole
 
 
 def main() -> None:
@@ -371,35 +469,14 @@ def main() -> None:
         return check_small()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: expected a CUDA device, found none; --check needs none")
-    limits = Limits()
-    parts = {
-        "figure3": lambda: figure3(limits, options.output),
-        "decode": lambda: decode(limits),
-        "tenants": lambda: tenants(limits),
-        "prefill": lambda: prefill(limits),
-    }
-    lines = [
-        f"# Kernels on {torch.cuda.get_device_name()}\n",
-        f"`python benchmarks/gpu.py {shlex.join(sys.argv[1:])}`\n",
-        f"{origin()} {DTYPE}; device copy {limits.copy / 1e9:.0f} GB/s (read + write), "
-        f"matmul {limits.matmul / 1e12:.0f} TFLOP/s, both timed in this run.",
-    ]
-    print("\n".join(lines))
-    for name in options.only:
-        lines.append(f"\n## {name}\n")
-        print(lines[-1])
-        for line in parts[name]():
-            lines.append(line)
-            print(line, flush=True)
-    if options.output is not None:
-        options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    if not measure(options.only, options.output, Limits()):
+        sys.exit("benchmarks/gpu.py: a part failed: see above")
     return None
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Packed deltas on a GPU, beside their peers.")
-    parts = ["figure3", "decode", "tenants", "prefill"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--check", action="store_true", help="results alone; needs no GPU")
     parser.add_argument("-o", "--output", type=Path, help="writes OUTPUT.md and OUTPUT.png")
     return parser.parse_args()

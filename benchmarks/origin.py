@@ -6,25 +6,39 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 
-def origin() -> str:
-    """One line of Markdown."""
+def origin(*packages: str) -> str:
+    """One line of Markdown; with the versions of more packages than the two that all figures hang on.
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = " with uncommitted changes" if git("status", "--porcelain", "../src") else ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("deltacome", "torch"))
+    What a bare machine cannot say, without git or with the sources alone, is unknown.
+    """
+    changed = " with uncommitted changes" if _git("status", "--porcelain", "../src") else ""
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("deltacome", "torch", *packages))
     return (
-        f"Commit {git('rev-parse', '--short', 'HEAD')}{changed}; {versions}; Python "
+        f"Commit {_git('rev-parse', '--short', 'HEAD') or 'unknown'}{changed}; {versions}; Python "
         f"{platform.python_version()}; {device()}, load {os.getloadavg()[0]:.1f} before the run."
     )
+
+
+def _git(*words: str) -> str:
+    """What git prints; nothing without git, or where this is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def device() -> str:

@@ -53,7 +53,10 @@ __all__ = [
 ]
 
 
-__version__ = importlib.metadata.version("deltacome")
+try:
+    __version__ = importlib.metadata.version("deltacome")
+except importlib.metadata.PackageNotFoundError:  # the sources alone, on a path
+    __version__ = "unknown"
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from ops_helpers import (
     DEVICE,
     DTYPES,
+    IMPLS,
     INTERPRETED,
+    MIXED,
     MIXES,
     PLANS,
     TILES,
@@ -72,18 +74,19 @@ def test_every_width(impl, bits, tile):
     plans = [(Band(bits, 35),), (Band(bits, 2),)]
     slots = [1, -1, 0, 2, 1]  # one tenant twice, another once, none, and a slot that is empty
     shapes = ((1, 1), (63, 65), (64, 128), (129, 127), (150, 1100), (700, 33))
-    long = tile == 16 or not INTERPRETED  # that walks through many blocks for seconds
-    for out, size in shapes if long else shapes[:4]:
+    # The interpreter walks through many blocks for seconds; there `test_splits_of_a_sum` has some.
+    for out, size in shapes[:4] if INTERPRETED else shapes:
         table, deltas = filled(size, [out], plans, slots=3)
         check(slots, table, deltas, impl, tile)
         check_rows(slots, table, deltas, impl, tile, scale=7.5)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="takes seconds for what `test_parts_and_dtypes` shows")
 def test_every_width_in_bfloat16(impl):
     """A CPU that can multiplies such rows as bytes: 16 bits of what meets the codes are left."""
     slots = [1, -1, 0, 2, 1, 1, 1, 1, 0, 1, 1]  # by one, two and four rows of a tenant
     shapes = ((65, 63, 128), (1, 1, 64), (300, 700, 64), (127, 1100, 192))
-    for out, size, group in shapes[:1] if INTERPRETED else shapes:  # minutes in the interpreter
+    for out, size, group in shapes:
         for bits in WIDTHS:
             plans = [(Band(bits, 35),), (Band(bits, 2), Band(2, 9))]
             table, deltas = filled(size, [out, 1, out], plans, group, slots=3)
@@ -94,7 +97,7 @@ def test_every_width_in_bfloat16(impl):
             expected = expected_of(x_TI, slots, deltas)
             error = (y_TO.cpu() - expected).norm(dim=-1)
             assert (error <= 5e-4 * expected.norm(dim=-1)).all(), (out, bits)
-            for j, slot in list(enumerate(slots))[: 4 if INTERPRETED else None]:
+            for j, slot in enumerate(slots):
                 # Whoever else is in the batch.
                 alone = torch.zeros_like(y_TO[:1])
                 bands(alone, x_TI[j : j + 1], rows_of([slot], table), table, impl=impl)
@@ -126,8 +129,7 @@ def test_tiles_that_the_op_chooses(impl, tokens):
     assert_added(y_TI, torch.zeros(tokens, 140), torch.stack(rows_of_u))
 
 
-@every_tile
-@pytest.mark.parametrize("slots", MIXES, ids=str)
+@pytest.mark.parametrize(("slots", "tile"), MIXED, ids=str)
 def test_tenant_mixes(impl, slots, tile):
     table, deltas = filled(140, [70], PLANS, slots=4)
     check(slots, table, deltas, impl, tile)
@@ -176,11 +178,34 @@ def test_many_rows_in_bfloat16(impl, slots, by_python, monkeypatch):
 
 
 @every_tile
-@pytest.mark.parametrize("group", [64, 192, 1024])
+@pytest.mark.parametrize("group", [192, 1024] if INTERPRETED else [64, 192, 1024])
 def test_other_group_sizes(impl, group, tile):
     table, deltas = filled(330, [270], [PLAN, PLANS[0]], group)
     check([0, 1], table, deltas, impl, tile)
     check_rows([0, 1], table, deltas, impl, tile)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="test_triton.py runs it where there is Triton")
+@every_tile
+@pytest.mark.parametrize("splits", [2, 8])
+def test_splits_of_a_sum(tile, splits, monkeypatch):
+    """Each part of it counts once, also where some have no steps; a split of its own or not."""
+    from deltacome.ops.bands import triton as kernels
+
+    monkeypatch.setattr(kernels, "split_count", lambda *_: splits)
+    table, deltas = filled(1100, [70], PLANS)
+    check([2, -1, 0, 2], table, deltas, "triton", tile)
+
+
+def test_sums_are_split_into_one_number_of_parts():
+    """Each number would be a kernel more to compile."""
+    kernels = pytest.importorskip("deltacome.ops.bands.triton")
+    count, many = kernels.split_count, kernels.PROGRAMS
+    programs, steps = range(1, 4 * many, 7), range(1, 40)
+    for tile, counts in ((1, {1, kernels.SPLITS}), (16, {1, kernels.SPLITS}), (64, {1})):
+        assert {count(tile, p, s) for p in programs for s in steps} == counts
+    assert count(1, 34, 8) == kernels.SPLITS  # a row of 4096 × 4096 at 1/16
+    assert count(1, many, 8) == count(1, 34, 1) == 1
 
 
 def test_groups_that_cut_through_blocks(impl):
@@ -263,10 +288,9 @@ def test_any_shape(impl, tile, data, seed, dtype):
         check_rows(slots, table, deltas, impl, tile, dtype=dtype, seed=seed)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the assertion ends the process")
 @pytest.mark.parametrize("ids", [[0, 80], [-1, 0]])
 def test_rows_out_of_range(impl, ids):
-    if DEVICE == "cuda":
-        return  # the assertion of a GPU ends the process
     table, _ = filled(70, [80], PLANS)
     y_TI = torch.zeros(2, 70)
     with pytest.raises((IndexError, RuntimeError), match=r"\[0, 80\)"):
@@ -275,9 +299,8 @@ def test_rows_out_of_range(impl, ids):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "triton"], indirect=True)
 def test_threads_do_not_change_a_bit(impl, dtype):
-    if impl == "triton":  # has no threads of ours
-        return
     table, _ = filled(640, [512, 100], [(Band(8, 3), Band(3, 20), Band(2, 100))] * 7)
     before = torch.get_num_threads()
     try:
@@ -302,13 +325,14 @@ def test_threads_do_not_change_a_bit(impl, dtype):
 def test_every_half_is_read_exactly(impl):
     halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     halves = torch.where(halves.isfinite(), halves, 0)[None]
+    halves = halves[:, ::13] if INTERPRETED else halves
     one = Factor.from_values(torch.ones(1, 1))
     blob = write_bands([BandTensors(Factor.from_values(halves.float()), one, torch.ones(1))])
     pool = Pool(1, len(blob), device=DEVICE)
     pool.load(0, 0, blob)
-    table = BandTable(pool, 2**16, [1])
+    table = BandTable(pool, halves.numel(), [1])
     table.load(0, [PlacedBands(0, (Band(16, 1),))])
-    y_TI = torch.zeros(1, 2**16, device=DEVICE)
+    y_TI = torch.zeros(1, halves.numel(), device=DEVICE)
     ids_T = torch.tensor([0], device=DEVICE)
     band_rows(y_TI, ids_T, rows_of([0], table), table, impl=impl)
     assert torch.equal(y_TI.cpu(), halves.float())

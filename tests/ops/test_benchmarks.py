@@ -1,6 +1,7 @@
 """The kernels' benchmarks: they check their results, and what they would print on a GPU is whole."""
 
 import importlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import pytest
 import torch
 from ops_helpers import INTERPRETED
 
-from deltacome.format.spec import Band
+from deltacome.format.spec import Band, codes_nbytes
 from deltacome.ops import native
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="test_triton.py runs it in a process that interprets"
+)
 
 
 def run(*arguments, **environment):
@@ -26,11 +30,6 @@ def run(*arguments, **environment):
     )
     assert child.returncode == 0, child.stdout + child.stderr
     return child.stdout
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the parent runs it")
-def test_gpu_results_are_checked_in_the_interpreter():
-    assert "checked" in run(BENCHMARKS / "gpu.py", "--check", TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="no C++ compiler")
@@ -46,16 +45,50 @@ def test_cpu_page(tmp_path):
     assert "Commit" in lines[4]
 
 
+def imported(name, monkeypatch):
+    """A benchmark as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def test_a_bare_machine_says_what_it_can(monkeypatch, tmp_path):
+    """One with a GPU that has the sources, but no git, and no package of ours."""
+    origin = imported("origin", monkeypatch)
+    assert "Commit unknown" not in origin.origin()
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(origin, "version", version)
+    said = origin.origin("triton")
+    assert said.startswith("Commit unknown; deltacome unknown, torch unknown, triton unknown;")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the parent runs it")
+def test_gpu_needs_torch_alone():
+    """Nothing has to be installed on a machine that has torch and Triton."""
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; print(*sys.modules)"
+    modules = run("-c", code).split()
+    assert "deltacome.ops.bands.api" in modules
+    others = ("accelerate", "huggingface_hub", "psutil", "rich", "safetensors", "scipy")
+    assert not {*others, "matplotlib", "transformers", "typer"} & {*modules}
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """benchmarks/gpu.py on the CPU: small shapes, every result checked, every time 1 µs."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = importlib.import_module("gpu")
+    module = imported("gpu", monkeypatch)
     for name, value in {
         "DEVICE": "cpu",
         "DTYPE": torch.float16,
-        "SIZES": (256,),
-        "LLAMA": {(192, 256): (Band(8, 2), Band(3, 4), Band(2, 9))},
+        "SIZES": (232,),
+        "ROWS": (1, 3),
+        "LLAMA": {(70, 130): (Band(8, 2), Band(3, 4), Band(2, 9))},
+        "DECODE": (1, 2),
+        "BATCH": 2,
+        "TENANTS": (2,),
+        "PREFILL": (3,),
         "BEYOND_CACHE": 0,
         "graph_time": lambda calls: (calls(), 1.0)[1],
         "event_time": lambda call, repeats: (call(), 2.0)[1],
@@ -64,35 +97,98 @@ def gpu(monkeypatch):
     return module
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="test_triton.py runs it in a process that interprets")
-def test_gpu_tables_are_whole(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "ROWS", (1, 3))
-    monkeypatch.setattr(gpu, "TENANTS", (1, 4))
-    monkeypatch.setattr(gpu, "PREFILL", (8,))
+@pytest.fixture
+def limits(gpu):
     limits = gpu.Limits.__new__(gpu.Limits)
     limits.copy, limits.matmul = 1e12, 1e15
-    parts = {
-        "figure3": gpu.figure3(limits, tmp_path / "page"),
-        "decode": gpu.decode(limits),
-        "tenants": gpu.tenants(limits, 8),
-        "prefill": gpu.prefill(limits),
-    }
-    for name, part in parts.items():
-        lines = "\n".join(part).splitlines()
+    return limits
+
+
+@interpreted
+def test_gpu_results_are_checked(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--check"])
+    gpu.main()
+    assert "checked" in capsys.readouterr().out
+
+
+@interpreted
+def test_gpu_tables_are_whole(gpu, limits, tmp_path):
+    assert gpu.measure(gpu.PARTS, tmp_path / "new" / "page", limits)
+    head, *parts = (tmp_path / "new" / "page.md").read_text(encoding="utf-8").split("\n## ")
+    assert "Commit" in head
+    assert [part.split()[0] for part in parts] == list(gpu.PARTS)
+    for name, part in zip(gpu.PARTS, parts, strict=True):
+        lines = part.splitlines()[2:]
         assert len({line.count("|") for line in lines}) == 1, name
         if name == "figure3":
+            assert len(lines) == 4
             continue
         for peer in ("bands", "signs (BitDelta)", "PyTorch", "LoRA, rank 64", "base matmul"):
             assert any(f"| {peer}" in line for line in lines), (name, peer)
-    assert (tmp_path / "page.png").stat().st_size > 1000
+    assert (tmp_path / "new" / "page.png").stat().st_size > 1000
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="test_triton.py runs it in a process that interprets")
+@interpreted
+def test_gpu_tables_outlive_a_part_that_fails(gpu, limits, tmp_path, monkeypatch):
+    """And a machine without matplotlib."""
+
+    def fails(limits):
+        yield "| one |"
+        assert "| one |" in page.read_text(encoding="utf-8")
+        raise torch.cuda.OutOfMemoryError("too little")
+
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(gpu, "ROWS", (1,))
+    monkeypatch.setattr(gpu, "decode", fails)
+    monkeypatch.setattr(gpu, "tenants", lambda limits: iter(["| two |"]))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not gpu.measure(("figure3", "decode", "tenants"), tmp_path / "page", limits)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if "| 232 | 1 |" in line]
+    assert "It ends here: OutOfMemoryError: too little" in lines
+    assert "| two |" in lines
+    assert lines[-1].startswith("Figure 3 was not drawn: ")
+
+
+def test_the_plan_of_figure_3(monkeypatch):
+    """Codes of one bit an entry, as the paper counts them; its own at 4096."""
+    gpu = imported("gpu", monkeypatch)
+    assert gpu.figure3_plan(4096) == gpu.LLAMA[4096, 4096]
+    for size in gpu.SIZES:
+        assert codes_nbytes((size, size), gpu.figure3_plan(size)) == size * size / 8
+
+
+def test_figure_3_has_the_tiles_that_an_engine_takes(gpu, limits, monkeypatch):
+    tiles = []
+    monkeypatch.setattr(gpu, "time_deltas", lambda deltas, x_TI, rows: tiles.append(rows.tile) or 1)
+    monkeypatch.setattr(gpu, "ROWS", (1, 2, 64))
+    assert len(list(gpu.figure3(limits, {}))) == 4
+    assert tiles == [1, 16, 16]
+
+
+def test_what_is_checked_is_what_is_timed(gpu):
+    """Another dtype of y is another kernel, which takes as long to compile."""
+    dtypes = []
+
+    def op(y_TO, x_TI, rows, table, *, impl):
+        dtypes.append((y_TO.dtype, impl))
+        y_TO += x_TI @ deltas.dense[0].to(x_TI.dtype).T
+
+    deltas = gpu.of_bands((64, 128), (Band(2, 3),), 1, 1, "cpu")
+    deltas.op = op
+    rows = gpu.group_rows(torch.zeros(2, dtype=torch.int64), 1)
+    gpu.time_deltas(deltas, torch.randn(2, 128, dtype=torch.float16), rows)
+    assert dtypes == [(torch.float16, "triton")] * 2
+
+
+@interpreted
 def test_a_wrong_result_is_not_timed(gpu):
-    deltas = gpu.Deltas((64, 128), (Band(2, 3),), 1, "cpu", one=True)
+    deltas = gpu.of_bands((64, 128), (Band(2, 3),), 1, 1, "cpu")
     x_TI = torch.randn(2, 128, dtype=torch.float16)
     rows = gpu.group_rows(torch.zeros(2, dtype=torch.int64), 1)
     gpu.check(deltas, x_TI, rows)
-    deltas.dense[0][3] += 1
+    wrong = deltas.dense[0].clone()
+    wrong[3] *= 1.1
+    deltas.dense = [wrong]
     with pytest.raises(SystemExit, match="wrong result"):
         gpu.check(deltas, x_TI, rows)

@@ -10,6 +10,7 @@ from deltacome.ops.norm import norm
 from deltacome.ops.rows import group_all, group_rows, set_unused
 from deltacome.ops.signs import rows as plain
 from deltacome.ops.signs import sign_rows, signs
+from deltacome.ops.slots import COUNT, BandTable, Pool, SignTable
 
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="test_triton.py runs it in a process that interprets"
@@ -46,13 +47,19 @@ def test_all_ops_in_one_graph(impl):
 
 
 class Launch:
-    """In place of a kernel: takes any grid and any arguments, and counts."""
+    """In place of a kernel: takes any grid and any arguments, and keeps what it is launched with."""
 
     def __init__(self):
-        self.grids = []
+        self.grids, self.compiled = [], set()
 
     def __getitem__(self, grid):
-        return lambda *arguments, **constants: self.grids.append(grid)
+        def launch(*arguments, **constants):
+            self.grids.append(grid)
+            # Of a number the compiler knows whether it is 1, and whether 16 divides it.
+            numbers = [(n == 1, n % 16) for n in arguments if isinstance(n, int)]
+            self.compiled.add((*numbers, *sorted(constants.items())))
+
+        return launch
 
 
 @interpreted
@@ -144,34 +151,100 @@ def test_a_plan_changes_no_launch(monkeypatch):
     assert grids[0][:2] == grids[0][2:]
 
 
+@interpreted
+def test_few_variants_are_compiled(monkeypatch):
+    """One for each number of splits, whatever the ranks of the layers and the sizes of batches are."""
+    from deltacome.ops.bands import triton as band_kernels
+
+    launches = {name: Launch() for name in ("shrink", "expand", "gather")}
+    for name, launch in launches.items():
+        monkeypatch.setattr(band_kernels, name, launch)
+    for max_rank in (1, 60, 96, 3001):
+        table = BandTable(Pool(8, 16), 4096, [1024], max_rank=max_rank)
+        for tokens in (5, 16, 33, 64):
+            rows = group_rows(torch.zeros(tokens, dtype=torch.int32), 8)
+            y_TO, x_TI = torch.zeros(tokens, 1024), torch.zeros(tokens, 4096)
+            bands(y_TO, x_TI, rows, table, impl="triton")
+            band_rows(x_TI, torch.zeros(tokens).long(), rows, table, impl="triton")
+    compiled = {name: len(launch.compiled) for name, launch in launches.items()}
+    # What expands rows of an embedding has no splits, and another side.
+    assert compiled == {"shrink": 2, "expand": 3, "gather": 1}
+
+
+@interpreted
+def test_what_is_timed_has_all_there_can_be_to_do(monkeypatch):
+    """While the rows of the batch are nobody's and no slot holds anything, as when an engine starts."""
+    from deltacome.ops.bands import triton as band_kernels
+    from deltacome.ops.signs import triton as sign_kernel
+
+    def tuned(key, configs, run, tensors, made_up):
+        trial = made_up()
+        run(configs[-1], trial)
+        timed.append((key[0], tensors, trial))
+
+    timed = []
+    monkeypatch.setattr(band_kernels, "tuned", tuned)
+    monkeypatch.setattr(sign_kernel, "tuned", tuned)
+    pool, outs = Pool(2, 16), [70, 1, 20]
+    y_TO, x_TI = torch.zeros(20, 91), randn(20, 140)
+    before = y_TO.clone(), x_TI.clone()
+    rows = group_rows(torch.full((20,), -1), 2)
+    where = (rows.order_T, rows.tiles_M3, pool.blobs_SN)
+    for max_rank in (2, 60):
+        fields_SPBF = BandTable(pool, 140, outs).fields_SPBF
+        band_kernels.bands(y_TO, x_TI, *where, fields_SPBF, outs, 16, max_rank, 128)
+    fields_SPBF, ids_T = BandTable(pool, 140, [70]).fields_SPBF, torch.zeros(20).long()
+    band_kernels.band_rows(
+        *(x_TI, ids_T, rows.slot_T, *where, fields_SPBF, 70, 16, 60, 128, 1.0),
+    )
+    sign_kernel.signs(y_TO, x_TI, *where, SignTable(pool, 140, outs).fields_SPF, outs, 16)
+    assert [name for name, *_ in timed] == ["shrink", "expand"] * 2 + ["expand", "signs"]
+    for name, tensors, trial in timed:
+        assert [t.dtype for t in trial] == [t.dtype for t in tensors]
+        assert [t.shape for t in trial[:4]] == [t.shape for t in tensors[:4]]
+        _, _, order_T, tiles_M3, _, fields = trial
+        assert order_T.tolist() == list(range(20))
+        assert tiles_M3[:, 0].tolist() == [0] * len(tiles_M3)
+        assert tiles_M3[:, 1].tolist() == [0, *tiles_M3[:, 2].cumsum(0)[:-1].tolist()]
+        assert tiles_M3[:, 2].sum() == 20
+        assert tiles_M3[:, 2].max() <= 16
+        live = fields[..., 2] if name == "signs" else fields[:, :, 0, COUNT]
+        assert live.flatten().tolist() in ([1, 1, 1], [1, 1, 0], [20, 20, 20], [60])
+        if name == "shrink":  # each row has met each direction: no NaN of the fixture is left there
+            assert not trial[0][:, : int(live.sum())].any()
+    assert torch.equal(y_TO, before[0])
+    assert torch.equal(x_TI, before[1])
+
+
 def test_a_configuration_is_chosen_once_and_never_in_a_capture(monkeypatch):
     launch = pytest.importorskip("deltacome.ops.triton_launch")
     times, runs, capturing = {"slow": 2.0, "fast": 1.0}, [], [True]
-    y = torch.zeros(3)
 
-    def run(config):
-        runs.append(config)
-        y.add_(1)
+    def time(call):
+        call()
+        return times[runs[-1][0]]
 
-    def time(config, run):
-        run(config)
-        return times[config]
+    def tune(key="key"):
+        before = len(runs)
+        launch.tuned(
+            *(key, ("slow", "fast"), lambda config, what: runs.append((config, what))),
+            *("rows", lambda: "made up"),
+        )
+        return runs[before:]
 
     monkeypatch.setattr(launch, "_fastest", {})
     monkeypatch.setattr(launch, "_time", time)
     monkeypatch.setattr(launch.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    configs = ("slow", "fast")
-    launch.tuned("key", configs, run, restore=y)
-    assert runs == ["slow"]  # nothing may be timed now
+    assert tune() == [("slow", "rows")]  # nothing may be timed now
     capturing[0] = False
-    launch.tuned("key", configs, run, restore=y)
-    assert runs == ["slow", "slow", "fast", "fast"]
-    assert y.tolist() == [2, 2, 2]  # timing left no trace
-    launch.tuned("key", configs, run, restore=y)
-    assert runs[4:] == ["fast"]
-    launch.tuned("another", configs, run, restore=y)
-    assert runs[5:] == ["slow", "fast", "fast"]
+    timed = [("slow", "made up"), ("fast", "made up"), ("fast", "rows")]
+    assert tune() == timed  # the rows are changed once
+    assert tune() == [("fast", "rows")]
+    capturing[0] = True
+    assert tune() == [("fast", "rows")]
+    capturing[0] = False
+    assert tune("another") == timed
 
 
 @pytest.mark.parametrize(
@@ -180,3 +253,13 @@ def test_a_configuration_is_chosen_once_and_never_in_a_capture(monkeypatch):
 def test_batches_of_about_a_size_share_a_choice(programs, power):
     launch = pytest.importorskip("deltacome.ops.triton_launch")
     assert launch.bucket(programs) == power
+
+
+@pytest.mark.parametrize(("tokens", "tiles"), [(1, 1), (5, 5), (64, 12), (257, 12), (8192, 136)])
+def test_a_batch_that_needs_all_of_its_tiles(tokens, tiles):
+    launch = pytest.importorskip("deltacome.ops.triton_launch")
+    order_T, tiles_M3 = launch.full_batch(tokens, tiles, torch.device("cpu"))
+    rows = [range(start, start + count) for _, start, count in tiles_M3.tolist()]
+    assert [place for tile in rows for place in tile] == order_T.tolist() == list(range(tokens))
+    assert max(map(len, rows)) == -(-tokens // tiles)
+    assert {t.dtype for t in (order_T, tiles_M3)} == {torch.int32}

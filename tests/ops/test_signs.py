@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from ops_helpers import (
     DEVICE,
     DTYPES,
+    MIXED,
     MIXES,
     TILES,
     any_example,
@@ -34,8 +35,7 @@ def check(slots, table, deltas, impl, tile, dtype, seed=0):
     assert_framed(frame, sum(table.outs))
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("slots", MIXES, ids=str)
+@pytest.mark.parametrize(("slots", "tile"), MIXED, ids=str)
 def test_tenant_mixes(impl, slots, tile):
     check(slots, *filled_signs(140, [70]), impl, tile, torch.float32)
 

@@ -14,11 +14,20 @@ from ops_helpers import INTERPRETED
 
 FILES = ("test_bands.py", "test_signs.py", "test_norm.py", "test_graphs.py", "test_benchmarks.py")
 # Without the project's own options, the second -q of which leaves out how many passed.
-OPTIONS = ("-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-q", "-rs")
+OPTIONS = (
+    "-p",
+    "no:cacheprovider",
+    "-o",
+    "addopts=--strict-markers",
+    "-q",
+    "-rs",
+    "--durations=15",
+    "--disable-warnings",
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
-def test_in_the_interpreter():
+def test_in_the_interpreter(capfd):
     here = Path(__file__).parent
     files = [str(here / name) for name in FILES]
     child = subprocess.run(
@@ -28,6 +37,8 @@ def test_in_the_interpreter():
         text=True,
         check=False,
     )
+    with capfd.disabled():  # a log says what the minutes go into; of pytest's workers it has stderr
+        sys.stderr.write(child.stdout[-3000:])
     assert child.returncode == 0, child.stdout + child.stderr
     (passed,) = re.findall(r"(\d+) passed", child.stdout)
     assert int(passed) > 200, child.stdout

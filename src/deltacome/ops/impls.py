@@ -24,10 +24,20 @@ def fastest(device: torch.device) -> str:
     """The best implementation for tensors on a device."""
     if device.type == "cpu" and native.missing() is None:
         return "cpu"
-    gpu = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    if gpu and torch.cuda.get_device_capability(device) >= OLDEST_GPU:
+    if importlib.util.find_spec("triton") is not None and runs_kernels(device):
         return "triton"
     return "reference"
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether it is a GPU that the Triton kernels are for: NVIDIA's, Ampere or newer.
+
+    torch calls AMD's `cuda` too. They lack an option that the kernels are compiled with, a limit of
+    registers.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_GPU
 
 
 def check_impl(op: str, impl: str) -> None:

@@ -10,13 +10,16 @@ from torch import Tensor
 from triton import knobs
 
 from deltacome.errors import UnsupportedError
-from deltacome.ops.impls import OLDEST_GPU
+from deltacome.ops.impls import runs_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REPEATS = 5
 """Timings of a configuration, of which the least counts."""
+BUSY = 1_000_000
+"""Cycles of the device before a timing: half a millisecond."""
 
 C = TypeVar("C")
+Tensors = tuple[Tensor, ...]
 _fastest: dict[Hashable, object] = {}
 
 
@@ -27,16 +30,12 @@ def check_gpu(op: str, *tensors: Tensor) -> None:
         UnsupportedError: names the device or the dtype.
     """
     device = tensors[0].device
-    if not knobs.runtime.interpret:
-        if device.type != "cuda":
-            raise UnsupportedError(
-                f"{op}: impl='triton' expects a CUDA device (or TRITON_INTERPRET=1), got {device}"
-            )
-        if torch.cuda.get_device_capability(device) < OLDEST_GPU:
-            raise UnsupportedError(
-                f"{op}: impl='triton' expects compute capability 8.0 or newer, got "
-                f"{torch.cuda.get_device_capability(device)}"
-            )
+    if not knobs.runtime.interpret and not runs_kernels(device):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        raise UnsupportedError(
+            f"{op}: impl='triton' expects an NVIDIA GPU of compute capability 8.0 or newer (or "
+            f"TRITON_INTERPRET=1), got {name}"
+        )
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise UnsupportedError(
@@ -52,11 +51,15 @@ def bucket(programs: int) -> int:
 def tuned(
     key: Hashable,
     configs: Sequence[C],
-    run: Callable[[C], None],
-    *,
-    restore: Tensor | None = None,
+    run: Callable[[C, Tensors], None],
+    tensors: Tensors,
+    made_up: Callable[[], Tensors],
 ) -> None:
     """Runs a kernel in the fastest of a few configurations, timed when a key is first seen.
+
+    It is timed on made-up tensors and not on the caller's: an engine first calls a layer to warm up and
+    to capture graphs, before there is a tenant. Kernels then have nothing to do, their times are noise,
+    and the graphs would keep what it chose.
 
     Keys have the number of programs rounded up by `bucket`, so that there are few: a batch of a new
     size rarely has to be timed. Choices live as long as the process. What takes long is compiling,
@@ -69,31 +72,45 @@ def tuned(
     Args:
         key: what the choice depends on.
         configs: the configurations.
-        run: launches the kernel.
-        restore: what the kernel changes in place; it is changed once, however often the kernel is timed.
+        run: launches the kernel on such tensors.
+        tensors: the caller's.
+        made_up: makes others, for as many programs, which all have as much to do as there can be.
     """
     config = _fastest.get(key)
     if config is None:
         silent = knobs.runtime.interpret or torch.cuda.is_current_stream_capturing()
         if silent or len(configs) == 1:
-            run(configs[0])
+            run(configs[0], tensors)
             return
-        copy = None if restore is None else restore.clone()
-        times = [_time(config, run) for config in configs]
+        trial = made_up()
+        times = [_time(lambda config=config: run(config, trial)) for config in configs]
         _fastest[key] = config = configs[times.index(min(times))]
-        if restore is not None and copy is not None:
-            restore.copy_(copy)
-    run(config)  # pyright: ignore[reportArgumentType]
+    run(config, tensors)  # pyright: ignore[reportArgumentType]
 
 
-def _time(config: C, run: Callable[[C], None]) -> float:
+def full_batch(tokens: int, tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Order and tiles, as `Rows` has them, of a batch that needs all of its tiles, for the first slot.
+
+    Args:
+        tokens: rows of the batch, at least as many as tiles.
+        tiles: tiles that it is shared out among.
+        device: where they shall lie.
+    """
+    bound = torch.arange(tiles + 1, device=device) * tokens // tiles
+    fields_M = (torch.zeros_like(bound[1:]), bound[:-1], bound.diff())
+    return torch.arange(tokens, dtype=torch.int32, device=device), torch.stack(fields_M, 1).int()
+
+
+def _time(call: Callable[[], None]) -> float:
     """Milliseconds."""
-    run(config)  # compiles
+    call()  # compiles
     times = []
     for _ in range(REPEATS):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # A launch takes longer than a small kernel: the device is kept busy until all are queued.
+        torch.cuda._sleep(BUSY)
         start.record()
-        run(config)
+        call()
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))

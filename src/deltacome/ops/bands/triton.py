@@ -21,13 +21,18 @@ without tensor cores. Scales stay outside of products (a scaled entry would need
 the long axis lies within one group, shrink multiplies its partial sums and expand multiplies t.
 
 *Splits.* Few rows make few programs, so shrink can cut its sum over `in` into several parts, which
-expand adds in a fixed order: results do not depend on timing, as those of atomic additions do.
+expand adds in a fixed order: results do not depend on timing, as those of atomic additions do. The
+parts of a number lie side by side, so that a thread reads them at once.
+
+*Variants.* A kernel is compiled anew, for seconds, for each set of its constants. So there are few: a sum
+has one part or `SPLITS`, no number between, and how many directions there are is no constant.
 
 What is not known: no GPU has run this. It is checked in Triton's interpreter and compiled ahead of time
 for sm_80 and sm_90, its registers and shared memory read from the compiler's report. By its instructions
 (about 4.5 for a 2-bit code at a tile of one row) decoding will be limited by them and not by bandwidth.
 
-Legend: T tokens, I in, O out, S slots, N bytes of a slot, P parts, B bands, F fields, M tiles.
+Legend: T tokens, I in, O out, R directions, X splits, S slots, N bytes of a slot, P parts, B bands,
+F fields, M tiles.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -40,14 +45,17 @@ import triton
 from torch import Tensor
 
 from deltacome.errors import UnsupportedError
-from deltacome.format.spec import BLOCK
+from deltacome.format.spec import BLOCK, Band, bands_nbytes
 from deltacome.ops.bands.triton_kernels import ROW_BLOCKS, expand, gather, shrink
-from deltacome.ops.slots import U, V
-from deltacome.ops.triton_launch import bucket, check_gpu, tuned
+from deltacome.ops.slots import BandTable, PlacedBands, Pool, U, V, arrange
+from deltacome.ops.triton_launch import Tensors, bucket, check_gpu, full_batch, tuned
 
 PROGRAMS = 512
-"""Shrink splits its sums while it has fewer programs: about four for each multiprocessor."""
-MAX_SPLITS = 8
+"""Shrink splits its sums where it has fewer programs: about four for each multiprocessor."""
+SPLITS = 8
+"""Parts of a sum that is split."""
+TIMED = 1024
+"""Directions of the tenant made up for timings, about as many as a 4096 × 4096 matrix has at 1/16."""
 DIRECTIONS = 32
 """Directions of a block: with more, some width does not fit into the registers."""
 
@@ -87,7 +95,10 @@ def bands(
     max_rank: int,
     group_size: int,
 ) -> None:
-    """See `api.bands`; launches two kernels and allocates t, splits × T × max_rank floats.
+    """See `api.bands`; launches two kernels and allocates t, T × max_rank × splits floats.
+
+    For each call, and not once for all layers: calls on two streams must not share one, and one that
+    grows would have to keep whatever a graph was captured with.
 
     Raises:
         UnsupportedError: the device, a dtype, the group size or the tile is not covered.
@@ -100,27 +111,32 @@ def bands(
     tiles, blocks = len(tiles_M3), _blocks(max_rank, parts * max_bands)
     chunk = chunk_size(tile, group_size)
     steps = triton.cdiv(in_size, ROW_BLOCKS * BLOCK if tile == 1 else chunk)
-    splits = split_count(tiles * blocks, steps)
-    t_XTR = torch.empty(splits, tokens, max_rank, dtype=torch.float32, device=x_TI.device)
-    common = _constants(max_rank, group_size, tile) | {
+    splits = split_count(tile, tiles * blocks, steps)
+    t_TRX = _workspace(tokens, max_rank, splits, x_TI.device)
+    common = _constants(group_size, tile) | {
         "CHUNK": chunk,
         "SPLITS": splits,
         "PRECISION": "ieee" if x_TI.dtype == torch.float32 else "tf32",
     }
 
-    def run_shrink(config: Config) -> None:
+    def run(config: Config, tensors: Tensors) -> None:
         shrink[(tiles, blocks, splits)](
-            *(t_XTR, x_TI, order_T, tiles_M3, blobs_SN, fields_SPBF, tokens),
-            *(*x_TI.stride(), blobs_SN.shape[1], in_size),
+            *(*tensors, t_TRX.stride(0), *x_TI.stride(), blobs_SN.shape[1], in_size),
             BANDS=parts * max_bands,
             **common,
             **_options(config, x_TI.dtype),
         )
 
+    def made_up() -> Tensors:
+        tenant = _made_up(x_TI.device, in_size, outs, max_rank, max_bands, group_size)
+        return t_TRX, x_TI, *full_batch(tokens, tiles, x_TI.device), *tenant
+
     key = ("shrink", x_TI.dtype, in_size, bucket(tiles * blocks), tile)
+    tensors = (t_TRX, x_TI, order_T, tiles_M3, blobs_SN, fields_SPBF)
     with torch.cuda.device_of(x_TI):
-        tuned(key, SHRINKS[tile], run_shrink)
-    _expand(y_TO, t_XTR, x_TI.dtype, order_T, tiles_M3, blobs_SN, fields_SPBF, outs, U, common)
+        tuned(key, SHRINKS[tile], run, tensors, made_up)
+    tensors = (y_TO, t_TRX, order_T, tiles_M3, blobs_SN, fields_SPBF)
+    _expand(tensors, x_TI.dtype, outs, U, max_rank, common)
 
 
 def band_rows(
@@ -149,12 +165,12 @@ def band_rows(
     known = ((slot_T < 0) | ((ids_T >= 0) & (ids_T < out))).all()
     torch.ops.aten._assert_async.msg(known, f"band_rows: ids: expected each in [0, {out})")
     max_bands = fields_SPBF.shape[2]
-    t_XTR = torch.empty(1, tokens, max_rank, dtype=torch.float32, device=y_TI.device)
-    common = _constants(max_rank, group_size, tile)
+    t_TRX = _workspace(tokens, max_rank, 1, y_TI.device)
+    common = _constants(group_size, tile)
     with torch.cuda.device_of(y_TI):
         gather[(len(tiles_M3), _blocks(max_rank, max_bands))](
-            *(t_XTR, ids_T.contiguous(), order_T, tiles_M3, blobs_SN, fields_SPBF, tokens),
-            *(blobs_SN.shape[1], out, float(scale)),
+            *(t_TRX, ids_T.contiguous(), order_T, tiles_M3, blobs_SN, fields_SPBF),
+            *(t_TRX.stride(0), blobs_SN.shape[1], out, float(scale)),
             BANDS=max_bands,
             **common,
         )
@@ -163,30 +179,27 @@ def band_rows(
         "SPLITS": 1,
         "PRECISION": "ieee" if y_TI.dtype == torch.float32 else "tf32",
     }
-    outs = [in_size]
-    _expand(y_TI, t_XTR, y_TI.dtype, order_T, tiles_M3, blobs_SN, fields_SPBF, outs, V, common)
+    tensors = (y_TI, t_TRX, order_T, tiles_M3, blobs_SN, fields_SPBF)
+    _expand(tensors, y_TI.dtype, [in_size], V, max_rank, common)
 
 
 def _expand(
-    y_TO: Tensor,
-    t_XTR: Tensor,
+    tensors: Tensors,
     dtype: torch.dtype,
-    order_T: Tensor,
-    tiles_M3: Tensor,
-    blobs_SN: Tensor,
-    fields_SPBF: Tensor,
     outs: list[int],
     side: int,
+    max_rank: int,
     common: dict[str, Any],
 ) -> None:
-    chunk, tile = common["CHUNK"], common["TILE"]
+    y_TO, t_TRX, _, tiles_M3, blobs_SN, fields_SPBF = tensors
+    chunk, tile, group_size = common["CHUNK"], common["TILE"], common["GROUP"]
+    tokens, tiles, device = len(y_TO), len(tiles_M3), y_TO.device
     chunks = sum(triton.cdiv(out, chunk) for out in outs)
     _, parts, max_bands, _ = fields_SPBF.shape
 
-    def run(config: Config) -> None:
-        expand[(len(tiles_M3), chunks)](
-            *(y_TO, t_XTR, order_T, tiles_M3, blobs_SN, fields_SPBF, t_XTR.shape[1]),
-            *(*y_TO.stride(), blobs_SN.shape[1]),
+    def run(config: Config, tensors: Tensors) -> None:
+        expand[(tiles, chunks)](
+            *(*tensors, t_TRX.stride(0), *tensors[0].stride(), blobs_SN.shape[1]),
             OUTS=tuple(outs),
             PARTS=parts,
             BANDS=max_bands,
@@ -195,13 +208,46 @@ def _expand(
             **_options(config, dtype),
         )
 
-    key = ("expand", dtype, tuple(outs), bucket(len(tiles_M3)), common["MAX_RANK"], tile, side)
+    def made_up() -> Tensors:
+        # Only one side is read, of the sizes `outs`: as long as the longest, either side has room.
+        tenant = _made_up(device, max(outs), outs, max_rank, max_bands, group_size)
+        return torch.empty_like(y_TO), t_TRX, *full_batch(tokens, tiles, device), *tenant
+
+    key = ("expand", dtype, tuple(outs), bucket(tiles), max_rank, tile, side)
     with torch.cuda.device_of(y_TO):
-        tuned(key, EXPANDS[tile], run, restore=y_TO)
+        tuned(key, EXPANDS[tile], run, tensors, made_up)
 
 
-def _constants(max_rank: int, group_size: int, tile: int) -> dict[str, Any]:
-    return {"MAX_RANK": max_rank, "GROUP": group_size, "TILE": tile, "DIRECTIONS": DIRECTIONS}
+def _made_up(
+    device: torch.device,
+    in_size: int,
+    outs: list[int],
+    max_rank: int,
+    max_bands: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Blobs and fields of a pool with one tenant: 2-bit directions of zeros, as many in each part."""
+    plan = (Band(2, max(1, min(TIMED, max_rank) // len(outs))),)
+    sizes = {part: bands_nbytes((out, in_size), plan, group_size) for part, out in enumerate(outs)}
+    offsets, nbytes = arrange(sizes)
+    pool = Pool(1, nbytes, device=device)
+    table = BandTable(
+        *(pool, in_size, outs), max_rank=max_rank, max_bands=max_bands, group_size=group_size
+    )
+    # Where there are fewer directions than parts, the last have none.
+    placed = [PlacedBands(offset, plan) for offset in offsets.values()][:max_rank]
+    table.load(0, [*placed, *[None] * (len(outs) - len(placed))])
+    return pool.blobs_SN, table.fields_SPBF
+
+
+def _workspace(tokens: int, max_rank: int, splits: int, device: torch.device) -> Tensor:
+    """t, with rows of a multiple of 16, as the kernels are compiled for whatever the rank is."""
+    row = triton.cdiv(max_rank, 16) * 16
+    return torch.empty(tokens, row, splits, dtype=torch.float32, device=device)
+
+
+def _constants(group_size: int, tile: int) -> dict[str, Any]:
+    return {"GROUP": group_size, "TILE": tile, "DIRECTIONS": DIRECTIONS}
 
 
 def _options(config: Config, dtype: torch.dtype) -> dict[str, Any]:
@@ -223,12 +269,14 @@ def chunk_size(tile: int, group_size: int) -> int:
     return 2 * BLOCK if tile == 1 or group_size % (2 * BLOCK) == 0 else BLOCK
 
 
-def split_count(programs: int, steps: int) -> int:
-    """Parts that shrink cuts its sums into, a power of two: no more than there are steps."""
-    splits = 1
-    while 2 * splits <= min(MAX_SPLITS, steps) and programs * splits < PROGRAMS:
-        splits *= 2
-    return splits
+def split_count(tile: int, programs: int, steps: int) -> int:
+    """Parts that shrink cuts its sums into: 1, or `SPLITS` if at least half of them have a step.
+
+    The largest tiles are for so many rows that there are programs; t in parts would not fit into their
+    registers.
+    """
+    few = programs < PROGRAMS and tile < max(SHRINKS)
+    return SPLITS if few and 2 * steps >= SPLITS else 1
 
 
 def _check(y: Tensor, x: Tensor, tile: int, group_size: int) -> None:

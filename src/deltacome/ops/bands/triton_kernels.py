@@ -1,8 +1,8 @@
 """The kernels of `triton.py`, which says what they do and why.
 
 Legend: T tokens (a tile's rows here), R directions of a block, I in, O out, K entries of a chunk, B
-packed blocks of a chunk, W words of a block, J codes of a word, S slots, N bytes of a slot, F fields,
-M tiles. Upper case names are constants of a compilation.
+packed blocks of a chunk, W words of a block, J codes of a word, X splits, S slots, N bytes of a slot,
+F fields, M tiles. Upper case names are constants of a compilation.
 """
 
 # Kernels are Python by syntax alone: their ints are constants, their loops unrolled by a compiler.
@@ -178,18 +178,27 @@ def _shrink_row(
 
 
 @triton.jit
-def _t_row(t_ptr_T, split_stride, direction_R, live_R, SPLITS: tl.constexpr):
-    """t of one row, float32 (R,): the sum of its splits."""
-    t_ptr_R = t_ptr_T + direction_R
-    t_ptr_RX = t_ptr_R[:, None] + tl.arange(0, SPLITS)[None, :] * split_stride
-    # A sum along an axis, not a loop: the compiler would let each thread load all of t itself.
-    return tl.sum(tl.load(t_ptr_RX, live_R[:, None], other=0.0), 1)
+def _t(t_ptr_TR, live_TR, SPLITS: tl.constexpr):
+    """t of some rows and directions, float32 (T, R): the sum of its splits, which lie side by side."""
+    if SPLITS == 1:
+        t_TR = tl.load(t_ptr_TR, live_TR, other=0.0)
+    else:
+        # A sum along an axis, not a loop: the compiler would let each thread load all of t itself.
+        t_ptr_TRX = t_ptr_TR[:, :, None] + tl.arange(0, SPLITS)[None, None, :]
+        t_TR = tl.sum(tl.load(t_ptr_TRX, live_TR[:, :, None], other=0.0), 2)
+    return t_TR
+
+
+@triton.jit
+def _t_row(t_ptr_T, direction_R, live_R, SPLITS: tl.constexpr):
+    """t of one row, float32 (R,)."""
+    t_ptr_TR = t_ptr_T[:, None] + direction_R[None, :] * SPLITS
+    return tl.reshape(_t(t_ptr_TR, live_R[None, :], SPLITS), (direction_R.shape[0],))
 
 
 @triton.jit
 def _expand_plane(
     t_ptr_T,
-    split_stride,
     slot_ptr,
     offset,
     scale,
@@ -216,7 +225,7 @@ def _expand_plane(
         words_RBW = _words(slot_ptr, offset, direction_R, live_R, block_B, size, PLANE)
         digits, _ = _digits(words_RBW, PLANE)
         scale_RB, zero_RB = _grid(slot_ptr, scale, zero, direction_R, live_R, block_B, size, GROUP)
-        t_R = _t_row(t_ptr_T, split_stride, first + direction_R, live_R, SPLITS)
+        t_R = _t_row(t_ptr_T, first + direction_R, live_R, SPLITS)
         t_RB = t_R[:, None] * scale_RB
         sum_RBJW += digits * t_RB[:, :, None, None]
         ones_RB += t_RB
@@ -234,7 +243,6 @@ def _expand_plane(
 @triton.jit
 def _expand_row(
     t_ptr_T,
-    split_stride,
     slot_ptr,
     band_ptr,
     count,
@@ -260,17 +268,17 @@ def _expand_row(
             live_R = direction_R < count
             live_RK = live_R[:, None] & (column_K < size)[None, :]
             u_ptr_RK = values_ptr + direction_R[:, None] * size + column_K[None, :]
-            t_R = _t_row(t_ptr_T, split_stride, first + direction_R, live_R, SPLITS)
+            t_R = _t_row(t_ptr_T, first + direction_R, live_R, SPLITS)
             sum_RK += tl.load(u_ptr_RK, live_RK, other=0.0).to(tl.float32) * t_R[:, None]
         sum_K = tl.sum(sum_RK, 0)
     else:
         block_B = chunk * (CHUNK // _BLOCK) + tl.arange(0, CHUNK // _BLOCK)
         LOW: tl.constexpr = 2 if BITS == 3 else BITS
         # fmt: off
-        sum_BK = _expand_plane(t_ptr_T, split_stride, slot_ptr, low, scale, zero, first, count,
+        sum_BK = _expand_plane(t_ptr_T, slot_ptr, low, scale, zero, first, count,
                                block_B, size, GROUP, LOW, False, DIRECTIONS, SPLITS)
         if BITS == 3:
-            sum_BK += _expand_plane(t_ptr_T, split_stride, slot_ptr, high, scale, zero, first, count,
+            sum_BK += _expand_plane(t_ptr_T, slot_ptr, high, scale, zero, first, count,
                                     block_B, size, GROUP, 1, True, DIRECTIONS, SPLITS)
         # fmt: on
         sum_K = tl.reshape(sum_BK, (CHUNK,))
@@ -457,7 +465,7 @@ def _part_of(chunk, OUTS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr
     return part, chunk, size, column
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def shrink(
     t_ptr,
     x_ptr,
@@ -465,13 +473,12 @@ def shrink(
     tiles_ptr,
     blobs_ptr,
     table_ptr,
-    tokens,
+    t_stride_t,
     x_stride_t,
     x_stride_i,
     slot_bytes,
     size,
     BANDS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     DIRECTIONS: tl.constexpr,
@@ -479,7 +486,7 @@ def shrink(
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """t (splits, T, max_rank), rows in sorted order: one program for (tile, block, split)."""
+    """t (T, R, splits), rows in sorted order: one program for (tile, block, split)."""
     slot = tl.load(tiles_ptr + 3 * tl.program_id(0))
     if slot < 0:
         return
@@ -524,17 +531,15 @@ def shrink(
     s_ptr = (slot_ptr + tl.load(band_ptr + _S)).to(tl.pointer_type(tl.float32))
     sum_TR *= tl.load(s_ptr + direction_R, live_R, other=0.0)[None, :]
     first = tl.load(band_ptr + _FIRST).to(tl.int32)
-    t_ptr_T = t_ptr + (split * tokens + start + row_T).to(tl.int64) * MAX_RANK
-    tl.store(
-        t_ptr_T[:, None] + (first + direction_R)[None, :], sum_TR, live_T[:, None] & live_R[None, :]
-    )
+    t_ptr_T = t_ptr + (start + row_T).to(tl.int64) * t_stride_t + split
+    t_ptr_TR = t_ptr_T[:, None] + (first + direction_R)[None, :] * SPLITS
+    tl.store(t_ptr_TR, sum_TR, live_T[:, None] & live_R[None, :])
 
 
 @triton.jit
 def _expand_dot(
     sum_TO,
     t_ptr_T,
-    split_stride,
     live_T,
     slot_ptr,
     band_ptr,
@@ -572,12 +577,8 @@ def _expand_dot(
             CHUNK,
             DIRECTIONS,
         )
-        t_ptr_TR = t_ptr_T[:, None] + (first + direction_R)[None, :]
-        live_TR = live_T[:, None] & live_R[None, :]
-        t_TR = tl.load(t_ptr_TR, live_TR, other=0.0)
-        for split in tl.static_range(1, SPLITS):
-            t_TR += tl.load(t_ptr_TR + split * split_stride, live_TR, other=0.0)
-        t_TR *= scale_R[None, :]
+        t_ptr_TR = t_ptr_T[:, None] + (first + direction_R)[None, :] * SPLITS
+        t_TR = _t(t_ptr_TR, live_T[:, None] & live_R[None, :], SPLITS) * scale_R[None, :]
         if PRECISION == "tf32":
             # The tensor cores would cut off the lower 13 bits: round, half away from zero.
             bits_TR = (t_TR.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
@@ -590,7 +591,6 @@ def _expand_dot(
 def _expand_band(
     sum_TO,
     t_ptr_T,
-    split_stride,
     live_T,
     slot_ptr,
     band_ptr,
@@ -608,16 +608,16 @@ def _expand_band(
 ):
     # fmt: off
     if TILE == 1:
-        sum_TO += _expand_row(t_ptr_T, split_stride, slot_ptr, band_ptr, count, chunk,
+        sum_TO += _expand_row(t_ptr_T, slot_ptr, band_ptr, count, chunk,
                               size, GROUP, BITS, DIRECTIONS, CHUNK, SPLITS, SIDE)
     else:
-        sum_TO = _expand_dot(sum_TO, t_ptr_T, split_stride, live_T, slot_ptr, band_ptr, count, chunk,
+        sum_TO = _expand_dot(sum_TO, t_ptr_T, live_T, slot_ptr, band_ptr, count, chunk,
                              size, GROUP, BITS, TILE, DIRECTIONS, CHUNK, SPLITS, PRECISION, SIDE)
     # fmt: on
     return sum_TO
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def expand(
     y_ptr,
     t_ptr,
@@ -625,14 +625,13 @@ def expand(
     tiles_ptr,
     blobs_ptr,
     table_ptr,
-    tokens,
+    t_stride_t,
     y_stride_t,
     y_stride_o,
     slot_bytes,
     OUTS: tl.constexpr,
     PARTS: tl.constexpr,
     BANDS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     DIRECTIONS: tl.constexpr,
@@ -656,8 +655,7 @@ def expand(
     row_T = tl.arange(0, TILE)
     live_T = row_T < rows
     token_T = tl.load(order_ptr + start + row_T, live_T, other=0)
-    t_ptr_T = t_ptr + (start + row_T).to(tl.int64) * MAX_RANK
-    stride = tokens.to(tl.int64) * MAX_RANK
+    t_ptr_T = t_ptr + (start + row_T).to(tl.int64) * t_stride_t
     sum_TO = tl.full((TILE, CHUNK), 0.0, tl.float32)
     for band in range(BANDS):
         band_ptr = bands_ptr + band * _FIELDS
@@ -665,22 +663,22 @@ def expand(
         count = tl.load(band_ptr + _COUNT).to(tl.int32)
         # fmt: off
         if bits == 1:
-            sum_TO = _expand_band(sum_TO, t_ptr_T, stride, live_T, slot_ptr, band_ptr, count, chunk,
+            sum_TO = _expand_band(sum_TO, t_ptr_T, live_T, slot_ptr, band_ptr, count, chunk,
                                   size, GROUP, 1, TILE, DIRECTIONS, CHUNK, SPLITS, PRECISION, SIDE)
         elif bits == 2:
-            sum_TO = _expand_band(sum_TO, t_ptr_T, stride, live_T, slot_ptr, band_ptr, count, chunk,
+            sum_TO = _expand_band(sum_TO, t_ptr_T, live_T, slot_ptr, band_ptr, count, chunk,
                                   size, GROUP, 2, TILE, DIRECTIONS, CHUNK, SPLITS, PRECISION, SIDE)
         elif bits == 3:
-            sum_TO = _expand_band(sum_TO, t_ptr_T, stride, live_T, slot_ptr, band_ptr, count, chunk,
+            sum_TO = _expand_band(sum_TO, t_ptr_T, live_T, slot_ptr, band_ptr, count, chunk,
                                   size, GROUP, 3, TILE, DIRECTIONS, CHUNK, SPLITS, PRECISION, SIDE)
         elif bits == 4:
-            sum_TO = _expand_band(sum_TO, t_ptr_T, stride, live_T, slot_ptr, band_ptr, count, chunk,
+            sum_TO = _expand_band(sum_TO, t_ptr_T, live_T, slot_ptr, band_ptr, count, chunk,
                                   size, GROUP, 4, TILE, DIRECTIONS, CHUNK, SPLITS, PRECISION, SIDE)
         elif bits == 8:
-            sum_TO = _expand_band(sum_TO, t_ptr_T, stride, live_T, slot_ptr, band_ptr, count, chunk,
+            sum_TO = _expand_band(sum_TO, t_ptr_T, live_T, slot_ptr, band_ptr, count, chunk,
                                   size, GROUP, 8, TILE, DIRECTIONS, CHUNK, SPLITS, PRECISION, SIDE)
         elif bits == 16:
-            sum_TO = _expand_band(sum_TO, t_ptr_T, stride, live_T, slot_ptr, band_ptr, count, chunk,
+            sum_TO = _expand_band(sum_TO, t_ptr_T, live_T, slot_ptr, band_ptr, count, chunk,
                                   size, GROUP, 16, TILE, DIRECTIONS, CHUNK, SPLITS, PRECISION, SIDE)
         # fmt: on
     out_O = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -691,7 +689,7 @@ def expand(
     tl.store(y_ptr_TO, y_TO.to(y_ptr.dtype.element_ty), live_TO)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def gather(
     t_ptr,
     ids_ptr,
@@ -699,17 +697,16 @@ def gather(
     tiles_ptr,
     blobs_ptr,
     table_ptr,
-    tokens,
+    t_stride_t,
     slot_bytes,
     out,
     output_scale,
     BANDS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     DIRECTIONS: tl.constexpr,
 ):
-    """t (T, max_rank) = scale · Û[:, ids] · s: one program for (tile, block of directions).
+    """t (T, R) = scale · Û[:, ids] · s: one program for (tile, block of directions).
 
     One code is read for each row and direction, so widths are numbers here and not constants.
     """
@@ -753,7 +750,7 @@ def gather(
     s_ptr = (slot_ptr + tl.load(band_ptr + _S)).to(tl.pointer_type(tl.float32))
     value_TR *= output_scale * tl.load(s_ptr + direction_R, live_R, other=0.0)[None, :]
     first = tl.load(band_ptr + _FIRST).to(tl.int32)
-    t_ptr_T = t_ptr + (start + row_T).to(tl.int64) * MAX_RANK
+    t_ptr_T = t_ptr + (start + row_T).to(tl.int64) * t_stride_t
     live_store = (row_T < rows)[:, None] & live_R[None, :]
     tl.store(t_ptr_T[:, None] + (first + direction_R)[None, :], value_TR, live_store)
 

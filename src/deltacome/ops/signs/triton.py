@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deltacome.format.spec import BLOCK
+from deltacome.format.spec import BLOCK, sign_sections
 from deltacome.ops import slots as fields
 from deltacome.ops.bands.triton_kernels import _codes, _part_of
-from deltacome.ops.triton_launch import bucket, check_gpu, tuned
+from deltacome.ops.slots import PlacedSigns, Pool, SignTable, arrange
+from deltacome.ops.triton_launch import Tensors, bucket, check_gpu, full_batch, tuned
 
 CONFIGS = {
     torch.float32: ((8, 1, 16, BLOCK),),
@@ -61,12 +62,13 @@ def signs(
     if not len(x_TI):
         return
 
-    def run(config: tuple[int, int, int, int]) -> None:
+    (tokens, size), tiles, device = x_TI.shape, len(tiles_M3), x_TI.device
+
+    def run(config: tuple[int, int, int, int], tensors: Tensors) -> None:
         warps, stages, outputs, chunk = config
         blocks = sum(triton.cdiv(out, outputs) for out in outs)
-        multiply[(len(tiles_M3), blocks)](
-            *(y_TO, x_TI, order_T, tiles_M3, blobs_SN, fields_SPF),
-            *(*y_TO.stride(), *x_TI.stride(), blobs_SN.shape[1], x_TI.shape[1]),
+        multiply[(tiles, blocks)](
+            *(*tensors, *tensors[0].stride(), *x_TI.stride(), blobs_SN.shape[1], size),
             OUTS=tuple(outs),
             PARTS=len(outs),
             TILE=max(LEAST, tile),
@@ -76,9 +78,23 @@ def signs(
             num_stages=stages,
         )
 
-    key = ("signs", x_TI.dtype, x_TI.shape[1], tuple(outs), bucket(len(tiles_M3)), tile)
+    def made_up() -> Tensors:
+        tenant = _made_up(device, size, outs)
+        return torch.empty_like(y_TO), x_TI, *full_batch(tokens, tiles, device), *tenant
+
+    key = ("signs", x_TI.dtype, size, tuple(outs), bucket(tiles), tile)
+    tensors = (y_TO, x_TI, order_T, tiles_M3, blobs_SN, fields_SPF)
     with torch.cuda.device_of(x_TI):
-        tuned(key, CONFIGS[x_TI.dtype], run, restore=y_TO)
+        tuned(key, CONFIGS[x_TI.dtype], run, tensors, made_up)
+
+
+def _made_up(device: torch.device, in_size: int, outs: list[int]) -> tuple[Tensor, Tensor]:
+    """Blobs and fields of a pool with one tenant, of zeros, with a scale for each matrix."""
+    sizes = {part: sign_sections((out, in_size), 1)[2] for part, out in enumerate(outs)}
+    offsets, nbytes = arrange(sizes)
+    table = SignTable(Pool(1, nbytes, device=device), in_size, outs)
+    table.load(0, [PlacedSigns(offset, 1) for offset in offsets.values()])
+    return table.pool.blobs_SN, table.fields_SPF
 
 
 @triton.jit
