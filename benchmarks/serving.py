@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shlex
 import statistics
 import sys
 import threading
@@ -296,7 +297,8 @@ def main() -> None:
     stage = {"mix": mix, "apart": apart}[options.stage]
     adapters = not options.no_adapters
     rows = stage(options.base, options.work, load, options.rounds, engine, options.like, adapters)
-    command = f"python benchmarks/serving.py BASE {' '.join(sys.argv[2:])}"
+    words = ["BASE" if word == str(options.base) else word for word in sys.argv[1:]]
+    command = f"python benchmarks/serving.py {shlex.join(words)}"
     said = (
         f"{load.clients} clients, {load.requests} requests a turn of {load.prompt} tokens, answers of "
         f"{load.answer}, {options.rounds} turns; vLLM: `{' '.join(engine)}`."
