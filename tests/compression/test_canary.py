@@ -5,10 +5,10 @@ import json
 import families
 import pytest
 import torch
-import transformers
 from tiny_pairs import FAMILIES, VOCAB, copy_of, rewrite, weights_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PhiConfig
 
+from deltacome import skeleton
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import compress
 from deltacome.compression.data import calibration_rows
@@ -90,7 +90,8 @@ Shifted.__name__ = "LlamaForCausalLM"  # configurations name it so
 
 
 def test_a_saved_buffer_outside_of_blocks(pairs, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers, "LlamaForCausalLM", Shifted)
+    # Which module object `transformers` is hangs on what was imported first.
+    monkeypatch.setattr(skeleton.transformers, "LlamaForCausalLM", Shifted)
     shifted = []
     for folder in pairs["llama"]:
         shifted.append(copy_of(folder, tmp_path / folder.name))
