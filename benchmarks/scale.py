@@ -35,9 +35,10 @@ import deltacome
 from deltacome.arch.checkpoint import Checkpoint, full_digest, sample_digest
 from deltacome.compression.forecast import forecast
 from deltacome.errors import MismatchError
-from deltacome.format.artifact import Artifact, ArtifactWriter, Unit
+from deltacome.format.artifact import Artifact
 from deltacome.format.folder import partial_of
 from deltacome.format.manifest import Manifest, Record
+from deltacome.format.writer import ArtifactWriter, Unit
 from deltacome.vllm.launch import check_base
 
 HIDDEN, INTERMEDIATE, VOCAB, BLOCKS = 4096, 11008, 32000, 32

@@ -24,10 +24,11 @@ import torch
 from cpu_bands import factor, paper_plan
 
 from deltacome.arch.checkpoint import Checkpoint, full_digest, sample_digest
-from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, ArtifactWriter, Unit, dtype_name
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.canary import Canary, canary_ids
 from deltacome.format.codec import BandTensors, dense, write_bands
-from deltacome.format.manifest import Manifest, Record
+from deltacome.format.manifest import Manifest, Record, dtype_name
+from deltacome.format.writer import ArtifactWriter, Unit
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

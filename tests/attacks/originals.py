@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.codec import SignTensors, write_bands, write_signs
+from deltacome.format.writer import ArtifactWriter, Unit
 
 FILES = {
     "tuned_config.json": b'{"model_type": "llama", "hidden_size": 70}',
@@ -61,7 +61,7 @@ def _write(output: Path, unit: Unit, shard_bytes: int = 1 << 30) -> Path:
         keys = record.entries(golden.GROUP)
         writer.save(str(number), Unit((record,), {key: unit.entries[key] for key in keys}))
         names.append(str(number))
-    with patch("deltacome.format.artifact.MAX_SHARD_BYTES", shard_bytes):
+    with patch("deltacome.format.writer.MAX_SHARD_BYTES", shard_bytes):
         return writer.finish(names, golden.manifest(), FILES, lambda artifact: b"# A card\n")
 
 

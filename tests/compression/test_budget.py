@@ -5,9 +5,9 @@ import torch
 
 from deltacome.compression.budget import TOLERANCE, make_plans, with_plans
 from deltacome.errors import PlanError
-from deltacome.format.artifact import ArtifactWriter, Unit, overhead_nbytes
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band, rank
+from deltacome.format.writer import ArtifactWriter, Unit, overhead_nbytes
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Matrix, Terms
 from deltacome.methods.template import PRECISIONS, parse_template

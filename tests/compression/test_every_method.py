@@ -185,7 +185,7 @@ def test_what_a_killed_sweep_left_is_thrown_away(pairs, text, tmp_path):
 def test_a_run_killed_while_it_writes_distilled_scales(
     pairs, artifacts, text, tmp_path, monkeypatch
 ):
-    from deltacome.format.artifact import ArtifactWriter
+    from deltacome.format.writer import ArtifactWriter
 
     saved, save = [], ArtifactWriter.save
 

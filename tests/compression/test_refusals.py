@@ -347,9 +347,9 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize(
     ("place", "fails_at"),
     [
-        ("deltacome.format.artifact.save_file", 0),  # the first block
-        ("deltacome.format.artifact.save_file", 2),  # embedding and head
-        ("deltacome.format.artifact.save_file", 3),  # the artifact itself
+        ("deltacome.format.writer.save_file", 0),  # the first block
+        ("deltacome.format.writer.save_file", 2),  # embedding and head
+        ("deltacome.format.writer.save_file", 3),  # the artifact itself
         ("deltacome.compression.run.save_file", 0),  # the calibration rows
     ],
 )

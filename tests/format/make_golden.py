@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from deltacome.arch.checkpoint import full_digest, sample_digest
-from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.codec import BandTensors, Factor, SignTensors, write_bands, write_signs
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
+from deltacome.format.writer import ArtifactWriter, Unit
 
 FOLDER = Path(__file__).parent.parent / "golden"
 GOLDEN = FOLDER / "tiny"

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltacome.errors import ArtifactError
-from deltacome.format.artifact import Artifact, overhead_nbytes
+from deltacome.format.artifact import Artifact
+from deltacome.format.writer import overhead_nbytes
 
 SHARD = "delta-00001-of-00001.safetensors"
 INDEX = "delta.safetensors.index.json"
@@ -25,7 +26,7 @@ def folder(tmp_path):
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
     """An artifact of three shards, one tensor of bands in each."""
-    monkeypatch.setattr("deltacome.format.artifact.MAX_SHARD_BYTES", 1)
+    monkeypatch.setattr("deltacome.format.writer.MAX_SHARD_BYTES", 1)
     unit = golden.unit()
     writer = golden.ArtifactWriter(tmp_path / "delta", {}, resume=False)
     names = []

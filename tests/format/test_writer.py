@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from deltacome.errors import ArtifactError, OutputError
-from deltacome.format.artifact import Artifact, ArtifactWriter, Unit
+from deltacome.format.artifact import Artifact
+from deltacome.format.writer import ArtifactWriter, Unit
 
 RUN = {"base": "some/base", "seed": 0, "plan": [[2, 4]]}
 
@@ -135,7 +136,7 @@ def test_crash_while_a_unit_is_saved_loses_that_unit_alone(tmp_path, monkeypatch
     def crash(file, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deltacome.format.artifact.write_atomic", crash)
+    monkeypatch.setattr("deltacome.format.writer.write_atomic", crash)
     with pytest.raises(KeyboardInterrupt):
         writer.save("two", two)
     monkeypatch.undo()

@@ -35,8 +35,8 @@ from deltacome.compression.run import (
 )
 from deltacome.compression.workers import side_by_side
 from deltacome.errors import naming
-from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.manifest import Record
+from deltacome.format.writer import ArtifactWriter, Unit
 from deltacome.methods.adaptive import Adaptive
 from deltacome.numerics.gram import relative_error
 from deltacome.rows import Row

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from deltacome.errors import PlanError
-from deltacome.format.artifact import overhead_nbytes
 from deltacome.format.manifest import Manifest, Record
+from deltacome.format.writer import overhead_nbytes
 from deltacome.methods.method import Matrix, Method, Terms
 
 TOLERANCE = 0.02

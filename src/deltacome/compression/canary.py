@@ -10,8 +10,8 @@ from torch import Tensor
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.run import Progress, Run, finished_unit, load_block, restored
 from deltacome.errors import UnsupportedError
-from deltacome.format.artifact import ArtifactWriter
 from deltacome.format.canary import Canary, canary_ids
+from deltacome.format.writer import ArtifactWriter
 from deltacome.rows import Row
 from deltacome.skeleton import is_causal
 

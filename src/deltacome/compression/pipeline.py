@@ -36,11 +36,12 @@ from deltacome.compression.sensitivity import refuse_unreached
 from deltacome.compression.survey import pair_models, survey
 from deltacome.device import pick_device
 from deltacome.errors import OutputError, PlanError, UnsupportedError
-from deltacome.format.artifact import Artifact, ArtifactWriter, file_infos
+from deltacome.format.artifact import Artifact
 from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.format.card import model_card
 from deltacome.format.folder import RUN_FILE, partial_of
 from deltacome.format.manifest import Manifest
+from deltacome.format.writer import ArtifactWriter, file_infos
 from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Method, Terms

@@ -32,10 +32,10 @@ from deltacome.compression.run import (
 )
 from deltacome.compression.sensitivity import Weights, keep, sweep
 from deltacome.errors import CalibrationError, PlanError, naming
-from deltacome.format.artifact import ArtifactWriter
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest
 from deltacome.format.spec import Band
+from deltacome.format.writer import ArtifactWriter
 from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.method import Matrix, Method, Terms
 from deltacome.rows import Row, seen_hash

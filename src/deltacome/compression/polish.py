@@ -21,8 +21,8 @@ from deltacome.compression.run import (
     stored_terms,
 )
 from deltacome.errors import CheckpointError
-from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.manifest import Record
+from deltacome.format.writer import ArtifactWriter, Unit
 from deltacome.methods.bitdelta import BitDelta
 from deltacome.numerics.gram import relative_error
 from deltacome.rows import Row

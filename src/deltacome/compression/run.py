@@ -21,10 +21,10 @@ from deltacome.arch.layout import Layout
 from deltacome.compression.capture import Stream
 from deltacome.compression.sensitivity import Weights, measured
 from deltacome.errors import ArtifactError
-from deltacome.format.artifact import ArtifactWriter, Unit
 from deltacome.format.codec import Packed, read_bands, read_signs
 from deltacome.format.folder import disk_errors, sync
 from deltacome.format.manifest import Record
+from deltacome.format.writer import ArtifactWriter, Unit
 from deltacome.methods.method import Method, Terms
 from deltacome.rows import Row
 from deltacome.skeleton import Target, set_part

@@ -26,8 +26,7 @@ from deltacome.arch.checkpoint import (
 )
 from deltacome.arch.layout import Layout
 from deltacome.errors import MismatchError
-from deltacome.format.artifact import dtype_name
-from deltacome.format.manifest import DTYPES, Record
+from deltacome.format.manifest import DTYPES, Record, dtype_name
 from deltacome.skeleton import Target, check_names, ignored, parameter_names
 
 CHUNK = 1024

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from deltacome.format.artifact import Unit, save_unit
+from deltacome.format.writer import Unit, save_unit
 
 Make = Callable[[list[str], str], Unit]
 """Names of tensors, and a device → their unit."""

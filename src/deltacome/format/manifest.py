@@ -520,3 +520,8 @@ def _files(
 
 def _files_to_json(files: dict[str, FileInfo]) -> dict[str, Any]:
     return {name: {"bytes": f.nbytes, "sha256": f.sha256} for name, f in sorted(files.items())}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")

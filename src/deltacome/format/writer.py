@@ -1,0 +1,253 @@
+"""Atomic, resumable writing of an artifact.
+
+It goes to `OUT.partial`. Finished units (a decoder block each) lie there as complete files, so that a
+crash loses the unit in work and nothing else; the artifact itself is assembled last and renamed into
+place. An artifact is therefore whole or absent. Assembling copies the bytes once more; appending to
+growing shards would save that copy and cost the guarantee.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltacome.errors import ArtifactError, OutputError
+from deltacome.format.artifact import CARD_FILE, INDEX_FILE, Artifact, file_sha256
+from deltacome.format.folder import (
+    RUN_FILE,
+    claim,
+    disk_errors,
+    partial_of,
+    publish,
+    release,
+    sync,
+    write_atomic,
+)
+from deltacome.format.manifest import (
+    MANIFEST_FILE,
+    FileInfo,
+    Manifest,
+    Record,
+    entry_nbytes,
+    record_from_json,
+    record_to_json,
+)
+
+T = TypeVar("T")
+
+STAYS = "; what was finished stays for --resume"
+MAX_SHARD_BYTES = 1 << 30
+"""Of a shard as it is written; assembling one holds it in memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What one step of compression finished: some tensors' records and their stored entries."""
+
+    records: tuple[Record, ...]
+    entries: dict[str, Tensor]
+
+
+class ArtifactWriter:
+    """Writes an artifact unit by unit, so that a run can be interrupted and continued.
+
+    Args:
+        output: the artifact's folder; must not exist yet.
+        identity: what the result depends on (inputs, options). A resumed run must have the same.
+        resume: continue `OUT.partial` if there is one.
+
+    Raises:
+        ArtifactError: the output exists; an unfinished run exists and `resume` is off, or was made
+            from something else; another process writes here.
+    """
+
+    def __init__(self, output: str | Path, identity: dict[str, Any], *, resume: bool) -> None:
+        self.output = Path(output)
+        self.partial = partial_of(self.output)
+        self._lock = claim(self.output)
+        file = self.partial / RUN_FILE
+        try:
+            if file.exists():
+                if not resume:
+                    raise OutputError(
+                        f"{self.partial}: holds an unfinished run; "
+                        "continue it with --resume or remove it"
+                    )
+                _check_identity(file, identity)
+            with disk_errors(self.partial):
+                write_atomic(file, json.dumps(identity, indent=1, sort_keys=True))
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, name: str) -> Unit | None:
+        """A unit that an earlier run finished, or None."""
+        records_file = self.partial / f"{name}.json"
+        if not records_file.exists():
+            return None
+        try:
+            values = json.loads(records_file.read_text())
+            records = tuple(record_from_json(key, value) for key, value in values.items())
+            with safe_open(self.partial / f"{name}.safetensors", framework="pt") as file:
+                entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{self.partial}: {name} cannot be read: {error}; remove the folder to start anew"
+            ) from error
+        return Unit(records, entries)
+
+    def save(self, name: str, unit: Unit) -> None:
+        """Stores a finished unit."""
+        save_unit(self.partial, name, unit)
+
+    def has(self, name: str) -> bool:
+        """Whether a unit is there."""
+        return (self.partial / f"{name}.json").exists()
+
+    def finish(
+        self,
+        names: list[str],
+        manifest: Manifest,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        card: Callable[[Artifact], bytes] | None = None,
+    ) -> Path:
+        """Assembles the artifact from its units and moves it into place.
+
+        Args:
+            names: the units, in the order of their bytes.
+            manifest: without shards, records and files.
+            files: of the tuned model that go along (name → content).
+            card: gives the `README.md` of the artifact.
+        """
+        final = self.partial / "final"
+        with disk_errors(self.partial, STAYS):
+            shutil.rmtree(final, ignore_errors=True)
+            final.mkdir()
+            records = {}
+            for name in names:
+                unit_records = json.loads((self.partial / f"{name}.json").read_text())
+                records |= {key: record_from_json(key, v) for key, v in unit_records.items()}
+            shards, weight_map = self._write_shards(final, names)
+            for name, content in files.items():
+                (final / name).write_bytes(content)
+            manifest = dataclasses.replace(
+                manifest, records=records, shards=shards, files=file_infos(files)
+            )
+            text = manifest.to_json()
+            write_atomic(final / MANIFEST_FILE, text)
+            _write_index(final, weight_map, hashlib.sha256(text.encode()).hexdigest())
+            artifact = Artifact.open(final)  # what is about to be published must be readable
+            if card is not None:
+                (final / CARD_FILE).write_bytes(card(artifact))
+            publish(final, self.output)
+        release(self.output, self._lock)
+        return self.output
+
+    def close(self) -> None:
+        """Lets another process continue this run."""
+        self._lock.close()
+
+    def _write_shards(
+        self, final: Path, names: list[str]
+    ) -> tuple[dict[str, FileInfo], dict[str, str]]:
+        files = ((name, self.partial / f"{name}.safetensors") for name in names)
+        groups = list(grouped(((name, f.stat().st_size) for name, f in files), MAX_SHARD_BYTES))
+        weight_map, shards = {}, {}
+        for number, group in enumerate(groups, 1):
+            shard = f"delta-{number:05}-of-{len(groups):05}.safetensors"
+            entries: dict[str, Tensor] = {}
+            for name in group:
+                unit = self.load(name)
+                assert unit is not None, name
+                entries |= unit.entries
+            save_file(entries, final / shard, metadata={"format": "deltacome"})
+            weight_map |= dict.fromkeys(sorted(entries), shard)
+            file = final / shard
+            shards[shard] = FileInfo(file.stat().st_size, file_sha256(file))
+        return shards, weight_map
+
+
+def save_unit(partial: Path, name: str, unit: Unit) -> None:
+    """Stores a finished unit; tensors first, the list of records that makes it count last.
+
+    Args:
+        partial: the folder of the run, which this process or its parent has locked.
+        name: of the unit.
+        unit: what was finished.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with disk_errors(partial, STAYS):
+        temporary = partial / f"{name}.safetensors.tmp"
+        save_file({key: t.contiguous() for key, t in unit.entries.items()}, temporary)
+        sync(temporary)
+        os.replace(temporary, partial / f"{name}.safetensors")
+        text = json.dumps({record.name: record_to_json(record) for record in unit.records})
+        write_atomic(partial / f"{name}.json", text)
+
+
+def file_infos(files: Mapping[str, bytes]) -> dict[str, FileInfo]:
+    """Sizes and checksums of contents by name, as the manifest lists them."""
+    return {
+        name: FileInfo(len(content), hashlib.sha256(content).hexdigest())
+        for name, content in files.items()
+    }
+
+
+def grouped(sizes: Iterable[tuple[T, int]], limit: int) -> Iterator[list[T]]:
+    """Runs of items, in their order, whose sizes together stay within a limit; one item may not."""
+    group: list[T] = []
+    total = 0
+    for item, size in sizes:
+        if group and total + size > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size
+    yield group
+
+
+def overhead_nbytes(manifest: Manifest) -> int:
+    """Bytes on disk beside the terms: headers, index, manifest, of an artifact with these records.
+
+    Exact for one shard up to the digits of errors and the alignment of the header; a plan that must
+    meet a ratio needs it before anything is written.
+    """
+    header, index = 64, 64 + 76  # with the manifest's checksum
+    for record in manifest.records.values():
+        for key, (dtype, shape) in record.entries(manifest.group_size).items():
+            span = entry_nbytes(dtype, shape)
+            entry = {
+                key: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**8, 10**8 + span]}
+            }
+            header += len(json.dumps(entry, separators=(",", ":"))) - 1
+            index += len(key) + len('"":"delta-00001-of-00001.safetensors",')
+    return header + index + len(manifest.to_json())
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], digest: str) -> None:
+    index = {"metadata": {"sha256": digest}, "weight_map": weight_map}
+    write_atomic(folder / INDEX_FILE, json.dumps(index, separators=(",", ":")) + "\n")
+
+
+def _check_identity(file: Path, identity: dict[str, Any]) -> None:
+    before = json.loads(file.read_text())
+    now = json.loads(json.dumps(identity))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise OutputError(
+                f"{file.parent}: cannot be resumed: {key} was {before.get(key)!r}, "
+                f"is now {now.get(key)!r}; remove the folder to start anew"
+            )
