@@ -20,17 +20,20 @@ def score(cell: dict[str, Any]) -> str:
     return f"{100 * cell['score']:.1f} ({low:.1f}–{high:.1f})"
 
 
+def right(cell: dict[str, Any], questions: Sequence[Question]) -> list[bool]:
+    """Which questions a cell answers right."""
+    answered = zip(cell["answers"], questions, strict=True)
+    return [exact_match(said, question.answer) for said, question in answered]
+
+
 def lost_won(cell: dict[str, Any], tuned: dict[str, Any], questions: Sequence[Question]) -> str:
     """`3 / 1`: questions that the tuned model has right and a cell has not, and the other way round.
 
     Both were asked the same, so this tells what a difference of two scores with their intervals does not.
     """
-    right = [
-        [exact_match(said, question.answer) for said, question in zip(of, questions, strict=True)]
-        for of in (cell["answers"], tuned["answers"])
-    ]
-    lost = sum(theirs and not ours for ours, theirs in zip(*right, strict=True))
-    won = sum(ours and not theirs for ours, theirs in zip(*right, strict=True))
+    pairs = list(zip(right(cell, questions), right(tuned, questions), strict=True))
+    lost = sum(theirs and not ours for ours, theirs in pairs)
+    won = sum(ours and not theirs for ours, theirs in pairs)
     return f"{lost} / {won}"
 
 

@@ -112,6 +112,7 @@ class Lab:
         size: how much is measured.
         tenants: task → folder of a fine-tune that exists already; others are trained.
         only_kept: see `wanted`.
+        hides: what a question of calibration text must not contain.
     """
 
     def __init__(
@@ -121,9 +122,10 @@ class Lab:
         size: Size,
         tenants: dict[str, Path],
         only_kept: bool = False,
+        hides: tuple[str, ...] = (),
     ) -> None:
         self.base, self.work, self.size, self.given = base, work, size, tenants
-        self.only_kept = only_kept
+        self.only_kept, self.hides = only_kept, hides
         self._exams: dict[str, Exam] = {}
         self._agreement: dict[str, float] = {}
 
@@ -131,6 +133,12 @@ class Lab:
         """A lab of another backbone and one task; its comparisons are printed with this one's."""
         size = replace(self.size, tasks=(task,), side=(task,))
         lab = Lab(base, self.work, size, tenants, self.only_kept)
+        lab._agreement = self._agreement
+        return lab
+
+    def hiding(self, marks: tuple[str, ...]) -> Lab:
+        """A lab whose calibration text has no question with any of these."""
+        lab = Lab(self.base, self.work, self.size, self.given, self.only_kept, marks)
         lab._agreement = self._agreement
         return lab
 
@@ -159,7 +167,10 @@ class Lab:
         from tasks import TASKS, training
 
         count = self.size.rows // 4
-        made = training(TASKS[task], 1000 + seed, 0, self.size.rows - count)
+        wanted = self.size.rows - count
+        # Of the same run of questions, however many of them are left out.
+        made = training(TASKS[task], 1000 + seed, 0, 3 * wanted if self.hides else wanted)
+        made = [q for q in made if not any(mark in q.prompt for mark in self.hides)][:wanted]
         lines = [{"prompt": q.prompt, "answer": q.answer} for q in made]
         lines += [{"text": cut} for cut in general_text(count, self.size.row_tokens, seed)]
         content = "".join(json.dumps(line) + "\n" for line in lines)

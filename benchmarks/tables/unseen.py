@@ -1,0 +1,69 @@
+"""Kinds of programs that calibration text has none of: what each method keeps of a skill it is not shown.
+
+All rows have the same text, the usual one less these kinds, which the fine-tune was trained on like the
+others. So this is what happens to a skill that whoever compresses a model did not think of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cells as md
+from lab import Lab
+from rows import RATIO
+
+from deltacome import Adaptive, BitDelta, DeltaCome, LowRank, PrinMix
+from deltacome.evals.divergence import over_rows
+from deltacome.evals.score import wilson
+from deltacome.methods.method import Method
+
+MARKS = ("sorted(", ".append(", ".join(", " if ")
+"""What makes a program one of these: four of the eleven kinds of `snippets.py`."""
+
+
+def make(lab: Lab) -> str:
+    lab = lab.hiding(MARKS)
+    fit = lab.size.fit
+    rows: list[tuple[str, Method, float | None]] = [
+        ("low rank", LowRank(), RATIO),
+        ("BitDelta", BitDelta(distill=lab.size.distill), None),
+        ("Delta-CoMe", DeltaCome(), RATIO),
+        ("PrinMix", PrinMix(), RATIO),
+        ("Delta-CoMe, distilled too", DeltaCome(distill=fit), RATIO),
+        ("adaptive, not distilled", Adaptive(distill=0), RATIO),
+        ("adaptive", Adaptive(distill=fit), RATIO),
+        ("Delta-CoMe", DeltaCome(), 2 * RATIO),
+        ("adaptive, not distilled", Adaptive(distill=0), 2 * RATIO),
+        ("adaptive", Adaptive(distill=fit), 2 * RATIO),
+    ]
+    tuned = lab.measure("code", lab.dense(lab.tenant("code")))
+    hidden = [any(mark in q.prompt for mark in MARKS) for q in lab.questions("code")]
+    lines = [["tuned", "–", *_halves(lab, tuned, tuned, hidden)]]
+    for name, method, ratio in rows:
+        if lab.wanted("code", method, ratio):
+            cell = lab.cell("code", method, ratio)
+            lines.append([name, f"{cell['ratio']:.2f}", *_halves(lab, cell, tuned, hidden)])
+    columns = ("%", "lost / won", "KL")
+    header = [f"{kinds}, {column}" for kinds in ("shown", "hidden") for column in columns]
+    marks = ", ".join(f"`{mark.strip()}`" for mark in MARKS)
+    return (
+        "## Hidden kinds on code: calibration text without some kinds of programs\n\n"
+        + md.table(["", "ratio", *header], lines)
+        + f"\n\nHidden: {sum(hidden)} of {len(hidden)} held-out questions, programs with {marks}."
+    )
+
+
+def _halves(lab: Lab, cell: dict[str, Any], tuned: dict[str, Any], hidden: list[bool]) -> list[str]:
+    """Score, lost and won questions and KL, of shown kinds and of hidden ones."""
+    found = []
+    for wanted in (False, True):
+        of = [i for i, kind in enumerate(hidden) if kind == wanted]
+        questions = [lab.questions("code")[i] for i in of]
+        part, theirs = (c | {"answers": [c["answers"][i] for i in of]} for c in (cell, tuned))
+        right = md.right(part, questions)
+        low, high = wilson(sum(right), len(right))
+        shares = {"score": sum(right) / len(right), "score_low": low, "score_high": high}
+        asked = [i for i in of if i < len(cell["rows_task"])]
+        nats = over_rows([cell["rows_task"][i] for i in asked])
+        found += [md.score(shares), md.lost_won(part, theirs, questions), md.nats(*nats)]
+    return found
