@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from deltacome.arch.bypassed import bypassed
 from deltacome.arch.layout import find_layout, inputs_of, linears_of, shared_inputs
 from deltacome.errors import UnsupportedError
 
@@ -153,3 +154,45 @@ def test_hooks_are_gone_after_an_error():
     with pytest.raises(KeyError):
         shared_inputs(linears_of("b", block), run)
     assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+class Table(nn.Module):
+    """Reads some of its layers' weights without calling them."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.both, self.asked = (nn.Linear(4, 4) for _ in range(4))
+        self.inner = Block()
+        self.attention = nn.MultiheadAttention(4, 2)
+        with torch.no_grad():
+            self.called.weight.zero_()
+
+    def forward(self, x):
+        if isinstance(self.asked.weight, torch.Tensor):
+            x = self.asked(x.to(self.asked.weight.dtype))
+        x = self.called(x) @ self.read.weight
+        return self.both(x) if x.ndim > 2 else x @ self.both.weight + self.inner.o.weight
+
+    def reset_parameters(self):
+        nn.init.normal_(self.called.weight)
+
+
+class Derived(Table):
+    def extra(self, x):
+        return x @ self.called.weight
+
+
+def test_weights_that_are_read_past_their_layers():
+    passed_by = {"read.weight", "inner.o.weight", "attention.out_proj.weight"}
+    assert bypassed(Table()) == passed_by
+    assert bypassed(Derived()) == passed_by  # `called` is called too, by the code it inherits
+    model = Model([Table(), Table()])
+    packed = find_layout(model).matrices
+    assert {f"layers.0.{name}" for name in passed_by}.isdisjoint(packed)
+    assert {"layers.0.called.weight", "layers.0.both.weight", "layers.1.asked.weight"} <= packed
+    assert "blocks.0.read" not in dict(linears_of("blocks.0", Table()))
+
+
+def test_a_class_without_source_reads_nothing():
+    kind = type("Made", (nn.Linear,), {})
+    assert bypassed(nn.ModuleDict({"one": kind(2, 2)})) == frozenset()

@@ -5,9 +5,10 @@ import pytest
 import torch
 from evals_helpers import make_model, make_tokenizer
 
-from deltacome.errors import DeltaError
+from deltacome.errors import DeltaError, OutputError
 from deltacome.evals.divergence import (
     Compared,
+    by_row,
     divergence,
     over_rows,
     question_rows,
@@ -174,3 +175,28 @@ def test_unreadable_and_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DeltaError, match=r"empty\.txt"):
         text_rows(tokenizer, tmp_path / "empty.txt")
+
+
+def test_rows_of_different_lengths_do_not_share_a_pass(model):
+    """A short prompt in the pass of a long one would have the head answer for all of the long one."""
+    asked = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, out: asked.append(out.shape[:2]))
+    rows = [Compared(Row([3 + i % 9 for i in range(n + 2)]), n) for n in (40, 2, 41, 3)]
+    reference = record(model, rows, batch_size=2)
+    hook.remove()
+    assert asked == [(2, 3), (2, 3)]
+    other = make_model(vocabulary(model), seed=1)
+    found = by_row(other, reference)
+    assert [n for _, n in found] == [2, 2, 2, 2]
+    for row, (kl, _) in zip(rows, found, strict=True):  # each in its place
+        assert kl == pytest.approx(by_row(other, record(model, [row]))[0][0], rel=1e-3)
+
+
+def test_no_room_on_disk_is_said(model, monkeypatch):
+    def full(descriptor, offset, length):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"No space left.*takes [\d,]+ bytes; TMPDIR"):
+        record(model, ROWS[:1])

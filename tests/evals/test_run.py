@@ -8,12 +8,15 @@ import pytest
 import torch
 from evals_helpers import make_model, make_tokenizer
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from deltacome.errors import CheckpointError, DeltaError, MismatchError
+from deltacome.evals.models import load_model
 from deltacome.evals.report import table
 from deltacome.evals.run import delta_tokenizer, evaluate, names, shared_tokenizer
 from deltacome.evals.tasks import Question, write_questions
 
+HOW = ("seed", "task_args", "dtype", "max_new_tokens", "text")
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 
 
@@ -84,7 +87,7 @@ def test_table_of_base_tuned_and_deltas(tmp_path):
     task = questions(tmp_path, "1", "2", "3")
     result = run(base, task, tuned=tuned, deltas=deltas, n=3)
 
-    assert list(result) == ["task", "n", "seed", "task_args", "dtype", "models"]
+    assert list(result) == ["task", "n", *HOW, "models"]
     assert (result["task"], result["n"]) == (task, 3)
     rows = {m["name"]: m for m in result["models"]}
     assert list(rows) == ["base", "tuned", "same", "other"]
@@ -231,3 +234,24 @@ def test_report_shows_every_figure():
         assert shown in text
     result["models"].pop()
     assert "MB" not in [column.header for column in table(result).columns]
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    folder = save(tmp_path / "base", seed=0)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    dropped = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"1 weights .* missing, model\.layers\.1\.mlp\.up_proj"
+    ):
+        load_model(folder, "cpu")
+    weights["model.layers.1.mlp.up_proj.weight"] = dropped[:-1].contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight: expected shape \(96, 64\), got \(95"
+    ):
+        load_model(folder, "cpu")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"base: expected a language model"):
+        load_model(folder, "cpu")

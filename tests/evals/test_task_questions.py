@@ -104,3 +104,10 @@ def test_missing_file_arguments_and_counts_are_refused(tmp_path):
         load_questions(str(path), 1, 0, {"max_terms": 2})
     with pytest.raises(DeltaError, match="n = 0"):
         load_questions("chain_sum", 0, 0)
+
+
+def test_tasks_with_many_right_answers_are_refused():
+    with pytest.raises(
+        DeltaError, match=r"rush_hour: question 0: expected one right answer, got None"
+    ):
+        load_questions("rush_hour", 2, 0)

@@ -56,9 +56,10 @@ def test_metadata(artifact):
     }
 
 
-def test_a_base_on_one_machine_is_no_link(artifact, tmp_path):
+@pytest.mark.parametrize("where", ["models/base", "./base", None])
+def test_a_base_on_one_machine_is_no_link(artifact, tmp_path, where):
     artifact.manifest = dataclasses.replace(
-        artifact.manifest, base_name_or_path=str(tmp_path / "base"), base_revision=None
+        artifact.manifest, base_name_or_path=where or str(tmp_path / "base"), base_revision=None
     )
     card = model_card(artifact, "org/name")
     assert "base_model" not in metadata(card)

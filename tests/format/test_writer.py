@@ -190,3 +190,18 @@ def test_identity_is_what_json_makes_of_it(tmp_path):
     ArtifactWriter(tmp_path / "out", {"plan": ((2, 4),)}, resume=False).close()
     ArtifactWriter(tmp_path / "out", {"plan": [[2, 4]]}, resume=True).close()
     assert json.loads((tmp_path / "out.partial" / "run.json").read_text()) == {"plan": [[2, 4]]}
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    theirs = tmp_path / "out.partial"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.partial: expected what an earlier run left"):
+        ArtifactWriter(tmp_path / "out", RUN, resume=True)
+    assert (theirs / "notes.txt").read_text() == "mine"
+
+
+def test_the_folder_that_one_is_in_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="exists already"):
+        ArtifactWriter(".", RUN, resume=False)

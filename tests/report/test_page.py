@@ -1,5 +1,6 @@
 """The page and the PNG files: whole, alone, and with the artifact's numbers in them."""
 
+import json
 import re
 import xml.etree.ElementTree as ET
 
@@ -285,3 +286,16 @@ def test_words():
     assert clip("abcdef", 4) == "abc…"
     names = ["a.layers.*.x.q", "b.layers.*.x.q", "a.layers.*.y.k", "c.*.s.o", "c.*.t.o"]
     assert list(short_names(names).values()) == ["q · a", "q · b", "k", "s.o · c", "t.o · c"]
+
+
+def test_scores_of_others_are_said_to_be_so(tmp_path):
+    artifact, _ = save(tmp_path / "a", layers(1))
+    dense = {"name": "base", "score": 0.5, "score_low": 0.4, "score_high": 0.6}
+    other = dense | {"name": "b", "artifact": "0" * 64, "method": "m", "bytes": 9, "ratio": 16.0}
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"task": "sums", "n": 9, "models": [dense]}))
+    with pytest.raises(DeltaError, match=r"scores\.json: expected scores of a delta"):
+        write_report(artifact, tmp_path / "page.html", scores=[file])
+    file.write_text(json.dumps({"task": "sums", "n": 9, "models": [dense, other]}))
+    write_report(artifact, tmp_path / "page.html", scores=[file])
+    assert "This artifact is not among them." in (tmp_path / "page.html").read_text()

@@ -29,7 +29,10 @@ def test_files_of_one_exam_are_put_together(tmp_path):
 def test_what_was_asked_otherwise_stands_apart(tmp_path):
     files = []
     for i, how in enumerate(
-        [{}, {"seed": 0, "dtype": "float32"}, {"seed": 1}, {"dtype": "bfloat16"}]
+        [
+            *({}, {"seed": 0, "dtype": "float32", "max_new_tokens": 64, "text": None}),
+            *({"seed": 1}, {"dtype": "bfloat16"}, {"max_new_tokens": 512}, {"text": "/a/b/c.txt"}),
+        ]
     ):
         file = evaluated(tmp_path / f"{i}.json", [BASE, ONE], task="sums")
         file.write_text(json.dumps(json.loads(file.read_text()) | how))
@@ -38,6 +41,8 @@ def test_what_was_asked_otherwise_stands_apart(tmp_path):
         "sums",
         "sums, seed 1",
         "sums, dtype bfloat16",
+        "sums, max_new_tokens 512",
+        "sums, text b/c.txt",
     ]
     base = {"name": "base", "results": {"arc": {"acc,none": 0.5}}}
     for shots in (None, 5):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from artifact_helpers import TERMS, random_artifact, write_artifact
 from runtime_helpers import CONFIGS, assert_close, load, logits, some_ids
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
@@ -201,6 +201,27 @@ def test_generation_config_is_the_tuned_models(bases, tmp_path):
     assert model.generation_config is before
 
 
+@pytest.mark.parametrize("base_has_one", [True, False])
+def test_without_a_generation_config_the_tuned_models_own_words_count(
+    bases, tmp_path, base_has_one
+):
+    artifact = random_artifact(bases["llama"], tmp_path / "delta", eos_token_id=77)
+    model = load(bases["llama"])
+    before = model.generation_config = (
+        GenerationConfig(eos_token_id=5)
+        if base_has_one
+        else GenerationConfig.from_model_config(model.config)
+    )
+    with attach(model, artifact):  # both have the same file, or neither has one
+        assert model.generation_config.eos_token_id == (5 if base_has_one else 77)
+    artifact.manifest = dataclasses.replace(
+        artifact.manifest, dropped_files=("generation_config.json",)
+    )
+    with attach(model, artifact):
+        assert model.generation_config.eos_token_id == 77
+    assert model.generation_config is before
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -367,8 +388,12 @@ def test_half_tuned_weights_cannot_be_saved(bases, tmp_path):
     artifact = random_artifact(bases["llama"], tmp_path / "delta")
     model = load(bases["llama"])
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    with attach(model, artifact), pytest.raises(DeltaError, match="detach before saving"):
-        model.save_pretrained(tmp_path / "saved")
+    with attach(model, artifact):
+        for part in (model, model.model):
+            with pytest.raises(DeltaError, match="detach before saving"):
+                part.save_pretrained(tmp_path / "saved")
+        with pytest.raises(DeltaError, match="detach before saving"):
+            model.model.layers[0].self_attn.state_dict()
     got = model.state_dict()
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], value) for name, value in expected.items())
@@ -391,3 +416,45 @@ def test_compiled_code_follows_attach_and_detach(bases, tmp_path):
         assert expected.shape[-1] == 140
         assert_close(logits(compiled, ids), expected)
     assert_close(logits(compiled, ids), base_logits)
+
+
+def test_double_precision_has_the_base_bit_for_bit(bases, tmp_path):
+    artifact = random_artifact(bases["llama"], tmp_path / "delta", terms="mixed")
+    model = load(bases["llama"], torch.float64)
+    base_logits = logits(model, some_ids(rows=2))
+    with attach(model, {"math": artifact}) as attached, attached.using([None, "math"]):
+        assert attached.impl == "reference"
+        got = logits(model, some_ids(rows=2))
+    assert torch.equal(got[0], base_logits[0])
+    assert not torch.equal(got[1], base_logits[1])
+    with (
+        attach(model, {"math": artifact}, impl="cpu") as attached,
+        attached.using("math"),
+        pytest.raises(MismatchError, match="at most 32 bits, got torch"),
+    ):
+        logits(model, some_ids())
+
+
+def test_weights_that_the_model_reads_itself_are_refused(bases, tmp_path, monkeypatch):
+    artifact = random_artifact(bases["llama"], tmp_path / "delta")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    monkeypatch.setattr("deltacome.runtime.match.bypassed", lambda model: frozenset([name]))
+    with pytest.raises(UnsupportedError, match=f"{name}.*without calling its layer"):
+        attach(load(bases["llama"]), artifact)
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_under_autocast_sums_are_float32_and_types_the_layers(bases, tmp_path, impl):
+    artifact = random_artifact(bases["qwen2"], tmp_path / "delta")
+    model, seen = load(bases["qwen2"]), []
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with attach(model, {"math": artifact}, impl=impl) as attached, attached.using("math"):
+        layer.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+    assert seen == [torch.bfloat16]
+    merged = load(merge(bases["qwen2"], artifact, tmp_path / "merged"))
+    with torch.no_grad():
+        wanted = merged.model.layers[0].self_attn.q_proj(x)
+    assert_close(y.float(), wanted, 3e-2)

@@ -81,6 +81,10 @@ def test_what_is_refused(bases, artifact):
     wide.manifest.records["model.norm.weight"].__dict__["base_shape"] = (49,)
     with pytest.raises(MismatchError, match="expected a base of shape"):
         capacity(bases["llama"], [wide], device_bytes=MIB)
+    names = list(wide.manifest.records)
+    nothing = random_artifact(bases["llama"], artifact.path.with_name("c"), same=names)
+    with pytest.raises(PlanError, match="holds nothing"):
+        capacity(bases["llama"], [nothing], device_bytes=MIB)
 
 
 def test_allocated_for_real(bases, artifact):

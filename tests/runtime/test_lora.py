@@ -153,3 +153,27 @@ def test_an_output_that_exists(bases, tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         export_lora(artifact, tmp_path / "delta")
     make_base("llama", tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "LlavaForConditionalGeneration"])
+def test_a_module_with_its_own_tensor_and_others_below_is_refused(tmp_path, name):
+    """PEFT takes the modules below one that is saved whole from the base, LoRAs and all."""
+    base, tuned = families.make_pair(name, tmp_path)
+    ratio = families.RATIOS.get(name, 3)
+    artifact = compress(base, tuned, tmp_path / "delta", ratio=ratio, calibration="none")
+    with pytest.raises(UnsupportedError, match=r"holds other modules.*--to dense"):
+        export_lora(artifact, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    said = export_lora(artifact, tmp_path / "lora", lora_only=True)
+    assert any(name.endswith(("bias", "class_embedding")) for name in said.left_out)
+
+
+def test_a_head_that_the_tuned_model_alone_ties_is_refused(bases, tmp_path):
+    artifact = random_artifact(bases["llama"], tmp_path / "delta", tie=True)
+    with pytest.raises(
+        UnsupportedError, match=r"ties its head to its embedding, the base does not"
+    ):
+        export_lora(artifact, tmp_path / "lora", base=bases["llama"])
+    tied = random_artifact(bases["llama-tied"], tmp_path / "tied")
+    with pytest.warns(UserWarning, match="the base could not be asked for its"):
+        export_lora(tied, tmp_path / "lora", base=tmp_path / "gone")

@@ -1,5 +1,9 @@
 """Several tenants attached at once: each row of a batch is its own tenant's."""
 
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from artifact_helpers import PLAN, random_artifact
@@ -9,6 +13,12 @@ from test_attach import assert_untouched, snapshot
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.spec import Band
 from deltacome.runtime import attach, merge
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "compression"))
+import families
+from tiny_pairs import rewrite, weights_of
+
+from deltacome import compress
 
 NAMES = ("math", "code", "chat")
 PLANS = (PLAN, (Band(4, 3), Band(2, 9)), (Band(8, 1),))
@@ -160,3 +170,37 @@ def test_compiled(bases, tmp_path):
             with attached.using(who):
                 assert_close(logits(compiled, ids), logits(model, ids))
     assert_close(logits(compiled, ids), base_logits)
+
+
+def test_a_head_that_the_tuned_model_alone_ties_is_refused(bases, tmp_path):
+    for same in ((), ("model.embed_tokens.weight",)):
+        tied = random_artifact(bases["llama"], tmp_path / f"tied-{len(same)}", tie=True, same=same)
+        with pytest.raises(
+            UnsupportedError, match=r"lm_head\.weight: a head that is the embedding"
+        ):
+            attach(load(bases["llama"]), {"tied": tied})
+
+
+def test_rows_of_layers_beside_the_text_model(tmp_path):
+    """Two pictures of one row are two rows of the projector."""
+    name = "LlavaForConditionalGeneration"
+    base = families.make(name, families.FAMILIES[name](), tmp_path / "base")
+    weights = weights_of(base)
+    for who, seed in (("math", 1), ("code", 2)):
+        tuned = Path(shutil.copytree(base, tmp_path / who))
+        changed = families.moved(weights, seed)
+        rewrite(tuned, {n: w if "vision" in n else changed[n] for n, w in weights.items()}, None)
+    tenants = {
+        who: compress(base, tmp_path / who, tmp_path / f"{who}-delta", ratio=2, calibration="none")
+        for who in ("math", "code")
+    }
+    model = families.load(base)
+    with attach(model, tenants) as attached:
+        with attached.using("math"):
+            got = families.logits(model)
+        with pytest.raises(UnsupportedError, match=r"projector.*beside the text model"):
+            attached.using(["math", None, "code"]).__enter__()
+        with attached.using([None, None, None]):
+            assert torch.equal(families.logits(model), families.logits(families.load(base)))
+    merged = families.load(merge(base, tenants["math"], tmp_path / "merged"))
+    assert_close(got, families.logits(merged), 1e-4)

@@ -619,6 +619,16 @@ def test_manners(base, tmp_path):
     assert found.ends == {299}
 
 
+def test_end_tokens_of_a_model_without_a_generation_configuration(base, tmp_path):
+    for config, ends in (({"eos_token_id": [7, 8]}, {7, 8}), ({"eos_token_id": None}, set())):
+        artifact = random_artifact(base, tmp_path / f"{len(ends)}", **config)
+        assert Manners.read(artifact, {}, 300).ends == set()  # the base's file may be its too
+        dropped = ("generation_config.json",)
+        artifact.manifest = replace(artifact.manifest, dropped_files=dropped)
+        assert Manners.read(artifact, {}, 300).ends == ends
+        assert Manners.read(artifact, {}, 300).sampling is None
+
+
 WRONG = {
     '{"temperature": true}': "temperature: expected a finite number, got True",
     '{"temperature": NaN}': "temperature: expected a finite number, got nan",
@@ -827,7 +837,8 @@ def test_launch_sets_what_tenants_need(base, tmp_path):
     assert more["signs"] is True
     assert more["tenants"] == str(tmp_path / "t")
     assert more["max_rank"] >= 27
-    assert both.command[both.command.index("--max-loras") + 1] == "2"
+    assert launch.command[launch.command.index("--max-loras") + 1] == "1"
+    assert both.command[both.command.index("--max-loras") + 1] == "4"  # more may come
     assert f"s={small.path}" in both.command
     assert launch.environment == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     assert large.path.name not in str(launch)

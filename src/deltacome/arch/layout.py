@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltacome.arch.bypassed import bypassed
 from deltacome.errors import UnsupportedError
 
 
@@ -29,8 +30,8 @@ class Layout:
     head: str | None
     """The output head's weight (the name it has where it is not tied)."""
     matrices: frozenset[str]
-    """Weights of all linears and embeddings: what is worth compressing. Any other parameter, whatever
-    its shape, is stored exactly."""
+    """Weights of all linears and embeddings that are called: what is worth compressing. Any other
+    parameter, whatever its shape, is stored exactly."""
     transposed: frozenset[str]
     """Those of them that their layer multiplies by from the right, (in, out): GPT-2's `Conv1D`."""
 
@@ -45,6 +46,8 @@ def find_layout(model: nn.Module) -> Layout:
     matrices = {
         f"{path}.weight": module for path, module in model.named_modules() if _is_matrix(module)
     }
+    for name in bypassed(model):
+        matrices.pop(name, None)
     return Layout(
         {f"{longest}.{i}": block for i, block in enumerate(first)},
         {f"{name}.{i}": block for name, blocks in others for i, block in enumerate(blocks)},
@@ -56,11 +59,13 @@ def find_layout(model: nn.Module) -> Layout:
 
 
 def linears_of(name: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The linears below a block, with their full names."""
+    """The linears below a block that are called, with their full names."""
+    passed_by = bypassed(block)
     return [
         (f"{name}.{path}", module)
         for path, module in block.named_modules()
-        if isinstance(module, nn.Linear) or _is_conv1d(module)
+        if (isinstance(module, nn.Linear) or _is_conv1d(module))
+        and f"{path}.weight" not in passed_by
     ]
 
 

@@ -23,9 +23,11 @@ def capacity(
     ] = None,
     kv_gib: Annotated[
         float,
-        typer.Option(help="KV cache, GiB. With none, and no --kv-tokens, no server could run."),
+        typer.Option(
+            min=0, help="KV cache, GiB. With none, and no --kv-tokens, no server could run."
+        ),
     ] = 0,
-    kv_tokens: Annotated[int, typer.Option(help="KV cache, tokens at 16 bits.")] = 0,
+    kv_tokens: Annotated[int, typer.Option(min=0, help="KV cache, tokens at 16 bits.")] = 0,
     utilization: Annotated[float, typer.Option(help="Share of the memory to be used.")] = 0.9,
     check: Annotated[
         bool, typer.Option("--check", help="Allocate all of it for real, and measure.")

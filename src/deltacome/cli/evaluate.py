@@ -31,7 +31,12 @@ def evaluate(
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="--task: questions. Default: 200.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="--task: of the questions. Default: 0.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="--task: of the questions; n apart for others of reasoning-gym. Default: 0."
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="--task: general text for KL, which needs --tuned.")
     ] = None,
@@ -46,7 +51,10 @@ def evaluate(
     shots: Annotated[int | None, typer.Option(min=0, help="--lm-eval: few-shot examples.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="--lm-eval: examples a task.")] = None,
     tasks_folder: Annotated[
-        Path | None, typer.Option(help="--lm-eval: a folder with task files of your own.")
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="--lm-eval: a folder with task files of your own."
+        ),
     ] = None,
     chat: Annotated[
         bool | None, typer.Option(help="--lm-eval: prompts through the template.")

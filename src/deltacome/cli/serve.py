@@ -22,7 +22,12 @@ def serve(
         str | None, typer.Option(help="Where tenants are found by name: a folder, s3://…, hf://…")
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Tenants in one batch. Default: all, at most 16.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tenants in one batch. Default: all that are known, at most 16; at least 4 "
+            "with --tenants.",
+        ),
     ] = None,
     slot_bytes: Annotated[
         int | None, typer.Option(min=0, help="Bytes of a slot. Default: the largest tenant's.")

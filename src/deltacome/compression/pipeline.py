@@ -208,9 +208,10 @@ def check_output(output: str | Path, *, resume: bool) -> None:
     Raises:
         OutputError: it exists, or an unfinished run lies in its place that is not to be continued.
     """
-    output, partial = Path(output), partial_of(Path(output))
+    output = Path(output)
     if output.exists():
         raise OutputError(f"{output}: the output exists already; remove it or name another")
+    partial = partial_of(output)
     if (partial / RUN_FILE).exists() and not resume:
         raise OutputError(
             f"{partial}: holds an unfinished run; continue it with --resume or remove it"

@@ -13,6 +13,7 @@ model, C tokens that both models have.
 import inspect
 import itertools
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from deltacome.errors import DeltaError
 from deltacome.evals.prompts import answer_ids, prompt_row
 from deltacome.evals.tasks import Question
+from deltacome.format.folder import disk_errors
 from deltacome.rows import Row, called_with, together
 
 
@@ -90,19 +92,16 @@ def text_rows(
 
 
 def record(model: Any, rows: Sequence[Compared], *, batch_size: int = 8) -> Reference:
-    """Run the tuned model over `rows` and keep its log-probabilities."""
-    total = sum(len(one.row) - one.first for one in rows)
+    """Run the tuned model over `rows` and keep its log-probabilities.
+
+    Raises OutputError if there is no room for them on disk.
+    """
+    where = _places(rows)
     log_probs: np.ndarray | None = None
-    done = 0
-    for logits_NV in _logits(model, rows, batch_size):
+    for i, logits_NV in _logits(model, rows, batch_size):
         if log_probs is None:
-            # Without a name the file is gone as soon as nothing maps it, after a crash too.
-            shape = (total, logits_NV.shape[-1])
-            file = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
-            log_probs = np.memmap(file, np.float32, "w+", shape=shape)
-        part = torch.log_softmax(logits_NV, -1).cpu().numpy()
-        log_probs[done : done + len(part)] = part
-        done += len(part)
+            log_probs = _on_disk(where[-1].stop, logits_NV.shape[-1])
+        log_probs[where[i]] = torch.log_softmax(logits_NV, -1).cpu().numpy()
     if log_probs is None:
         raise DeltaError("divergence: expected at least one row of tokens, got none")
     return Reference(tuple(rows), log_probs, batch_size)
@@ -131,15 +130,15 @@ def by_row(model: Any, reference: Reference) -> list[tuple[float, int]]:
             f"divergence: the rows hold pictures that the model has no input for, or token ids beyond "
             f"the {vocabulary(model)} that it has"
         )
-    found, done = [], 0
-    for logits_NV in _logits(model, reference.rows, reference.batch_size):
-        part = torch.from_numpy(reference.log_probs_PV[done : done + len(logits_NV)])
-        done += len(logits_NV)
+    where = _places(reference.rows)
+    found = [(0.0, 0)] * len(where)
+    for i, logits_NV in _logits(model, reference.rows, reference.batch_size):
+        part = torch.from_numpy(reference.log_probs_PV[where[i]])
         common = min(part.shape[-1], logits_NV.shape[-1])
         p_NC = torch.log_softmax(part[:, :common].to(logits_NV.device), -1)
         q_NC = torch.log_softmax(logits_NV[:, :common], -1)
         kl = torch.nn.functional.kl_div(q_NC, p_NC, reduction="sum", log_target=True)
-        found.append((float(kl), len(logits_NV)))
+        found[i] = float(kl), len(logits_NV)
     return found
 
 
@@ -172,11 +171,14 @@ def readable(model: Any, rows: Sequence[Row]) -> bool:
 
 
 @torch.inference_mode()
-def _logits(model: Any, rows: Sequence[Compared], batch_size: int) -> Iterator[torch.Tensor]:
-    """Logits (N, V) of the compared positions of one row after the other, float32."""
+def _logits(
+    model: Any, rows: Sequence[Compared], batch_size: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each row's index and the logits (N, V) of its compared positions, float32, rows in any order."""
     weight = model.get_input_embeddings().weight
     short = "logits_to_keep" in inspect.signature(model.forward).parameters
-    for batch in _batches(rows, batch_size):
+    for drawn in _batches(rows, batch_size):
+        batch = [rows[i] for i in drawn]
         # Right padding: positions count from zero in every kind of model, and no token sees it.
         ids_BT, mask_BT, seen = together([one.row for one in batch])
         width = ids_BT.shape[1]
@@ -186,16 +188,37 @@ def _logits(model: Any, rows: Sequence[Compared], batch_size: int) -> Iterator[t
         mask = mask_BT.long().to(weight.device)
         logits_BTV = model(**inputs, attention_mask=mask, **ends).logits
         skipped = width - logits_BTV.shape[1]
-        for i, one in enumerate(batch):
-            yield logits_BTV[i, one.first - skipped : len(one.row) - skipped].float()
+        for i, one, logits_TV in zip(drawn, batch, logits_BTV, strict=True):
+            yield i, logits_TV[one.first - skipped : len(one.row) - skipped].float()
 
 
-def _batches(rows: Sequence[Compared], size: int) -> Iterator[Sequence[Compared]]:
-    """Runs of rows of one kind."""
-    for _, run in itertools.groupby(rows, lambda one: one.row.kind):
+def _batches(rows: Sequence[Compared], size: int) -> Iterator[list[int]]:
+    """Indices of rows that run together: of one kind, and as long before what is compared, as the head
+    answers for all positions from the first one on that is compared in any of them."""
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].row.kind, rows[i].first))
+    for _, run in itertools.groupby(order, lambda i: rows[i].row.kind):
         alike = list(run)
         for start in range(0, len(alike), size):
             yield alike[start : start + size]
+
+
+def _places(rows: Sequence[Compared]) -> list[slice]:
+    """Which of all compared positions are those of each row."""
+    ends = [0, *itertools.accumulate(len(one.row) - one.first for one in rows)]
+    return list(itertools.starmap(slice, itertools.pairwise(ends)))
+
+
+def _on_disk(positions: int, vocabulary: int) -> np.ndarray:
+    """An array (P, V) in a file without a name: it is gone when nothing maps it, after a crash too."""
+    nbytes = 4 * positions * vocabulary
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
+    hint = f": what the tuned model says takes {nbytes:,} bytes; TMPDIR names another place"
+    with disk_errors(Path(tempfile.gettempdir()), hint):
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # else a full disk ends the process when a page is written
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        return np.memmap(file, np.float32, "w+", shape=(positions, vocabulary))
 
 
 def _help_topics() -> str:

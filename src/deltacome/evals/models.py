@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -25,7 +26,8 @@ def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
     Raises:
         DeviceError: there is no such device (`pick_device`).
         DeltaError: `dtype` is neither "auto" nor the name of a torch dtype.
-        CheckpointError: there is no language model of transformers.
+        CheckpointError: there is no language model of transformers, or a weight of it is missing or of
+            another shape.
     """
     device = pick_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -35,9 +37,20 @@ def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
         config = AutoConfig.from_pretrained(name, revision=revision)
         sees = _sees(config.architectures or [])
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = kind.from_pretrained(name, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as error:
+        how = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, found = kind.from_pretrained(name, revision=revision, dtype=dtype, **how)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source}: expected a language model, got {error}") from error
+    # These transformers fills with random numbers.
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{source}: {len(missing)} weights of {type(model).__name__} are missing, {missing[0]} first"
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, got, expected = mismatched[0]
+        raise CheckpointError(
+            f"{source}: {key}: expected shape {tuple(expected)}, got {tuple(got)}"
+        )
     return model.to(device).eval()
 
 

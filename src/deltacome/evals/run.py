@@ -65,12 +65,13 @@ def evaluate(
     All models get the prompts of one tokenizer: the tuned model's, else the one that the deltas
     carry, else the base's.
 
-    Returns `{"task", "n", "seed", "task_args", "dtype", "models": [{"name", "score", "score_low",
-    "score_high", "kl_task", "kl_task_error", "kl_text", "kl_text_error"}]}`: scores in 0..1 with a 95 %
-    interval, KL(tuned ‖ model) in nats per token with its standard error; deltas have what `account`
-    says too. A KL is None without a tuned model. Any figure is None where a model lacks the tokens to
-    read what it should: `kl_task` of a base if the answers use tokens that the fine-tune added, its score
-    too if the chat template does, or if the questions have pictures and it has no eyes.
+    Returns `{"task", "n", "seed", "task_args", "dtype", "max_new_tokens", "text", "models": [{"name",
+    "score", "score_low", "score_high", "kl_task", "kl_task_error", "kl_text", "kl_text_error"}]}`: scores
+    in 0..1 with a 95 % interval, KL(tuned ‖ model) in nats per token with its standard error; deltas
+    have what `account` says too. A KL is None without a tuned model. Any figure is None where a model
+    lacks the tokens to read what it should: `kl_task` of a base if the answers use tokens that the
+    fine-tune added, its score too if the chat template does, or if the questions have pictures and it has
+    no eyes.
     """
     if text is not None and tuned is None:
         raise DeltaError(f"{text}: text is for KL against a tuned model, got none")
@@ -98,7 +99,8 @@ def evaluate(
         with tuned_by(artifact, base, model) as running:
             figures = scores(running, exam) | kls(running, exam)
         of_deltas.append({"name": name, **account(artifact), **figures})
-    how = {"seed": seed, "task_args": task_args, "dtype": dtype}
+    how = {"seed": seed, "task_args": task_args, "dtype": dtype, "max_new_tokens": max_new_tokens}
+    how["text"] = None if text is None else str(text)
     models = [of_base, *of_tuned, *of_deltas]
     return {"task": task, "n": len(questions), **how, "models": models}
 

@@ -33,9 +33,10 @@ def load_questions(
     `task` is a data set of reasoning-gym, made with `args`, or the path of a JSONL file with
     `{"prompt": ..., "answer": ...}` on each line, with the path of an `image` or of several `images`
     (relative ones are in its folder) for models that see. From a file come the first `n` lines after a
-    shuffle by `seed`, all of them if there are fewer. Raises DeltaError for an unknown task,
-    arguments that the data set refuses, a file that is empty or malformed, and a picture that is not
-    there.
+    shuffle by `seed`, all of them if there are fewer. reasoning-gym makes question i from `seed + i`:
+    seeds that lie less than `n` apart share questions. Raises DeltaError for an unknown task, one
+    without single right answers, arguments that the data set refuses, a file that is empty or malformed,
+    and a picture that is not there.
     """
     if n < 1:
         raise DeltaError(f"task {task}: expected at least 1 question, got n = {n}")
@@ -113,4 +114,13 @@ def _generate(task: str, n: int, seed: int, args: dict[str, Any]) -> list[Questi
         made = [entries[i] for i in range(n)]
     except (TypeError, ValueError, AssertionError) as error:
         raise DeltaError(f"task {task}: reasoning-gym refused {args}: {error}") from error
-    return [Question(str(entry["question"]), str(entry["answer"])) for entry in made]
+    return [_made(task, i, entry) for i, entry in enumerate(made)]
+
+
+def _made(task: str, number: int, entry: dict[str, Any]) -> Question:
+    answer = "" if entry["answer"] is None else str(entry["answer"])
+    if not answer.strip():  # one of those with many right answers, which only its own scorer knows
+        raise DeltaError(
+            f"task {task}: question {number}: expected one right answer, got {entry['answer']!r}"
+        )
+    return Question(str(entry["question"]), answer)

@@ -149,6 +149,9 @@ class Artifact(ModelHubMixin):
             OutputError: the Hub refuses it, or cannot be reached.
         """
         self.check_bytes()
+        self.generate_model_card(
+            name=repo_id, scores=scores
+        )  # refused before there is a repository
         kwargs.setdefault("commit_message", f"Delta, {self.ratio():.1f} times smaller")
         kwargs.setdefault("delete_patterns", list(FILES))
         card = {"name": repo_id, "scores": scores}

@@ -21,7 +21,6 @@ from deltacome.format.manifest import Record
 if TYPE_CHECKING:
     from deltacome.format.artifact import Artifact
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FIGURES = {"score": "exact match", "kl_task": "KL on the task", "kl_text": "KL on general text"}
 """Of `evals.run.evaluate`, as the card calls them; KL in nats a token, against the tuned model."""
 
@@ -47,8 +46,8 @@ def model_card(
         MismatchError: scores of another artifact.
     """
     base = artifact.manifest.base_name_or_path
-    # A path of one machine is of no use to a reader elsewhere, and the Hub refuses it.
-    linked = HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
+    # A path of one machine is of no use to a reader elsewhere; a base from the Hub has its commit.
+    linked = artifact.manifest.base_revision is not None
     figures = [figure for result in scores for figure in _figures(artifact, result)]
     data = ModelCardData(
         base_model=base if linked else None,

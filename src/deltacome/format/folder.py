@@ -36,6 +36,10 @@ def claim(output: Path) -> IO[str]:
     _refuse_existing(output)
     partial = partial_of(output)
     file = partial / "lock"
+    if partial.exists() and not file.exists() and any(partial.iterdir()):
+        raise OutputError(
+            f"{partial}: expected what an earlier run left, or nothing; got other files"
+        )
     with disk_errors(output):
         partial.mkdir(parents=True, exist_ok=True)
         stream = file.open("w")

@@ -68,14 +68,14 @@ class ArtifactWriter:
         resume: continue `OUT.partial` if there is one.
 
     Raises:
-        ArtifactError: the output exists; an unfinished run exists and `resume` is off, or was made
+        OutputError: the output exists; an unfinished run exists and `resume` is off, or was made
             from something else; another process writes here.
     """
 
     def __init__(self, output: str | Path, identity: dict[str, Any], *, resume: bool) -> None:
         self.output = Path(output)
-        self.partial = partial_of(self.output)
         self._lock = claim(self.output)
+        self.partial = partial_of(self.output)
         file = self.partial / RUN_FILE
         try:
             if file.exists():

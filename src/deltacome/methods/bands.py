@@ -87,6 +87,7 @@ class Gptq:
     ) -> Quantized:
         a_BI = s_B[:, None] * v.dequantize().to(s_B.device)
         gram_BB = (a_BI if gram_II is None else a_BI @ gram_II) @ a_BI.T
+        gram_BB.diagonal().clamp_(min=0)  # rounding alone takes what no input reaches below it
         if self.nearest or not float(gram_BB.diagonal().sum()) > 0:
             # Nothing passes this band (its singular values are 0): plain rounding is all there is.
             gram_BB = torch.eye(len(s_B), device=s_B.device)

@@ -83,6 +83,11 @@ def check_ids(op: str, y: Tensor, ids: Tensor, slot: Tensor, *tables: Tensor) ->
         raise MismatchError(f"{op}: expected ids of int64 or int32, got {ids.dtype}")
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """In which products have the type of what is multiplied, also where autocast is on around the op."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def refuse_gradients(*tensors: Tensor) -> None:
     """Raises UnsupportedError for a tensor that asks for a gradient.
 

@@ -201,6 +201,8 @@ def check(op: str, y: Tensor, slot_T: Tensor, *tables: Tensor) -> None:
     """
     if not y.is_cpu:
         raise MismatchError(f"{op}: impl 'cpu': expected tensors on the CPU, got {y.device}")
+    if y.dtype == torch.float64:  # rows without a slot would come back rounded
+        raise MismatchError(f"{op}: impl 'cpu': expected at most 32 bits, got {y.dtype}")
     if slot_T.dtype != torch.int32 or not slot_T.is_contiguous():
         raise MismatchError(f"{op}: expected int32 slots in one piece, got {slot_T.dtype}")
     for table in tables:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from deltacome.errors import OutputError
+from deltacome.errors import DeltaError, OutputError
 from deltacome.format.artifact import Artifact
 from deltacome.format.folder import new_file, new_folder
 from deltacome.report.colours import COLOURS
@@ -45,13 +45,17 @@ def write_report(
 
     Raises:
         ArtifactError: the artifact is damaged.
-        DeltaError: a file of scores cannot be read.
+        DeltaError: a file of scores cannot be read, or has none of a delta.
         OutputError: an output exists already or cannot be written.
     """
     for path in (output, png):
         if path is not None and path.exists():
             raise OutputError(f"{path}: the output exists already; remove it or name another")
     exams = read_scores(scores)
+    if scores and not any(exam.deltas for exam in exams):
+        raise DeltaError(
+            f"{scores[0]}: expected scores of a delta, got those of dense models alone"
+        )
     facts = gather(artifact)
     shown = [_drawn(section) for section in sections(facts, exams)]
     page = render(name or artifact.path.resolve().name, facts, shown)

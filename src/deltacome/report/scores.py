@@ -143,14 +143,15 @@ def _finite(value: Any, above: float = -math.inf) -> float:
     return float(value)
 
 
-USUAL = {"seed": 0, "dtype": "float32", "chat": False}
+USUAL = {"seed": 0, "dtype": "float32", "chat": False, "max_new_tokens": 64}
 """What needs no word, as `deltacome eval` does it by itself."""
 
 
 def _how(document: dict[str, Any]) -> str:
     """`, seed 1`: how it was asked. Who was asked otherwise is not to be compared."""
-    names = ("seed", "task_args", "shots", "limit", "chat", "dtype")
+    names = ("seed", "task_args", "shots", "limit", "chat", "dtype", "max_new_tokens", "text")
     found = {name: document.get(name, USUAL.get(name)) for name in names}
+    found["text"] = found["text"] and _label(found["text"])
     said = (f", {n} {found[n]}" for n in names if found[n] not in (None, USUAL.get(n)))
     return "".join(said)
 

@@ -171,6 +171,8 @@ def _scores(facts: Facts, exams: Sequence[Exam]) -> Section:
         shown |= {"this artifact": mine[0]} if mine else {}
         words = [f"{name} {_score(exam, m.score)}" for name, m in shown.items() if m is not None]
         said.append(f"{clip(exam.task, 60)}{asked}: {', '.join(words)}.")
+    if not any(m.artifact == facts.digest for exam in exams for m in exam.deltas):
+        said.append("This artifact is not among them.")
     return Section(
         "scores",
         "Score against ratio",

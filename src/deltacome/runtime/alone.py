@@ -9,11 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltacome.errors import ArtifactError
-from deltacome.format.artifact import Artifact
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.runtime.choice import Choice
 from deltacome.runtime.experts import install_experts
 from deltacome.runtime.match import Place, vocabulary_configs
-from deltacome.runtime.modules import embedding_scale, tuned_embedding, tuned_linear
+from deltacome.runtime.modules import (
+    embedding_scale,
+    set_forward,
+    tuned_embedding,
+    tuned_linear,
+)
 from deltacome.runtime.terms import Terms
 
 
@@ -54,15 +59,6 @@ def install_alone(
             _patch(stack, place, terms, scale, choice, impl)
     _resize(stack, model, places)
     _set_generation_config(stack, model, artifact)
-
-
-def set_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
-    """Gives a module another forward on the instance, until the stack unwinds."""
-    if "forward" in vars(module):
-        stack.callback(setattr, module, "forward", module.forward)
-    else:
-        stack.callback(delattr, module, "forward")
-    module.forward = forward
 
 
 def _scale(place: Place) -> float:
@@ -128,13 +124,21 @@ def _set_generation_config(
     stack: contextlib.ExitStack, model: nn.Module, artifact: Artifact
 ) -> None:
     holder: Any = model
-    config = artifact.json_file("generation_config.json")
-    if config is None or getattr(holder, "generation_config", None) is None:
+    before = getattr(holder, "generation_config", None)
+    if before is None:
         return
     from transformers import GenerationConfig
 
-    stack.callback(setattr, model, "generation_config", holder.generation_config)
+    name, make = "generation_config.json", GenerationConfig.from_dict
+    config = artifact.json_file(name)
+    if config is None and (name in artifact.manifest.dropped_files or before._from_model_config):
+        # The tuned model has no such file, so what it does is said by its configuration.
+        name, make = TUNED_CONFIG_FILE, GenerationConfig.from_model_config
+        config = artifact.json_file(name)
+    if config is None:
+        return
+    stack.callback(setattr, model, "generation_config", before)
     try:
-        holder.generation_config = GenerationConfig.from_dict(config)
+        holder.generation_config = make(config)
     except (AttributeError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{artifact.path}: generation_config.json: {error}") from error
+        raise ArtifactError(f"{artifact.path}: {name}: {error}") from error

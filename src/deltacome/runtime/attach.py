@@ -105,7 +105,7 @@ def attach(
             (one,) = artifacts.values()
             install_alone(stack, model, one, places[0], choice, impl)
         else:
-            install_shared(stack, list(artifacts.values()), places, choice, impl)
+            install_shared(stack, model, list(artifacts.values()), places, choice, impl)
         return Attachment(model, artifacts, choice, impl, stack.pop_all())
 
 
@@ -154,7 +154,8 @@ class Attachment:
 
         Raises:
             MismatchError: a name that was not attached; in the model's forward, a batch of another size.
-            UnsupportedError: one artifact is attached alone: all rows are its.
+            UnsupportedError: one artifact is attached alone: all rows are its; or several names, and a
+                tenant changes what lies beside the text model, such as a projector of pictures.
         """
         if "" in self.artifacts:
             raise UnsupportedError("one artifact is attached alone: attach a mapping of names")
@@ -177,8 +178,10 @@ class Attachment:
 
 
 def _fastest(places: Sequence[Sequence[Place]]) -> str:
-    devices = {place.live.device for mine in places for place in mine if place.patched}
-    found = {fastest(device) for device in devices or {torch.device("cpu")}}
+    live = [place.live for mine in places for place in mine if place.patched]
+    if any(one.dtype == torch.float64 for one in live):  # kernels have none
+        return "reference"
+    found = {fastest(device) for device in {one.device for one in live} or {torch.device("cpu")}}
     return found.pop() if len(found) == 1 else "reference"
 
 
@@ -187,11 +190,11 @@ def _freeze(stack: contextlib.ExitStack, model: nn.Module) -> None:
     for module in model.modules():
         _attached.add(module)
         stack.callback(_attached.discard, module)
+        stack.callback(module.register_state_dict_pre_hook(_refuse_state_dict).remove)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
-    stack.callback(model.register_state_dict_pre_hook(_refuse_state_dict).remove)
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:

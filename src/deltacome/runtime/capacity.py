@@ -93,6 +93,10 @@ def capacity(
         slot, beside = math.ceil(2 * entries / ratio / ALIGN) * ALIGN, 0
     else:
         slot, beside = max(map(slot_nbytes, artifacts)), max(map(beside_nbytes, artifacts))
+        if not slot + beside:
+            raise PlanError(
+                f"{artifacts[0].path}: holds nothing, so that any number of tenants fits"
+            )
     cache = kv_bytes + kv_tokens * kv_token_nbytes(read_config(shapes.path))
     usable = int(device_bytes * utilization)
     left = usable - weights - cache

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deltacome.errors import MismatchError
+from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.ops.rows import Rows, group_rows, tile_for
 
 KEPT = 16
@@ -24,11 +24,13 @@ class Choice:
 
     Attributes:
         slots: one for all rows, or one for each (dimension 0 of a layer's input); −1 is the base.
+        beside: a changed layer whose input's dimension 0 may not be the batch, if there is one.
     """
 
     def __init__(self, names: Sequence[str], slots: int | tuple[int, ...]) -> None:
         self.names = list(names)
         self.slots = slots
+        self.beside: str | None = None
         self._rows: dict[tuple[object, ...], Rows] = {}
 
     @property
@@ -42,12 +44,19 @@ class Choice:
 
         Raises:
             MismatchError: a name that was not attached.
+            UnsupportedError: several tenants, and one of them changes a layer beside the text model.
         """
         before = self.slots
         if who is None or isinstance(who, str):
             self.slots = self._slot(who)
         else:
-            self.slots = tuple(self._slot(name) for name in who)
+            slots = tuple(self._slot(name) for name in who)
+            if self.beside is not None and len(set(slots)) > 1:
+                raise UnsupportedError(
+                    f"using(): {self.beside}: lies beside the text model, where layers may get other "
+                    "rows than those of the batch: expected one name for all rows"
+                )
+            self.slots = slots
         try:
             yield
         finally:

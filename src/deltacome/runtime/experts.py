@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.runtime.choice import Choice
 from deltacome.runtime.match import Place
-from deltacome.runtime.modules import Tables
+from deltacome.runtime.modules import Tables, set_forward
 
 
 @dataclass(frozen=True)
@@ -90,5 +90,4 @@ def install_experts(
         stack.callback(vars(module).pop, attr)
     kind = type(module)
     forward = getattr(kind.forward, "__wrapped__", kind.forward)
-    stack.callback(vars(module).pop, "forward", None)
-    vars(module)["forward"] = forward.__get__(module)
+    set_forward(stack, module, forward.__get__(module))

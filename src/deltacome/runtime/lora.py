@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.errors import ArtifactError, PlanError, UnsupportedError
+from deltacome.errors import ArtifactError, CheckpointError, PlanError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.format.codec import Packed
 from deltacome.format.folder import new_folder
+from deltacome.format.hub import fetch_folder
 from deltacome.format.manifest import Record
 from deltacome.runtime.merge import base_tensor
-from deltacome.skeleton import is_causal, make_skeleton, parse_config, targets
+from deltacome.skeleton import is_causal, make_skeleton, parse_config, read_config, targets
 
 PREFIX = "base_model.model."
 """What PEFT's wrappers put before a module's name."""
@@ -125,6 +127,7 @@ class _Export:
 
     def check(self) -> None:
         """Refuses what cannot be exported, before anything is written."""
+        self._check_tie()
         for name, record in self.artifact.manifest.records.items():
             if record.kind == "same":
                 continue
@@ -139,6 +142,25 @@ class _Export:
                 raise UnsupportedError(
                     f"{name}: signs are of full rank: say how many directions to keep, with --rank"
                 )
+
+    def _check_tie(self) -> None:
+        """Refuses a head that is the tuned embedding over a base that has a head of its own."""
+        if not _is_tied(self.model):
+            return
+        try:
+            folder = fetch_folder(self.base, None, CheckpointError, ("config.json",))
+            base = make_skeleton(read_config(folder), torch.float32, folder)
+        except CheckpointError as error:
+            warnings.warn(
+                f"the tuned model's head is its embedding; the base could not be asked for its: {error}",
+                stacklevel=2,
+            )
+            return
+        if not _is_tied(base):
+            raise UnsupportedError(
+                f"{self.base}: the tuned model ties its head to its embedding, the base does not, and no "
+                "LoRA adapter can: export it with --to dense"
+            )
 
     def add_matrix(self, record: Record) -> None:
         """The factors of a matrix, for every module that uses it."""
@@ -173,6 +195,13 @@ class _Export:
             return
         if path in self.said.saved:
             return
+        if any(
+            module.children()
+        ):  # PEFT would take those from the base, with the LoRAs that they have
+            raise UnsupportedError(
+                f"{record.name}: {path or type(module).__name__} holds other modules, which PEFT saves "
+                "whole or not at all: export it with --to dense, or leave it out with --lora-only"
+            )
         self.said.saved.append(path)
         for other in module._parameters:
             tensor = self._tuned(self.records[f"{path}.{other}"])
@@ -207,6 +236,11 @@ class _Export:
             "init_lora_weights": True,
             "inference_mode": True,
         }
+
+
+def _is_tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is embedding.weight
 
 
 def _literal(path: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltacome.arch.bypassed import bypassed
 from deltacome.arch.checkpoint import sample_digest
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.manifest import Manifest, Record
@@ -102,9 +103,14 @@ def match(
         places = [replace(p, quantized=p.quantized or _holds_codes(p)) for p in places]
         found = {place.record.name for place in places}
     _check_all_found(model, manifest.records, found)
-    checked = set()
+    checked, passed_by = set(), bypassed(model)
     for place in places:
         check_module(place)
+        if place.patched and place.name in passed_by:
+            raise UnsupportedError(
+                f"{place.name}: the model reads this weight without calling its layer, where the delta "
+                "would run: merge it"
+            )
         if (id(place.live), place.record.name) not in checked and not place.quantized:
             check_base(place)
             checked.add((id(place.live), place.record.name))
@@ -274,6 +280,10 @@ def check_module(place: Place) -> None:
     if not place.patched:
         return
     kind = type(module)
+    if "forward" in vars(module) and not (place.quantized or hasattr(module, "_hf_hook")):
+        raise UnsupportedError(
+            f"{place.name}: the forward of this {kind.__qualname__} was replaced"
+        )
     if place.target.expert is not None or place.quantized:
         return
     covered = place.attr == "weight" and (
@@ -288,10 +298,6 @@ def check_module(place: Place) -> None:
         raise UnsupportedError(
             f"{place.name}: expected the weight of a linear layer or an embedding, got "
             f"{place.attr} ({place.live.dtype}) of {kind.__module__}.{kind.__qualname__}{hint}"
-        )
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        raise UnsupportedError(
-            f"{place.name}: the forward of this {kind.__qualname__} was replaced"
         )
     if place.grown and isinstance(module, nn.Linear) and module.bias is not None:
         raise UnsupportedError(f"{place.name}: rows added to a linear layer with a bias")

@@ -10,8 +10,10 @@ Legend: T tokens, I in, O out, N added rows, S slots, H size of a norm.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,15 @@ class Tables:
         return y_TI.view(y.shape)
 
 
+def set_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
+    """Gives a module another forward on the instance, until the stack unwinds."""
+    if "forward" in vars(module):
+        stack.callback(setattr, module, "forward", module.forward)
+    else:
+        stack.callback(delattr, module, "forward")
+    module.forward = forward
+
+
 def tuned_linear(
     base: Forward,
     packed: Tables | None,
@@ -78,12 +89,13 @@ def tuned_linear(
         y = base(input)
         if choice.idle:
             return y
+        input = input.to(y.device)  # of layers on several GPUs accelerate moves it in `base`
         if packed is not None:
             y = packed.add(y, input, choice, impl)
         if bias_SO is not None:
             slot_T = choice.rows(input, input.numel() // input.shape[-1]).slot_T
             # Slot −1 finds the last row, which is zero.
-            y = y + bias_SO[slot_T.long()].view(y.shape)
+            y = y + bias_SO[slot_T.long()].view(y.shape).to(y.dtype)
         if added_NI is not None:
             y = torch.cat([y, nn.functional.linear(input, added_NI)], -1)
         return y
@@ -120,6 +132,7 @@ def tuned_embedding(
         # The base's table ends before the added ids: they look up row 0 and are replaced below.
         ids = input if added_NI is None else torch.where(input < rows, input, 0)
         y = base(ids)
+        input, ids = input.to(y.device), ids.to(y.device)
         if packed is not None:
             y = packed.add_rows(y, ids, choice, scale, impl)
         if added_NI is not None:

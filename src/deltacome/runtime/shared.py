@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 
 from deltacome.errors import UnsupportedError
 from deltacome.format.artifact import Artifact
-from deltacome.runtime.alone import set_forward
 from deltacome.runtime.choice import Choice
 from deltacome.runtime.match import Place
 from deltacome.runtime.modules import (
     embedding_scale,
     norm_of,
+    set_forward,
     tuned_embedding,
     tuned_linear,
     tuned_norm,
@@ -35,6 +36,7 @@ Tenants = list[Place | None]
 
 def install_shared(
     stack: contextlib.ExitStack,
+    model: nn.Module,
     artifacts: Sequence[Artifact],
     places: Sequence[Sequence[Place]],
     choice: Choice,
@@ -52,16 +54,8 @@ def install_shared(
             if place.patched or place.record.replaced:
                 attrs = modules[id(place.module)]
                 attrs.setdefault(place.attr, [None] * len(places))[slot] = place
-            if place.target.expert is not None and place.record.kind != "same":
-                raise UnsupportedError(
-                    f"{artifacts[slot].path}: {place.name}: experts, which several tenants cannot each "
-                    "have: attach this artifact alone, or merge it"
-                )
-            if place.resized or place.grown:
-                raise UnsupportedError(
-                    f"{artifacts[slot].path}: {place.name}: a vocabulary of another size than the "
-                    "base's: attach this artifact alone, or merge it"
-                )
+            _refuse(artifacts[slot].path, place)
+    choice.beside = _beside_text(model, map(_any, modules.values()))
     # What is refused is refused before anything is read.
     plans = [_plan(attrs) for attrs in modules.values()]
     terms = Terms(artifacts, places)
@@ -81,6 +75,32 @@ def install_shared(
             packed = terms.packed(weights)
             forward = tuned_linear(module.forward, packed, None, bias_SO, choice, impl)
         set_forward(stack, module, forward)
+
+
+def _refuse(path: Path, place: Place) -> None:
+    """Refuses what several tenants cannot each have, wherever it lies."""
+    why = None
+    if place.target.expert is not None:
+        why = "experts" if place.record.kind != "same" else None
+    elif place.resized or place.grown:
+        why = "a vocabulary of another size than the base's"
+    elif not place.quantized and place.live is not getattr(place.module, place.attr):
+        why = "a head that is the embedding, and the base's is not"
+    if why is not None:
+        raise UnsupportedError(
+            f"{path}: {place.name}: {why}, which several tenants cannot each have: attach this artifact "
+            "alone, or merge it"
+        )
+
+
+def _beside_text(model: Any, places: Iterable[Place]) -> str | None:
+    """The first of some places whose input may have other rows than the batch: pictures, positions."""
+    if not hasattr(model, "get_decoder"):
+        return None
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    within = {id(m) for m in model.get_decoder().modules() if not isinstance(m, nn.Embedding)}
+    within |= {id(end) for end in ends}
+    return next((place.name for place in places if id(place.module) not in within), None)
 
 
 def _any(attrs: dict[str, Tenants]) -> Place:

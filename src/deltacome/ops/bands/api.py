@@ -30,6 +30,7 @@ from deltacome.ops.impls import (
     check_floats,
     check_ids,
     check_impl,
+    full_precision,
     refuse_gradients,
 )
 from deltacome.ops.rows import Rows, chosen, nobody
@@ -149,7 +150,8 @@ def _bands(
     check_impl("bands", impl)
     _check(y, x, slot, blobs, fields)
     if impl == "cpu":
-        cpu.bands(y, x, slot, blobs, fields, outs, group_size)
+        with full_precision(y):
+            cpu.bands(y, x, slot, blobs, fields, outs, group_size)
     elif impl == "triton":
         from deltacome.ops.bands import triton
 
@@ -159,7 +161,8 @@ def _bands(
             *(tile, max_rank, group_size),
         )
     else:
-        reference.bands(y, x, slot, blobs, fields, outs, group_size)
+        with full_precision(y):
+            reference.bands(y, x, slot, blobs, fields, outs, group_size)
 
 
 @torch.library.register_fake("deltacome::bands", lib=_library)
@@ -212,7 +215,8 @@ def _band_rows(
             *(tile, max_rank, group_size, scale),
         )
     else:
-        reference.band_rows(y, ids, slot, blobs, fields, out, group_size, scale)
+        with full_precision(y):
+            reference.band_rows(y, ids, slot, blobs, fields, out, group_size, scale)
 
 
 @torch.library.register_fake("deltacome::band_rows", lib=_library)

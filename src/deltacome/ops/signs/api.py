@@ -19,6 +19,7 @@ from deltacome.ops.impls import (
     check_floats,
     check_ids,
     check_impl,
+    full_precision,
     refuse_gradients,
 )
 from deltacome.ops.rows import Rows, chosen, nobody
@@ -131,7 +132,8 @@ def _signs(
         tiles, tile = chosen(tiles, tile, x.shape[0], blobs.shape[0], least=triton.LEAST)
         triton.signs(y, x, order, tiles, blobs, fields, outs, tile)
     else:
-        reference.signs(y, x, slot, blobs, fields, outs)
+        with full_precision(y):
+            reference.signs(y, x, slot, blobs, fields, outs)
 
 
 @torch.library.register_fake("deltacome::signs", lib=_library)
