@@ -352,7 +352,7 @@ def test_eval_wants_one_kind_of_task(cli, pair, arguments):
     [
         (
             ["--task", "none.jsonl"],
-            ["--shots 3", "--limit 5", "--tasks-folder none", "--chat", "--run-code"],
+            ["--shots 3", "--limit 5", "--tasks-folder .", "--chat", "--run-code"],
         ),
         (
             ["--lm-eval", "gsm8k"],

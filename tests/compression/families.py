@@ -39,7 +39,7 @@ FAMILIES = {
         **TEXT, head_dim=32, query_pre_attn_scalar=32, sliding_window=8
     ),
     "MambaForCausalLM": lambda: MambaConfig(  # which multiplies by a linear's weight itself
-        vocab_size=300, hidden_size=64, state_size=8, num_hidden_layers=3, time_step_rank=64, **ENDS
+        vocab_size=300, hidden_size=64, state_size=8, num_hidden_layers=3, time_step_rank=4, **ENDS
     ),
     "MixtralForCausalLM": lambda: MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2),
     "Qwen2MoeForCausalLM": lambda: Qwen2MoeConfig(
