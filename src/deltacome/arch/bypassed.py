@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
+import linecache
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ def bypassed(model: nn.Module) -> frozenset[str]:
     """Names of parameters that are read past their layers, `layers.0.mixer.dt_proj.weight`."""
     found = set()
     for path, module in model.named_modules():
+        if next(module.children(), None) is None:
+            continue
         for child in _read_by(type(module)):
             name = f"{path}.{child}" if path else child
             try:
@@ -45,6 +47,8 @@ def _read_by(kind: type) -> frozenset[str]:
     for one in kind.__mro__:
         if one is nn.Module:
             break
+        if not issubclass(one, nn.Module):
+            continue
         for function in _functions(one):
             nodes = list(ast.walk(function))
             calls = [node for node in nodes if isinstance(node, ast.Call)]
@@ -67,12 +71,27 @@ def _read_by(kind: type) -> frozenset[str]:
 def _functions(kind: type) -> Iterator[ast.FunctionDef]:
     """What a class's own body defines; nothing where there is no source."""
     try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
+        body = _classes(inspect.getfile(kind))[kind.__qualname__]
+    except (OSError, TypeError, KeyError):
         return
-    for node in getattr(tree, "body", []):
+    for node in body:
         if isinstance(node, ast.FunctionDef) and node.name.strip("_") not in NOT_RUN:
             yield node
+
+
+@functools.cache
+def _classes(file: str) -> dict[str, list[ast.stmt]]:
+    """Bodies of the classes of a file (`inspect` would parse all of it for each of them)."""
+    try:
+        nodes = [("", node) for node in ast.parse("".join(linecache.getlines(file))).body]
+    except (SyntaxError, ValueError):
+        return {}
+    found = {}
+    for path, node in nodes:  # which grows
+        if isinstance(node, ast.ClassDef):
+            found[path + node.name] = node.body
+            nodes += [(f"{path}{node.name}.", inner) for inner in node.body]
+    return found
 
 
 def _path(node: ast.AST) -> str:
