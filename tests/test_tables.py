@@ -62,7 +62,7 @@ def lab(tables, tmp_path_factory):
     return module.Lab(base, folder / "work", size, {"tiny": tuned})
 
 
-NAMES = ["t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "vlm", "case", "ablation"]
+NAMES = ["t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "vlm", "case", "ablation", "unseen"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +76,9 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     if name == "t9":
         monkeypatch.setattr("deltacome.compression.search.WIDTHS", (8,))
         monkeypatch.setattr("deltacome.compression.search.GENERATIONS", 1)
-    if name == "ablation":
+    if name == "unseen":
+        monkeypatch.setattr(tables(name), "MARKS", ("four",))
+    if name in ("ablation", "unseen"):
         monkeypatch.setattr(tables(name), "RATIO", 4.0)
     if name == "t11":
         monkeypatch.setattr(tables(name), "GOALS", {("Delta-CoMe", 4), ("adaptive", 4)})

@@ -15,6 +15,7 @@ from rows import RATIO
 from deltacome import Adaptive, BitDelta, DeltaCome, LowRank, PrinMix
 from deltacome.evals.divergence import over_rows
 from deltacome.evals.score import wilson
+from deltacome.evals.tasks import Question
 from deltacome.methods.method import Method
 
 MARKS = ("sorted(", ".append(", ".join(", " if ")
@@ -22,8 +23,7 @@ MARKS = ("sorted(", ".append(", ".join(", " if ")
 
 
 def make(lab: Lab) -> str:
-    lab = lab.hiding(MARKS)
-    fit = lab.size.fit
+    lab, task, fit = lab.hiding(MARKS), lab.size.side[0], lab.size.fit
     rows: list[tuple[str, Method, float | None]] = [
         ("low rank", LowRank(), RATIO),
         ("BitDelta", BitDelta(distill=lab.size.distill), None),
@@ -36,34 +36,37 @@ def make(lab: Lab) -> str:
         ("adaptive, not distilled", Adaptive(distill=0), 2 * RATIO),
         ("adaptive", Adaptive(distill=fit), 2 * RATIO),
     ]
-    tuned = lab.measure("code", lab.dense(lab.tenant("code")))
-    hidden = [any(mark in q.prompt for mark in MARKS) for q in lab.questions("code")]
-    lines = [["tuned", "–", *_halves(lab, tuned, tuned, hidden)]]
+    tuned = lab.measure(task, lab.dense(lab.tenant(task)))
+    questions = lab.questions(task)
+    hidden = [any(mark in q.prompt for mark in MARKS) for q in questions]
+    lines = [["tuned", "–", *_halves(questions, tuned, tuned, hidden)]]
     for name, method, ratio in rows:
-        if lab.wanted("code", method, ratio):
-            cell = lab.cell("code", method, ratio)
-            lines.append([name, f"{cell['ratio']:.2f}", *_halves(lab, cell, tuned, hidden)])
+        if lab.wanted(task, method, ratio):
+            cell = lab.cell(task, method, ratio)
+            lines.append([name, f"{cell['ratio']:.2f}", *_halves(questions, cell, tuned, hidden)])
     columns = ("%", "lost / won", "KL")
     header = [f"{kinds}, {column}" for kinds in ("shown", "hidden") for column in columns]
     marks = ", ".join(f"`{mark.strip()}`" for mark in MARKS)
     return (
-        "## Hidden kinds on code: calibration text without some kinds of programs\n\n"
+        f"## Hidden kinds on {task}: calibration text without some kinds of programs\n\n"
         + md.table(["", "ratio", *header], lines)
         + f"\n\nHidden: {sum(hidden)} of {len(hidden)} held-out questions, programs with {marks}."
     )
 
 
-def _halves(lab: Lab, cell: dict[str, Any], tuned: dict[str, Any], hidden: list[bool]) -> list[str]:
+def _halves(
+    asked: list[Question], cell: dict[str, Any], tuned: dict[str, Any], hidden: list[bool]
+) -> list[str]:
     """Score, lost and won questions and KL, of shown kinds and of hidden ones."""
     found = []
     for wanted in (False, True):
         of = [i for i, kind in enumerate(hidden) if kind == wanted]
-        questions = [lab.questions("code")[i] for i in of]
+        questions = [asked[i] for i in of]
         part, theirs = (c | {"answers": [c["answers"][i] for i in of]} for c in (cell, tuned))
         right = md.right(part, questions)
         low, high = wilson(sum(right), len(right))
         shares = {"score": sum(right) / len(right), "score_low": low, "score_high": high}
-        asked = [i for i in of if i < len(cell["rows_task"])]
-        nats = over_rows([cell["rows_task"][i] for i in asked])
+        measured = [cell["rows_task"][i] for i in of if i < len(cell["rows_task"])]
+        nats = over_rows(measured)
         found += [md.score(shares), md.lost_won(part, theirs, questions), md.nats(*nats)]
     return found
