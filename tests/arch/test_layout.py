@@ -193,6 +193,18 @@ def test_weights_that_are_read_past_their_layers():
     assert "blocks.0.read" not in dict(linears_of("blocks.0", Table()))
 
 
+class Padded(Model):
+    def forward(self, ids):
+        return self.get_input_embeddings()(ids) + self.embed.weight[0] @ self.project.weight
+
+
+def test_an_input_embedding_is_called_by_its_getter():
+    assert bypassed(Padded()) == {"project.weight"}
+    packed = find_layout(Padded()).matrices
+    assert "embed.weight" in packed
+    assert "project.weight" not in packed
+
+
 def test_a_class_without_source_reads_nothing():
     kind = type("Made", (nn.Linear,), {})
     assert bypassed(nn.ModuleDict({"one": kind(2, 2)})) == frozenset()

@@ -252,3 +252,18 @@ def test_calibration_that_is_not_possible_is_refused(name, pairs, tmp_path):
         with pytest.raises(UnsupportedError, match=f"{name}.*compress it with calibration none"):
             compress(*pairs[name], tmp_path / "delta", ratio=4, calibration=calibration)
     assert {file.name for file in tmp_path.iterdir()} == {"c.txt"}
+
+
+def test_a_forward_of_experts_that_somebody_replaced(pairs, tmp_path):
+    base, tuned = pairs["Qwen3MoeForCausalLM"]
+    artifact = compress(base, tuned, tmp_path / "delta", ratio=3, calibration="none")
+    model = load(base)
+    experts = next(m for m in model.modules() if type(m).__name__.endswith("Experts"))
+    own = experts.forward = experts.forward
+    with pytest.raises(UnsupportedError, match=r"the forward of this .*Experts was replaced"):
+        attach(model, artifact)
+    experts._hf_hook = object()  # accelerate's, which moves what a layer is given
+    before = logits(model)
+    with attach(model, artifact):
+        assert not torch.equal(logits(model), before)
+    assert vars(experts)["forward"] is own

@@ -1,15 +1,22 @@
 """The library of the CPU kernels: built, found, and missing."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
-from ops_helpers import PLANS, filled, hatch_build, randn, rows_of
+from ops_helpers import PLANS, filled, filled_signs, hatch_build, randn, rows_of
 
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.ops import native
 from deltacome.ops.bands import bands, cpu, many
 from deltacome.ops.rows import Rows
+from deltacome.ops.signs import signs
 
 COMPILER = hatch_build.compiler()
+
+
+STATM = Path("/proc/self/statm")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -86,3 +93,19 @@ def test_the_build_goes_on_without_a_compiler(command, says, tmp_path, monkeypat
     assert hatch_build.build(tmp_path) == []
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(COMPILER is None or not STATM.exists(), reason="no C++ compiler, or no /proc")
+def test_memory_of_a_long_prompt_is_given_back():
+    table, _ = filled_signs(8192, [32])
+
+    def run(tokens):
+        """Bytes that the process holds after it."""
+        y_TO, x_TI = torch.zeros(tokens, 32), randn(tokens, 8192).cpu()
+        signs(y_TO, x_TI, rows_of(tokens * [0], table), table, impl="cpu")
+        del y_TO, x_TI
+        return int(STATM.read_text().split()[1]) * resource.getpagesize()
+
+    least = run(1)
+    assert run(4096) > least + (100 << 20)
+    assert run(1) < least + (50 << 20)

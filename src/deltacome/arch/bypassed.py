@@ -3,7 +3,8 @@
 Mamba's `self.dt_proj.weight @ x`, an embedding that is used as a table, the `out_proj` of torch's
 `MultiheadAttention`: a delta that runs in the layer's forward would never be asked. Code is read for
 that rather than run, as a tower is passed by where no picture comes. What is sometimes called and
-sometimes not (CLIP's positions, interpolated for other sizes on demand) is taken for called.
+sometimes not (CLIP's positions, interpolated for other sizes on demand) is taken for called, and so is
+the input embedding, which others call by its getter (Gemma 4 reads one row of its own besides).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NOT_RUN = {"init", "init_weights", "reset_parameters", "tie_weights"}
 
 def bypassed(model: nn.Module) -> frozenset[str]:
     """Names of parameters that are read past their layers, `layers.0.mixer.dt_proj.weight`."""
-    found = set()
+    found, embedding = set(), _embedding(model)
     for path, module in model.named_modules():
         if next(module.children(), None) is None:
             continue
@@ -34,9 +35,16 @@ def bypassed(model: nn.Module) -> frozenset[str]:
                 holder = model.get_submodule(name)
             except AttributeError:
                 continue
-            if isinstance(getattr(holder, "weight", None), Tensor):
+            if holder is not embedding and isinstance(getattr(holder, "weight", None), Tensor):
                 found.add(f"{name}.weight")
     return frozenset(found)
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of a model of transformers that has none
+        return None
 
 
 @functools.cache

@@ -360,7 +360,8 @@ struct Work {
 
   float *scratch(int64_t floats) {
     // What a long prompt took is given back when a token follows, not between its layers.
-    if (int64_t(memory.size()) > 16 * std::max<int64_t>(floats, 1 << 20)) memory = {};
+    if (int64_t(memory.size()) > 16 * std::max<int64_t>(floats, 1 << 20))
+      std::vector<float>().swap(memory);
     if (int64_t(memory.size()) < floats) memory.resize(floats);
     return memory.data();
   }

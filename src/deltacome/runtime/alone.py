@@ -131,7 +131,9 @@ def _set_generation_config(
 
     name, make = "generation_config.json", GenerationConfig.from_dict
     config = artifact.json_file(name)
-    if config is None and (name in artifact.manifest.dropped_files or before._from_model_config):
+    if config is None and (
+        name in artifact.manifest.dropped_files or getattr(before, "_from_model_config", False)
+    ):
         # The tuned model has no such file, so what it does is said by its configuration.
         name, make = TUNED_CONFIG_FILE, GenerationConfig.from_model_config
         config = artifact.json_file(name)
