@@ -25,7 +25,7 @@ NOT_RUN = {"init", "init_weights", "reset_parameters", "tie_weights"}
 
 def bypassed(model: nn.Module) -> frozenset[str]:
     """Names of parameters that are read past their layers, `layers.0.mixer.dt_proj.weight`."""
-    found, embedding = set(), _embedding(model)
+    found, embedding = set(), part_of(model, "get_input_embeddings")
     for path, module in model.named_modules():
         if next(module.children(), None) is None:
             continue
@@ -40,10 +40,11 @@ def bypassed(model: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def _embedding(model: nn.Module) -> nn.Module | None:
+def part_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a getter of transformers' models gives: an embedding, a head; None if there is none."""
     try:
-        return getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # of a model of transformers that has none
+        return getattr(model, getter, lambda: None)()
+    except NotImplementedError:
         return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltacome.arch.bypassed import bypassed
+from deltacome.arch.bypassed import bypassed, part_of
 from deltacome.errors import UnsupportedError
 
 
@@ -143,10 +143,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _weight_of(model: nn.Module, getter: str) -> str | None:
-    try:
-        module = getattr(model, getter, lambda: None)()
-    except NotImplementedError:
-        return None
+    module = part_of(model, getter)
     for name, candidate in model.named_modules():
         if candidate is module and isinstance(getattr(module, "weight", None), Tensor):
             return f"{name}.weight"

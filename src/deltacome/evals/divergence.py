@@ -214,9 +214,8 @@ def _on_disk(positions: int, vocabulary: int) -> np.ndarray:
     file = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
     hint = f": what the tuned model says takes {nbytes:,} bytes; TMPDIR names another place"
     with disk_errors(Path(tempfile.gettempdir()), hint):
-        if hasattr(
-            os, "posix_fallocate"
-        ):  # else a full disk ends the process when a page is written
+        # Else a full disk ends the process when a page is written.
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, nbytes)
         return np.memmap(file, np.float32, "w+", shape=(positions, vocabulary))
 

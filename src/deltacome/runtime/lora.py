@@ -195,9 +195,8 @@ class _Export:
             return
         if path in self.said.saved:
             return
-        if any(
-            module.children()
-        ):  # PEFT would take those from the base, with the LoRAs that they have
+        # PEFT would take those below it from the base, without the LoRAs that they have.
+        if next(module.children(), None) is not None:
             raise UnsupportedError(
                 f"{record.name}: {path or type(module).__name__} holds other modules, which PEFT saves "
                 "whole or not at all: export it with --to dense, or leave it out with --lora-only"
