@@ -273,6 +273,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48, help="questions in a step")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--held-out", type=int, default=200, help="questions to score with")
+    parser.add_argument(
+        "--asked", type=int, help="of these, before and after; default: all, which takes its time"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from OUT.partial")
     parser.add_argument("--save-every", type=int, default=200, help="steps; 0: never")
@@ -289,14 +292,15 @@ def main() -> None:
     questions = held_out(task, args.held_out)
     model, tokenizer = load(args.base, task, torch.device(args.device))
     model.eval()  # no dropout: the same forward for training, the live score and the saved model
-    before = exact(model, tokenizer, questions)
+    asked = questions[: args.asked]
+    before = exact(model, tokenizer, asked)
     checkpoint = Checkpoint(args.out, run)
     trained = train(
         model, tokenizer, run, questions, checkpoint,
         resume=args.resume, save_every=args.save_every,
     )  # fmt: skip
     model.to(torch.bfloat16).to(arithmetic(args.device))  # asked as it is saved: rounded
-    after = exact(model, tokenizer, questions)
+    after = exact(model, tokenizer, asked)
     model.to(torch.bfloat16)
 
     folder = checkpoint.folder / "model"
