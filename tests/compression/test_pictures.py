@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import pipeline
-from deltacome.compression.answers import answers_from
+from deltacome.compression.answers import answers_of
 from deltacome.compression.conversations import as_messages
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import _inputs, _picking, _Tuned
@@ -172,8 +172,9 @@ def test_rows_are_what_the_processor_makes(vision, rows):
         if pictures:
             assert row.seen["pixel_values"].shape == (pictures, 3, SIZE, SIZE)
     # A chat is told from its opening, as one without pictures is.
-    first, tokenizer = answers_from(tuned), AutoTokenizer.from_pretrained(tuned)
-    answers = {tokenizer.decode(row.ids[first(row.ids) + 1 :]) for row in rows if first(row.ids)}
+    answer, tokenizer = answers_of(tuned), AutoTokenizer.from_pretrained(tuned)
+    predicted = [(row.ids[1:], said) for row in rows if (said := answer(row.ids))]
+    answers = {tokenizer.decode(ids[said]) for ids, said in predicted}
     assert answers >= {"red<end>", "green<end>", "blue<end>", "white<end>", "red, blue<end>"}
 
 

@@ -64,7 +64,6 @@ def test_plans_fill_the_bytes_and_no_more(method, ratio):
     nbytes = 2 * sum(o * i for o, i in SHAPES.values()) / ratio
     planner = method.planner(matrices)
     plans = planner(nbytes)
-    assert method.adapts
     assert 0.97 * nbytes <= total(plans) <= nbytes * 1.005
     assert planner(nbytes) == plans
     assert total(planner(0)) < total(plans)
@@ -78,9 +77,10 @@ def test_options_are_json(method):
 
 
 def test_the_ratio_where_none_is_asked_for():
-    for method in ALL:
-        expected = 12 if isinstance(method, Residual) else 16
-        assert method.default_ratio == (expected if method.adapts else None)
+    for method in ADAPTIVE:
+        assert method.default_ratio == (12 if isinstance(method, Residual) else 16)
+    for method in set(ALL) - set(ADAPTIVE):
+        assert method.default_ratio is None
     assert LowRank(9).default_ratio is None
     assert DeltaCome(parse_template("8:1,2:4")).default_ratio is None
 
@@ -91,7 +91,6 @@ def test_low_rank_is_the_truncated_svd():
     best = u[:, :9] * s[:9] @ v[:9]
     (packed,) = compressed(LowRank(9), {"w": delta}, {"w": (Band(16, 9),)}, None).values()
     torch.testing.assert_close(packed.dense(), best, atol=1e-3, rtol=1e-3)
-    assert not LowRank(9).adapts
     terms = LowRank(9).planner({"w": Matrix((OUT, IN), lambda: delta)})(0)["w"]
     assert terms == Terms((Band(16, 9),))
 

@@ -131,7 +131,7 @@ def compress(
         options = {"device": device, "dtype": dtype, "workers": workers, "sweeps": sweeps}
         source, _, compute = check_options(chosen, calibration, **options)
         text = {"source": source, "samples": samples, "seq_len": seq_len, "seed": seed}
-        gptq_or_not = Gptq(chosen.damping, chosen.act_order, nearest=not chosen.gptq)
+        gptq_or_not = Gptq(chosen.damping, nearest=not chosen.gptq)
         how = {"device": device, "dtype": compute, "gptq": gptq_or_not}
         found = find_template(base, tuned, ratio, search, **text, **how)
         chosen = dataclasses.replace(chosen, template=found.template)

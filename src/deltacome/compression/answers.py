@@ -1,8 +1,9 @@
-"""Where the last answer of a chat begins, in a row of token ids.
+"""Where the last answer of a chat lies, in a row of token ids.
 
 An answer is what follows the opening that a chat template writes when it is asked for one:
 `<|im_start|>assistant`, `[/INST]`. Its tokens are taken as they are within a chat, since many tokenizers
-split them otherwise where they stand alone.
+split them otherwise where they stand alone. It ends with the token by which the template closes it,
+`<|im_end|>`: what follows (a line break, another chat) no fine-tune was trained on and nobody asks for.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deltacome.chats import chat_text
-from deltacome.compression.data import tokenizer_of
+from deltacome.chats import chat_text, load_tokenizer
+from deltacome.errors import CalibrationError
 
 _ASKED, _SAID = "USERTEXT", "ANSWER"
-First = Callable[[list[int]], int]
+Answer = Callable[[list[int]], slice | None]
 
 
-def answers_from(tuned: Path) -> First:
-    """What tells the first position of a row that predicts the last answer of a chat; 0 elsewhere.
+def answers_of(tuned: Path) -> Answer:
+    """What tells the positions of a row that predict the last answer of a chat and its end, or that
+    there is none.
 
     Where no answer would be found, in a chat of two turns that the template itself writes, a warning
     says so: all tokens count alike then, as they do without a template.
@@ -28,25 +30,27 @@ def answers_from(tuned: Path) -> First:
     Args:
         tuned: folder of the tuned model, for its tokenizer and template.
     """
-    tokenizer = tokenizer_of(tuned)
+    tokenizer = load_tokenizer(tuned, refused=CalibrationError)
     if not tokenizer.chat_template:
-        return lambda row: 0
-    opening = _opening(tokenizer)
+        return lambda row: None
+    opening, end = _opening(tokenizer), _end(tokenizer)
 
-    def first(row: list[int]) -> int:
+    def answer(row: list[int]) -> slice | None:
         for start in range(len(row) - len(opening) - 1, 0, -1):
             if row[start : start + len(opening)] == opening:
-                return start + len(opening) - 1
-        return 0
+                begins = start + len(opening)
+                ends = row.index(end, begins) if end in row[begins:] else None
+                return slice(begins - 1, ends)
+        return None
 
-    if not tokenizer.decode(opening).strip() or not _finds(first, tokenizer):
+    if not tokenizer.decode(opening).strip() or not _finds(answer, tokenizer):
         warnings.warn(
             f"{tuned}: where answers begin in a chat of its template cannot be told by tokens: in "
             "calibration text questions weigh like answers",
             stacklevel=2,
         )
-        return lambda row: 0
-    return first
+        return lambda row: None
+    return answer
 
 
 def _opening(tokenizer: Any) -> list[int]:
@@ -60,11 +64,20 @@ def _opening(tokenizer: Any) -> list[int]:
     return _between(tokenizer, asked + _SAID, start, len(asked))
 
 
-def _finds(first: First, tokenizer: Any) -> bool:
+def _end(tokenizer: Any) -> int | None:
+    """The token that closes an answer; None where it is a word, which an answer may have too."""
+    text = _chat(tokenizer, {"user": _ASKED, "assistant": _SAID})
+    closing = _between(tokenizer, text, text.rfind(_SAID) + len(_SAID), len(text))
+    added = set(tokenizer.get_added_vocab().values())
+    return closing[0] if closing and closing[0] in added else None
+
+
+def _finds(answer: Answer, tokenizer: Any) -> bool:
     """Whether the answer of a chat is found, and no word of its question is taken for it."""
     text = _chat(tokenizer, {"user": _ASKED, "assistant": _SAID})
     row = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    begins = first(row) + 1
+    found = answer(row)
+    begins = 0 if found is None else found.start + 1
     until_question = _between(tokenizer, text, 0, text.find(_ASKED) + len(_ASKED))
     until_answer = _between(tokenizer, text, 0, text.find(_SAID))
     return len(until_question) < begins <= len(until_answer)

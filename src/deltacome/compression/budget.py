@@ -38,7 +38,7 @@ def make_plans(
     name = method.options()["name"]
     if ratio is not None and not ratio > 0:
         raise PlanError(f"ratio: expected a number above 0, got {ratio}")
-    if ratio is None and method.adapts:
+    if ratio is None and method.default_ratio is not None:
         raise PlanError(f"{name}: expected a ratio, which its plans adapt to, got none")
     if not matrices:
         # An artifact that stores nothing is as small as can be.
@@ -47,7 +47,7 @@ def make_plans(
             raise PlanError(_refusal(manifest, {}, {}, ratio))
         return {}
     planner = method.planner(matrices)
-    if ratio is None or not method.adapts:
+    if ratio is None or method.default_ratio is None:
         plans = planner(0)
         if ratio is not None:
             _check_fixed(manifest, plans, name, ratio)

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
-from deltacome.chats import chat_text
+from deltacome.chats import chat_text, load_tokenizer
 from deltacome.compression.conversations import as_messages
 from deltacome.errors import CalibrationError
 from deltacome.pictures import Seen, load_processor, picture_row, seen_in
@@ -62,7 +62,7 @@ def calibration_rows(
             than a row: they cannot be cut.
         PictureError: a picture is missing or belongs nowhere, or no processor takes it.
     """
-    tokenizer = tokenizer_of(tuned)
+    tokenizer = load_tokenizer(tuned, refused=CalibrationError)
     if source == "self":
         written = _write(tokenizer, tuned, samples, seq_len, seed, device, on_step)
         rows = [Row(ids) for ids in written]
@@ -111,18 +111,6 @@ def row_shares(counts_BL: Tensor) -> Tensor:
     """What each token that counts weighs, (T,), so that every row weighs 1 in all."""
     in_row_B1 = counts_BL.sum(1, keepdim=True)
     return (1.0 / in_row_B1).expand(counts_BL.shape)[counts_BL]
-
-
-def tokenizer_of(tuned: Path) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        CalibrationError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
-    except Exception as error:  # which one depends on the kind of tokenizer that is broken
-        raise CalibrationError(f"{tuned}: expected a tokenizer: {error}") from error
 
 
 def _read_texts(source: str, tokenizer: Any, samples: int) -> list[Text | Seen]:

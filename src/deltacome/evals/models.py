@@ -34,10 +34,11 @@ def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
         raise DeltaError(f"dtype: expected auto or the name of a torch dtype, got {dtype!r}")
     name, revision = split_name(source, None, CheckpointError)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         sees = _sees(config.architectures or [])
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         how = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        how |= {"trust_remote_code": False}  # None would ask, and run it on a yes
         model, found = kind.from_pretrained(name, revision=revision, dtype=dtype, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source}: expected a language model, got {error}") from error

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from deltacome.arch.checkpoint import SIDE_FILES
+from deltacome.chats import load_tokenizer
 from deltacome.device import pick_device
 from deltacome.errors import CheckpointError, DeltaError, MismatchError, PictureError
 from deltacome.evals.divergence import (
@@ -243,11 +243,7 @@ def _side_files(base: str | Path, artifact: Artifact) -> Iterator[str]:
 
 
 def _tokenizer(source: str | Path) -> Any:
-    name, revision = split_name(source, None, CheckpointError)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: expected a tokenizer, got {error}") from error
+    return load_tokenizer(*split_name(source, None, CheckpointError), refused=CheckpointError)
 
 
 def _processor(source: str | Path) -> Any:

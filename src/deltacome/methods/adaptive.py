@@ -34,8 +34,7 @@ from deltacome.format.spec import Band, bands_nbytes
 from deltacome.methods.bands import factor_of
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms
 from deltacome.numerics.allocate import allocate
-from deltacome.numerics.gptq import Quantized, quantize_v
-from deltacome.numerics.grid import min_max_grid, round_to_grid
+from deltacome.numerics.gptq import Quantized, quantize_v, round_nearest
 from deltacome.numerics.refit import refit_u
 from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 
@@ -72,6 +71,9 @@ class Adaptive:
     distill: int = 100
     diagonal: bool = False
 
+    default_ratio = DEFAULT_RATIO  # plans fill whatever bytes there are
+    calibrates = True  # inputs, and what outputs are worth, are measured on text
+
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
         return {
@@ -80,21 +82,6 @@ class Adaptive:
             "distill": self.distill,
             "diagonal": self.diagonal,
         }
-
-    @property
-    def adapts(self) -> bool:
-        """Plans fill whatever bytes there are."""
-        return True
-
-    @property
-    def default_ratio(self) -> float:
-        """The ratio where none is asked for."""
-        return DEFAULT_RATIO
-
-    @property
-    def calibrates(self) -> bool:
-        """Inputs, and what outputs are worth, are measured on text."""
-        return True
 
     def spectrum(self, delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
         """σ² of a matrix's directions, twice the KL that each is worth: float32 (R,)."""
@@ -167,11 +154,9 @@ class Adaptive:
         return Packed(bands)
 
     def _quantize(self, vectors_RN: Tensor, bits_R: Tensor, gram_NN: Tensor | None) -> Quantized:
-        bits_R = bits_R.to(vectors_RN.device)
         if gram_NN is not None:
             return quantize_v(vectors_RN, gram_NN, bits_R, damping=self.damping)
-        grid = min_max_grid(vectors_RN, bits_R)
-        return Quantized(round_to_grid(vectors_RN, *grid, bits_R), *grid)
+        return round_nearest(vectors_RN, bits_R)
 
 
 def _rms(vectors_RN: Tensor) -> Tensor:

@@ -20,8 +20,13 @@ from torch import Tensor
 
 from deltacome.format.codec import BandTensors, Factor
 from deltacome.format.spec import Plan
-from deltacome.numerics.gptq import GramFactor, Quantized, quantize_u, quantize_v
-from deltacome.numerics.grid import min_max_grid, round_to_grid
+from deltacome.numerics.gptq import (
+    GramFactor,
+    Quantized,
+    quantize_u,
+    quantize_v,
+    round_nearest,
+)
 from deltacome.numerics.svd import svd
 
 
@@ -31,12 +36,10 @@ class Gptq:
 
     Attributes:
         damping: share of the mean diagonal that is added to a gram's diagonal.
-        act_order: whether inputs are gone through by falling activation.
         nearest: round to nearest instead, whatever the inputs are.
     """
 
     damping: float = 0.01
-    act_order: bool = True
     nearest: bool = False
 
     def v_factors(
@@ -51,13 +54,9 @@ class Gptq:
         # Rows of 16-bit bands ride along at 8 bits and are not used: float16 needs no grid.
         bits_R = torch.tensor(bits, device=v_RI.device).clamp(max=8)
         if gram_II is None or self.nearest:
-            # GPTQ against white inputs is plain rounding: nothing to factor.
-            scale_RG, zero_RG = min_max_grid(v_RI, bits_R)
-            codes_RI = round_to_grid(v_RI, scale_RG, zero_RG, bits_R)
-            quantized = Quantized(codes_RI, scale_RG, zero_RG)
+            quantized = round_nearest(v_RI, bits_R)
         else:
-            options = {"damping": self.damping, "act_order": self.act_order}
-            quantized = quantize_v(v_RI, gram_II, bits_R, **options)
+            quantized = quantize_v(v_RI, gram_II, bits_R, damping=self.damping)
         factors = []
         start = 0
         for _, plan in groups:
@@ -77,21 +76,26 @@ class Gptq:
         for band, v_factor, u_BO, s_B in zip(
             plan, v, u_RO.split(counts), s_R.split(counts), strict=True
         ):
-            quantized = self._quantize_u(u_BO, s_B, v_factor, min(band.bits, 8), gram_II)
-            u_factor = factor_of(band.bits, u_BO, quantized, slice(None))
+            if band.bits == 16:
+                u_factor = Factor.from_values(u_BO.cpu())
+            else:
+                quantized = self._quantize_u(u_BO, s_B, v_factor, band.bits, gram_II)
+                u_factor = factor_of(band.bits, u_BO, quantized, slice(None))
             bands.append(BandTensors(v_factor, u_factor, s_B.cpu()))
         return bands
 
     def _quantize_u(
         self, u_BO: Tensor, s_B: Tensor, v: Factor, bits: int, gram_II: Tensor | None
     ) -> Quantized:
+        if self.nearest:
+            return round_nearest(u_BO, bits)
         a_BI = s_B[:, None] * v.dequantize().to(s_B.device)
         gram_BB = (a_BI if gram_II is None else a_BI @ gram_II) @ a_BI.T
         gram_BB.diagonal().clamp_(min=0)  # rounding alone takes what no input reaches below it
-        if self.nearest or not float(gram_BB.diagonal().sum()) > 0:
-            # Nothing passes this band (its singular values are 0): plain rounding is all there is.
-            gram_BB = torch.eye(len(s_B), device=s_B.device)
-        return quantize_u(u_BO, gram_BB, bits, damping=self.damping, act_order=self.act_order)
+        if not float(gram_BB.diagonal().sum()) > 0:
+            # Nothing passes this band: its singular values are 0.
+            return round_nearest(u_BO, bits)
+        return quantize_u(u_BO, gram_BB, bits, damping=self.damping)
 
 
 def scaled_svd(delta_OI: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:

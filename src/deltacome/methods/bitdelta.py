@@ -34,24 +34,12 @@ class BitDelta:
     scales: Scales = "matrix"
     distill: int = 0
 
+    default_ratio = None  # it follows from the one bit
+    calibrates = False  # signs are data-free; distillation wants text, but no grams
+
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
         return {"name": "bitdelta", "scales": self.scales, "distill": self.distill}
-
-    @property
-    def adapts(self) -> bool:
-        """A bit for an entry, whatever the ratio."""
-        return False
-
-    @property
-    def default_ratio(self) -> None:
-        """None: it follows from the one bit."""
-        return
-
-    @property
-    def calibrates(self) -> bool:
-        """Signs are data-free; distillation wants text, but no grams."""
-        return False
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """Signs for every matrix."""

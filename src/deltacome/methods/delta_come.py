@@ -30,7 +30,6 @@ class DeltaCome:
     Attributes:
         template: the bands; the default is the paper's triple precision.
         damping: share of the mean diagonal that GPTQ adds to a gram's diagonal.
-        act_order: whether GPTQ goes through inputs by falling activation.
         gptq: False rounds to nearest instead, the ablation of the paper's section 5.
         distill: steps that fit the singular values to the tuned model's logits, which the paper does
             not do (`compression.distill`).
@@ -38,9 +37,10 @@ class DeltaCome:
 
     template: Template = TRIPLE
     damping: float = 0.01
-    act_order: bool = True
     gptq: bool = True
     distill: int = 0
+
+    calibrates = True  # GPTQ, and the errors that are told, are against the inputs
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
@@ -48,25 +48,14 @@ class DeltaCome:
             "name": "delta-come",
             "template": str(self.template),
             "damping": self.damping,
-            "act_order": self.act_order,
             "gptq": self.gptq,
             "distill": self.distill,
         }
 
     @property
-    def adapts(self) -> bool:
-        """Whether the template has a hole."""
-        return self.template.has_hole
-
-    @property
     def default_ratio(self) -> float | None:
-        """The ratio where none is asked for, if plans adapt to one."""
-        return DEFAULT_RATIO if self.adapts else None
-
-    @property
-    def calibrates(self) -> bool:
-        """GPTQ and the errors that are told are against the inputs."""
-        return True
+        """The ratio where none is asked for, if the template has a hole to fill."""
+        return DEFAULT_RATIO if self.template.has_hole else None
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """The template, filled for every matrix at one ratio."""
@@ -80,7 +69,7 @@ class DeltaCome:
         Raises:
             CalibrationError: the gram is not positive definite even after damping.
         """
-        gptq = Gptq(self.damping, self.act_order, nearest=not self.gptq)
+        gptq = Gptq(self.damping, nearest=not self.gptq)
         plan = {name: plans[name].bands for name in deltas}
         triples = {name: scaled_svd(delta, rank(plan[name])) for name, delta in deltas.items()}
         factors = gptq.v_factors([(triples[name][2], plan[name]) for name in deltas], gram_II)

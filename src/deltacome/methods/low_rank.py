@@ -30,24 +30,16 @@ class LowRank:
 
     directions: int | None = None
 
+    calibrates = False  # the method is data-free
+
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
         return {"name": "low-rank", "directions": self.directions}
 
     @property
-    def adapts(self) -> bool:
-        """Whether the rank is left to the ratio."""
-        return self.directions is None
-
-    @property
     def default_ratio(self) -> float | None:
-        """The ratio where none is asked for, if plans adapt to one."""
-        return DEFAULT_RATIO if self.adapts else None
-
-    @property
-    def calibrates(self) -> bool:
-        """The method is data-free."""
-        return False
+        """The ratio where none is asked for, if the rank is left to it."""
+        return DEFAULT_RATIO if self.directions is None else None
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """One band of 16 bits for every matrix."""

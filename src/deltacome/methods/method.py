@@ -61,13 +61,8 @@ class Method(Protocol):
     """How deltas become terms. Implementations are frozen dataclasses of options."""
 
     @property
-    def adapts(self) -> bool:
-        """Whether plans adapt to a number of bytes; otherwise they follow from the options."""
-        ...
-
-    @property
     def default_ratio(self) -> float | None:
-        """The ratio where none is asked for; None where plans do not adapt to one."""
+        """The ratio where none is asked for; None where plans follow from the options alone."""
         ...
 
     @property

@@ -27,11 +27,11 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from deltacome.errors import PlanError, naming
-from deltacome.format.codec import Packed, dequantize
+from deltacome.format.codec import Packed
 from deltacome.format.spec import Band, Plan, bands_nbytes, rank
 from deltacome.methods.bands import Gptq, scaled_svd
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms
-from deltacome.numerics.grid import min_max_grid, round_to_grid
+from deltacome.numerics.gptq import round_nearest
 from deltacome.numerics.refit import refit_u
 
 WIDTHS = (8, 4, 3, 2)
@@ -50,24 +50,12 @@ class PrinMix:
     damping: float = 0.01
     refit: bool = True
 
+    default_ratio = DEFAULT_RATIO  # the program fills whatever bytes there are
+    calibrates = True  # GPTQ and the refit are against the inputs
+
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
         return {"name": "prinmix", "damping": self.damping, "refit": self.refit}
-
-    @property
-    def adapts(self) -> bool:
-        """The program fills whatever bytes there are."""
-        return True
-
-    @property
-    def default_ratio(self) -> float:
-        """The ratio where none is asked for."""
-        return DEFAULT_RATIO
-
-    @property
-    def calibrates(self) -> bool:
-        """GPTQ and the refit are against the inputs."""
-        return True
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """Measures what each direction of each matrix costs at each width: an SVD of all deltas."""
@@ -117,9 +105,7 @@ def direction_costs(delta_OI: Tensor) -> np.ndarray:
     _, s_R, v_RI = scaled_svd(delta_OI, min(delta_OI.shape))
     columns = [torch.ones_like(s_R)]
     for bits in WIDTHS:
-        scale_RG, zero_RG = min_max_grid(v_RI, bits)
-        codes_RI = round_to_grid(v_RI, scale_RG, zero_RG, bits)
-        error_RI = dequantize(codes_RI, scale_RG, zero_RG) - v_RI
+        error_RI = round_nearest(v_RI, bits).dequantize() - v_RI
         # A direction whose rounding costs more than it brings is better dropped, never worse.
         columns.append(error_RI.square().mean(1).clamp(max=1))
     return (torch.stack(columns, 1) * s_R[:, None].square()).double().cpu().numpy()

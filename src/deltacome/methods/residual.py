@@ -34,24 +34,16 @@ class Residual:
     template: Template = parse_template("16:*")  # noqa: RUF009 (a template is frozen)
     scales: Scales = "matrix"
 
+    calibrates = False  # the method is data-free
+
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
         return {"name": "residual", "template": str(self.template), "scales": self.scales}
 
     @property
-    def adapts(self) -> bool:
-        """Whether the template has a hole."""
-        return self.template.has_hole
-
-    @property
     def default_ratio(self) -> float | None:
-        """The ratio where none is asked for, if plans adapt to one: signs alone are a sixteenth."""
-        return 12.0 if self.adapts else None
-
-    @property
-    def calibrates(self) -> bool:
-        """The method is data-free."""
-        return False
+        """The ratio where none is asked for, if the template has a hole: signs alone are a sixteenth."""
+        return 12.0 if self.template.has_hole else None
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """Signs for every matrix, and bands as far as the ratio allows."""

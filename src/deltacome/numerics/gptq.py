@@ -34,7 +34,7 @@ from torch import Tensor
 from deltacome.errors import CalibrationError, MismatchError
 from deltacome.format.codec import dequantize
 from deltacome.format.spec import GROUP
-from deltacome.numerics.grid import min_max_grid, spread
+from deltacome.numerics.grid import min_max_grid, round_to_grid, spread
 
 BLOCK = 128
 
@@ -92,6 +92,15 @@ def factor_gram(gram_NN: Tensor, damping: float = 0.01, act_order: bool = True) 
         )
     ratio_NN = (l_NN / l_NN.diagonal()).T.flip(0, 1)
     return GramFactor(ratio_NN.float().contiguous(), order_N, damping, act_order)
+
+
+def round_nearest(w_RN: Tensor, bits: Tensor | int) -> Quantized:
+    """The nearest codes, whatever the inputs are: what GPTQ does where they are white.
+
+    `w_RN` and `bits` as in `min_max_grid`, which raises what it says.
+    """
+    scale_RG, zero_RG = min_max_grid(w_RN, bits)
+    return Quantized(round_to_grid(w_RN, scale_RG, zero_RG, bits), scale_RG, zero_RG)
 
 
 def quantize_v(
