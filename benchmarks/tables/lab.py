@@ -68,7 +68,7 @@ class Size:
     """Steps that find the singular values of `adaptive`, of sixteen rows."""
     beside: bool = True
     """Whether there are rows that show what a step does: BitDelta before its scales are found, Delta-CoMe
-    with the last step of `adaptive`."""
+    and PrinMix with the last step of `adaptive`, and that without it."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of calibration, for the main rows."""
     ratios: tuple[float, ...] = (8, 16, 32, 64, 128)
@@ -165,7 +165,7 @@ class Lab:
         return folder
 
     def calibration(self, task: str, seed: int = 0) -> Path:
-        """Rows of text: questions that were trained on, never held-out ones, and general text."""
+        """Rows of text: further questions of the task, never held-out ones, and general text."""
         from tasks import TASKS, training
 
         count = self.size.rows // 4
@@ -382,7 +382,8 @@ def provenance(lab: Lab) -> str:
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    changed = " with uncommitted changes" if git("status", "--porcelain", "src") else ""
+    made_by = git("status", "--porcelain", "src", "benchmarks", "examples")
+    changed = " with uncommitted changes" if made_by else ""
     versions = ", ".join(f"{n} {version(n)}" for n in ("deltacome", "torch", "transformers"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     worst = ", ".join(f"{name} {value:.1e}" for name, value in sorted(lab.agreement.items()))
@@ -431,7 +432,13 @@ def general_text(count: int, tokens: int, seed: int = 0) -> list[str]:
 
 def code_hash(method: Method) -> str:
     """Of what turns weights into an artifact: shared rooms, of methods the one in question, versions."""
-    shared = ("method.py", "bands.py", "template.py")
+    shared = (
+        "method.py",
+        "bands.py",
+        "template.py",
+        "bitdelta.py",
+        "delta_come.py",
+    )  # what others use
     files = [ROOT / "src" / "deltacome" / "methods" / name for name in shared]
     files += [Path(inspect.getfile(kind)) for kind in type(method).__mro__ if kind is not object]
     files += sorted((ROOT / "src" / "deltacome").glob("*.py"))

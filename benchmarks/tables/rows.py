@@ -27,11 +27,15 @@ def baselines(size: Size) -> list[Row]:
 
 
 def main_rows(size: Size) -> list[Row]:
-    """All methods, ours last, at half the bytes too, and before it the paper's with its last step."""
-    distilled: list[Row] = [("Delta-CoMe, distilled too", DeltaCome(distill=size.fit), RATIO)]
+    """All methods, ours last, at half the bytes too, and before it what its last step is worth."""
+    beside: list[Row] = [
+        ("Delta-CoMe, distilled too", DeltaCome(distill=size.fit), RATIO),
+        ("PrinMix, distilled too", PrinMix(distill=size.fit), RATIO),
+        ("adaptive, not distilled", Adaptive(distill=0), RATIO),
+    ]
     return [
         *baselines(size),
-        *(distilled if size.beside else []),
+        *(beside if size.beside else []),
         ("adaptive", Adaptive(distill=size.fit), RATIO),
         ("adaptive, half the bytes", Adaptive(distill=size.fit), 2 * RATIO),
     ]

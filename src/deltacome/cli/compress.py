@@ -190,7 +190,7 @@ _TAKES = {
     "low-rank": {"directions"},
     "bitdelta": {"scales", "distill"},
     "residual": {"plan", "scales"},
-    "prinmix": {"refit"},
+    "prinmix": {"refit", "distill"},
     "adaptive": {"diagonal", "distill"},
 }
 

@@ -20,7 +20,7 @@ own errors are not such a loss, and are weighed as they are.
 
 Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
 does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
-each layer. In a chat only the last answer's tokens and its end count, since what a model would have said in the
+each layer. In a chat only the last answer and its end count, since what a model would have said in the
 user's place is nobody's concern. Rows weigh alike however long they are, but an answer weighs `ANSWER`
 times a text: the model is unsure of most words of a text and of few of an answer, so that errors of
 texts would decide nearly everything.
@@ -51,14 +51,14 @@ from deltacome.errors import UnsupportedError
 from deltacome.numerics.gram import Gram
 
 ANSWER = 30.0
-"""Rows of text that an answer weighs; `benchmarks/tables/ablation.py` shows what that brings."""
+"""Weight of an answer's row relative to a row of text (left out in `benchmarks/tables/ablation.py`)."""
 
 LIFT = 0.5
-"""The power of how unsure the model is of a token that its information in the blocks is in proportion to;
-1 leaves it as it is (`benchmarks/tables/ablation.py`)."""
+"""A token's information in the blocks is scaled to this power of the model's uncertainty; 1 leaves it
+unscaled (`benchmarks/tables/ablation.py`)."""
 
 LEAST = 1e-6
-"""How unsure the model counts as at least."""
+"""Lower bound of a token's uncertainty."""
 
 TEMPERATURE = 2.0
 """Of the answers whose information goes into the blocks; 1 takes the model's own

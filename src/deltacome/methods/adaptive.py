@@ -41,18 +41,17 @@ from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 DISTORTION = {2: 0.031, 3: 0.0057, 4: 0.0013, 8: 0.00002}
 """Squared error of a direction whose two vectors are stored at a width, relative to its weight, where
 both are rounded by GPTQ: medians of `benchmarks/distortion.py --every 20`. Where G is a diagonal, as an
-embedding's is, it is up to sixteen times as large at few bits, which plans do not look at."""
+embedding's is, it is over ten times as large at few bits, which plans do not look at."""
 
 CUT = 3.0
-"""What leaving a direction out counts against as large an error of rounding: rounding errs at random, but
+"""Penalty on leaving a direction out, relative to as large an error of rounding: that errs at random, but
 what is left out is left out in every layer, and adds up (`benchmarks/tables/ablation.py`)."""
 
 
 ALIKE = 0.5
 """How far plans take all matrices to matter alike: 0 goes by what was measured of each, 1 gives their
-entries one weight. That of a matrix takes inputs and gradients as independent, and sees what calibration
-shows; skills that it hardly shows were lost in the matrices it says little of
-(`benchmarks/tables/ablation.py`)."""
+entries one weight. That of a matrix takes inputs and gradients as independent, and sees only what
+calibration shows (`benchmarks/tables/ablation.py`)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Adaptive:
         }
 
     def spectrum(self, delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
-        """σ² of a matrix's directions, twice the KL that each is worth: float32 (R,)."""
+        """σ² of a matrix's directions, in proportion to the KL that each is worth: float32 (R,)."""
         if any(side is not None and not side.any() for side in (inputs, outputs)):
             # No answer hangs on it: an expert that was never asked, say.
             return torch.zeros(min(delta_OI.shape))

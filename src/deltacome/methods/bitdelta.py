@@ -3,7 +3,8 @@
 Liu et al., NeurIPS 2024, arXiv 2402.10193. `D̂ = α Sign(D)`, where Sign is −1 for what is not above
 0 (equation 2), and the α of least squared error is the mean of |D| (equation 3). The paper then
 distils the scales, and nothing else, against the logits of the tuned model (equation 4): that needs
-the model, so `compression.distill` does it, if `distill` asks for steps.
+the model, so `compression.distill` does it, if `distill` asks for steps. The paper compresses the linear
+layers of the blocks; that an embedding and a head have signs too is an extension.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ Ping et al., NeurIPS 2024, arXiv 2406.08903. `D = U S Vᵀ` is cut into bands of
 (section 3.2). For each band V is quantised by GPTQ against the inputs' gram C, then U by GPTQ
 against the gram of what it will multiply, `(S V̂ᵀ) C (S V̂ᵀ)ᵀ` (section 3.3; `bands` has both).
 `compression.search` finds templates by the paper's greedy and genetic search.
+
+The paper compresses the linear layers of the blocks. That an embedding and a head are matrices like
+others here, the head's against the gram of its own inputs, is an extension.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ dropped. A 0/1 program picks one width for each direction such that the sum is l
 the matrix are not exceeded; `scipy.optimize.milp` (HiGHS) solves it. Then V is quantised by GPTQ, U
 is refitted to V̂ ("reconstruction target correction", `numerics.refit`), and quantised by GPTQ.
 
-Two choices are ours. Costs are measured by rounding the vectors to nearest before any input is known,
+Three choices are ours. An embedding and a head are matrices like others, where the paper compresses the
+linear layers of blocks. Costs are measured by rounding the vectors to nearest before any input is known,
 so that a ratio is refused before the work begins. And what the program counts are the bytes on disk,
 scales and all, where the paper counts codes.
 
@@ -45,17 +46,25 @@ class PrinMix:
     Attributes:
         damping: share of the mean diagonal that GPTQ adds to a gram's diagonal.
         refit: False quantises the singular vectors themselves, the paper's ablation.
+        distill: steps that fit the singular values to the tuned model's logits, which the paper does
+            not do (`compression.distill`).
     """
 
     damping: float = 0.01
     refit: bool = True
+    distill: int = 0
 
     default_ratio = DEFAULT_RATIO  # the program fills whatever bytes there are
     calibrates = True  # GPTQ and the refit are against the inputs
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
-        return {"name": "prinmix", "damping": self.damping, "refit": self.refit}
+        return {
+            "name": "prinmix",
+            "damping": self.damping,
+            "refit": self.refit,
+            "distill": self.distill,
+        }
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """Measures what each direction of each matrix costs at each width: an SVD of all deltas."""
@@ -114,7 +123,8 @@ def direction_costs(delta_OI: Tensor) -> np.ndarray:
 def best_plan(shape: Shape, costs_RW: np.ndarray, nbytes: float) -> Plan:
     """The bands of least cost within the bytes; one direction if nothing fits.
 
-    Costs at one width fall with the singular value, so the widest belong to the first directions.
+    The widths that the program chose are given to the directions in falling order. Costs at one width
+    fall with the singular value nearly everywhere, so that is mostly the program's own order.
 
     Raises:
         PlanError: the solver gives up.

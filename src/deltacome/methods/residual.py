@@ -2,6 +2,7 @@
 
 D-QRELO (arXiv 2604.16940), made for fine-tunes on much data, whose deltas are large and full of
 rank: one bit an entry first, as in BitDelta, then an SVD of the residual `D − α Sign(D)`. Data-free.
+What the paper adds to that residual as a compensation is not here.
 The singular vectors are kept at 16 bits, or at what the template says, rounded to nearest.
 
 What signs cost is fixed, a sixteenth, so the ratio must lie below 16.
