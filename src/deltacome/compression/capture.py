@@ -36,7 +36,7 @@ class _Stop(Exception):
 
 
 class _Taken(Exception):
-    """A model took the first of what a block returned, and it was no tuple."""
+    """A model indexed what a block returned, so what stands in for it must return a tuple."""
 
 
 def drop_weights(module: nn.Module) -> None:
@@ -117,7 +117,18 @@ class Stream:
     def gram(self, name: str, linear: str) -> Tensor:
         """Gram of the inputs that reach a linear of a block, with the weights that are loaded."""
         module = self.model.get_submodule(linear)
-        gram = Gram(linear, inputs_of(module), device=self.device)
+        return self._gram(linear, module, inputs_of(module), lambda batch: self.run(name, batch))
+
+    def head_gram(self) -> Tensor:
+        """Gram of the inputs of the output head, after the last block."""
+        hidden_size = self.batches[0].hidden.shape[-1]
+        with self.outside_weights():
+            return self._gram(str(self.layout.head), self.head, hidden_size, self.answer)
+
+    def _gram(
+        self, name: str, module: nn.Module, inputs: int, run: Callable[[Batch], Tensor]
+    ) -> Tensor:
+        gram = Gram(name, inputs, device=self.device)
         for batch in self.batches:
 
             def take(module: nn.Module, args: tuple, batch: Batch = batch) -> None:
@@ -125,7 +136,7 @@ class Stream:
                 gram.add(args[0].reshape(*batch.valid.shape, -1)[batch.valid.to(self.device)])
                 raise _Stop
 
-            self._until_stopped(module, take, lambda batch=batch: self.run(name, batch))
+            self._until_stopped(module, take, lambda batch=batch: run(batch))
         return gram.value
 
     def advance(self, name: str) -> None:
@@ -133,20 +144,6 @@ class Stream:
         with torch.no_grad():
             for batch in self.batches:
                 batch.hidden = self.run(name, batch)
-
-    def head_gram(self) -> Tensor:
-        """Gram of the inputs of the output head, after the last block."""
-        head, name = self.head, str(self.layout.head)
-        gram = Gram(name, self.batches[0].hidden.shape[-1], device=self.device)
-        with self.outside_weights():
-            for batch in self.batches:
-
-                def take(module: nn.Module, args: tuple, batch: Batch = batch) -> None:
-                    gram.add(args[0][batch.valid.to(self.device)])
-                    raise _Stop
-
-                self._until_stopped(head, take, lambda batch=batch: self.answer(batch))
-        return gram.value
 
     def run(self, name: str, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """A block's output, (B, L, H), for the hidden states of a batch or for others of that shape."""
