@@ -57,7 +57,10 @@ def make_plans(
     for _ in range(3):  # what surrounds the terms hangs on them, by some digits
         plans = planner(target - around)
         # Never less than before: plans that leave matrices out need less, which the next ones fill.
-        around = max(around, _total(manifest, plans) - _terms_nbytes(matrices, plans))
+        needed = max(around, _total(manifest, plans) - _terms_nbytes(matrices, plans))
+        if needed == around:  # the same bytes would give the same plans, after hundreds of programs
+            break
+        around = needed
     if _exceeds(manifest, plans, ratio):
         raise PlanError(_refusal(manifest, matrices, planner(0), ratio))
     return plans
