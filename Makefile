@@ -15,6 +15,7 @@ export PYTHONWARNINGS ?= ignore::SyntaxWarning
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/ops/native.cpp \
+		$(wildcard src/deltacome/ops/native*.h) \
 		tests/vllm/constraints.txt tests/vllm/install_engine.py
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: another package's looser requirement would pull a CUDA build.

@@ -1,5 +1,6 @@
 """The command line: exit codes, where things are printed, and the keys of its JSON."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -10,11 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from artifact_helpers import write_artifact
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
 from tiny_pairs import make_pair, text_lines, tree, weights_of
 
 import deltacome.compression
+from deltacome.cli.printing import summary
+from deltacome.format.manifest import Record
 from deltacome.methods.delta_come import DeltaCome
 
 OVERVIEW = {"method", "base", "bytes_on_disk", "tuned_bytes", "ratio", "nominal_ratio"}
@@ -115,7 +119,7 @@ def test_the_memory_of_workers(cli, pair, artifact, monkeypatch):
         ),
         (
             ["--method", "prinmix", "--no-refit", "--ratio", "4", "--calibration", "none"],
-            {"name": "prinmix", "damping": 0.01, "refit": False},
+            {"name": "prinmix", "damping": 0.01, "refit": False, "distill": 0},
         ),
     ],
 )
@@ -141,12 +145,15 @@ def test_the_ratio_where_none_is_asked_for(cli, pair, artifact, monkeypatch, met
     assert (code, asked) == (0, [ratio])
 
 
-def test_a_searched_plan(cli, pair, tmp_path):
+def test_a_searched_plan(cli, pair, tmp_path, monkeypatch):
     text = tmp_path / "c.txt"
     text.write_text("\n".join(text_lines(9)))
     options = ["--search", "greedy", "--ratio", "4", "--calibration", text, "--samples", "4"]
-    code, _, _ = cli("compress", *pair, "-o", tmp_path / "a", *options, "--seq-len", "12")
+    monkeypatch.setattr("deltacome.cli.printing.LINE_SECONDS", -1)
+    code, _, err = cli("compress", *pair, "-o", tmp_path / "a", *options, "--seq-len", "12")
     assert code == 0
+    assert re.search(r"search \d+/24, .*2:\*, mean error", err)
+    assert "blocks 2/2, model.layers.1\n" in err
     method = json.loads((tmp_path / "a" / "delta_config.json").read_text())["method"]
     assert method["template"].endswith(",2:*")
 
@@ -205,6 +212,18 @@ def test_inspect_for_people(cli, artifact):
     assert "bytes on disk" in out
 
 
+def test_names_of_strangers_are_no_markup_and_no_commands(cli, tmp_path):
+    name = "[/x] [bold]y\x1b[31m\u202e"
+    record = Record(name, (3,), "float32", None, None, None, None, exact_rows=(0, 3))
+    write_artifact(tmp_path / "a", [record], {f"{name}.exact": torch.zeros(3)}, config={})
+    code, out, err = cli("inspect", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert "[/x] [bold]y�[31m�" in out
+    said = {"method": "m\x1b", "base": {"name_or_path": "b\x1b[2J\n"}, "tensors": []}
+    sizes = {"bytes_on_disk": 1, "tuned_bytes": 1, "ratio": 1.0, "nominal_ratio": None}
+    assert summary(said | sizes).startswith("method: m�; base: b�[2J�\ntensors:")
+
+
 def test_verify_and_merge(cli, artifact, pair, tmp_path):
     code, out, err = cli("verify", artifact, "--base", pair[0], "--json")
     assert (code, err) == (0, "")
@@ -234,6 +253,24 @@ def test_plan_and_capacity(cli, artifact, pair):
     code, out, err = cli("capacity", pair[0], *size)
     assert (code, err) == (0, "")
     assert f"tenants: {said['tenants']:,}" in out
+
+
+def test_a_share_in_percent_is_wrong_usage(cli, artifact, pair):
+    size = ["--delta", artifact, "--gpu-gib", "0.05", "--utilization", "90"]
+    code, _, err = cli("capacity", pair[0], *size)
+    assert code == 2
+    assert "--utilization" in err
+
+
+def test_a_server_without_its_engine_is_refused_first(cli, monkeypatch):
+    monkeypatch.setattr("deltacome.vllm.version.importlib.metadata.version", missing_version)
+    assert_refused(cli("serve", "/no/base"), "pip install 'deltacome[vllm]'")
+    # This one shows a command for elsewhere.
+    assert_refused(cli("serve", "/no/base", "--dry-run"), "/no/base")
+
+
+def missing_version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 def test_a_server_without_a_cache_is_warned_of(cli, pair):
@@ -318,7 +355,7 @@ def test_debug_shows_where_it_was_refused(cli, pair, tmp_path):
         (["--method", "low-rank", "--precision", "single"], "--precision"),
         (["--method", "bitdelta", "--plan", "2:*"], "--plan"),
         (["--method", "bitdelta", "--scales", "columns"], "--scales"),
-        (["--method", "prinmix", "--distill", "5"], "--distill"),
+        (["--method", "residual", "--distill", "5"], "--distill"),
         (["--search", "greedy", "--plan", "2:*"], "--search"),
         (["--search", "best"], "--search"),
         (["--plan", "7:1"], "--plan"),

@@ -154,6 +154,11 @@ def test_a_child_sees_what_is_forbidden():
     assert "halted" in run(["deltacome.errors"], blocked=("deltacome.errors",)).stderr
 
 
+def test_names_are_listed():
+    assert {*deltacome.__all__, "__version__"} <= {*dir(deltacome)}
+    assert {*deltacome.__all__} == {*deltacome._HOMES}
+
+
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = deltacome.nothing

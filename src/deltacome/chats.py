@@ -1,30 +1,11 @@
-"""Tokenizers, and the text of a chat as their template writes it."""
+"""The text of a chat, as a model's template writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from deltacome.errors import DeltaError
-
 _PROBE = "PROBE"
-
-
-def load_tokenizer(
-    source: str | Path, revision: str | None = None, *, refused: type[DeltaError]
-) -> Any:
-    """The tokenizer of a folder or of a repository on the Hub; code that comes with one is not run.
-
-    Raises:
-        DeltaError: of the kind `refused`: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # which one depends on the kind of tokenizer that is broken
-        raise refused(f"{source}: expected a tokenizer: {error}") from error
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:

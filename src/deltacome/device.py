@@ -1,25 +1,42 @@
-"""Which device of torch a name stands for."""
+"""Which device of torch a name stands for, and which dtype."""
 
 from __future__ import annotations
 
 import torch
 
-from deltacome.errors import DeviceError
+from deltacome.errors import DeltaError, DeviceError
 
 
-def pick_device(device: str) -> str:
+def pick_device(device: str | torch.device, *, doubles: bool = False) -> str:
     """The device of a name, `cpu`, `cuda`, `cuda:1`…; `auto` is the GPU if there is one.
 
+    Args:
+        device: the name, or torch's own word for it.
+        doubles: whether it is to hold float64, which not every GPU does (Apple's do not).
+
     Raises:
-        DeviceError: torch knows none of this name, or has none of it here.
+        DeviceError: torch knows none of this name, has none of it here, or none with such numbers.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    number = torch.float64 if doubles else torch.float32
     try:
-        torch.zeros(1, device=device).item()  # a number there and back: `meta` holds none
+        torch.zeros(1, dtype=number, device=device).item()  # there and back: `meta` holds none
     except Exception as error:  # which one depends on what is missing
         raise DeviceError(
-            f"device: expected auto, cpu or another that torch can use here, got {device!r}: "
-            f"{error!s:.160}"
+            f"device: expected auto, cpu or another that torch can use here, with {number}, got "
+            f"{str(device)!r}: {error!s:.160}"
         ) from error
-    return device
+    return str(device)
+
+
+def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of a name, `float32`, `bfloat16`…; torch's own is what it is.
+
+    Raises:
+        DeltaError: torch knows none of this name.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise DeltaError(f"dtype: expected the name of a torch dtype, got {dtype!r}")
+    return found

@@ -18,7 +18,13 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import (
@@ -26,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from deltacome.errors import CheckpointError, MismatchError, UnsupportedError
+from deltacome.errors import CheckpointError, DeltaError, MismatchError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,20 @@ def read_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration runs through a library's code: any kind may come
         raise CheckpointError(f"{folder}: expected a model configuration: {error}") from error
+
+
+def load_tokenizer(
+    source: str | Path, revision: str | None = None, *, refused: type[DeltaError]
+) -> Any:
+    """The tokenizer of a folder or of a repository on the Hub; code that comes with one is not run.
+
+    Raises:
+        DeltaError: of the kind `refused`: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # which one depends on the kind of tokenizer that is broken
+        raise refused(f"{source}: expected a tokenizer: {error}") from error
 
 
 def parse_config(document: dict[str, Any]) -> PreTrainedConfig:

@@ -186,6 +186,8 @@ def test_weights_that_are_read_past_their_layers():
     passed_by = {"read.weight", "inner.o.weight", "attention.out_proj.weight"}
     assert bypassed(Table()) == passed_by
     assert bypassed(Derived()) == passed_by  # `called` is called too, by the code it inherits
+    assert bypassed(Table(), training=True) == passed_by | {"both.weight"}
+    assert bypassed(Derived(), training=True) == passed_by | {"both.weight", "called.weight"}
     model = Model([Table(), Table()])
     packed = find_layout(model).matrices
     assert {f"layers.0.{name}" for name in passed_by}.isdisjoint(packed)

@@ -191,11 +191,15 @@ def test_dtype_is_used(tmp_path):
     base = save(tmp_path / "base", seed=0)
     task = questions(tmp_path, "1", "2")
     tuned = save(tmp_path / "tuned", seed=0)
-    exact = run(base, task, tuned=tuned, dtype="float32", text=None)["models"][0]["kl_text"]
-    assert exact == pytest.approx(0.0, abs=1e-8)
+    text = tmp_path / "t.txt"
+    text.write_text("0123456789" * 200)
+    found = run(base, task, tuned=tuned, dtype=torch.float32, text=str(text))
+    assert (found["dtype"], found["text"]) == ("float32", str(text))
+    assert found["models"][0]["kl_text"] == pytest.approx(0.0, abs=1e-8)
     from deltacome.evals.models import load_model
 
-    assert next(load_model(base, "cpu", "bfloat16").parameters()).dtype == torch.bfloat16
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert next(load_model(base, "cpu", dtype).parameters()).dtype == torch.bfloat16
 
 
 def test_text_is_read_before_a_model_is_loaded(tmp_path, monkeypatch):

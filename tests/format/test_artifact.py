@@ -269,3 +269,43 @@ def test_file_that_goes_away_after_opening(folder):
     (folder / SHARD).unlink()
     with pytest.raises(ArtifactError, match=r"norm\.weight\.exact cannot be read"):
         artifact.exact("norm.weight")
+
+
+def test_what_was_read_does_not_change_with_the_file(folder):
+    """Nor does a file that is truncated meanwhile end the process, as a mapped one would."""
+    artifact = Artifact.open(folder)
+    blob, exact = artifact.blob("layer.weight"), artifact.exact("norm.weight")
+    with (folder / SHARD).open("r+b") as file:  # in place
+        file.write(b"\xff" * (folder / SHARD).stat().st_size)
+    unit = golden.unit()
+    assert torch.equal(blob, unit.entries["layer.weight.bands"])
+    assert torch.equal(exact, unit.entries["norm.weight.exact"])
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800"])
+def test_a_path_that_no_folder_has(path):
+    with pytest.raises(ArtifactError):
+        Artifact.open(path)
+
+
+def carrying(tmp_path, name, content):
+    writer = golden.ArtifactWriter(tmp_path / "delta", {}, resume=False)
+    writer.save("all", golden.unit())
+    return Artifact.open(writer.finish(["all"], golden.manifest(), {name: content}))
+
+
+def test_a_carried_file_that_is_too_large_to_be_parsed(tmp_path):
+    """A megabyte of brackets takes thirty once it is parsed."""
+    content = b'{"a": [' + b"[]," * (1 << 19) + b"0]}"
+    artifact = carrying(tmp_path, "generation_config.json", content)
+    artifact.verify_bytes()
+    assert artifact.file("generation_config.json") == content
+    with pytest.raises(
+        ArtifactError, match=r"generation_config\.json: expected at most 1048576 bytes"
+    ):
+        artifact.json_file("generation_config.json")
+    with pytest.raises(ArtifactError, match="expected at most 5 bytes, got"):
+        artifact.file("generation_config.json", 5)
+    (tmp_path / "other").mkdir()
+    allowed = carrying(tmp_path / "other", "tokenizer.json", content)
+    assert len(allowed.json_file("tokenizer.json")["a"]) == (1 << 19) + 1

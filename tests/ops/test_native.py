@@ -65,6 +65,16 @@ def test_what_c_could_not_walk():
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_c_gets_memory_of_the_cpu_whatever_the_default_device():
+    table, _ = filled(140, [70], PLANS)
+    with torch.device("meta"):  # stands in for a GPU
+        blobs, fields = table.pool.blobs_SN, table.fields_SPBF
+        piece_RN = many._decode(0, blobs, fields, native.sizes((70,)), 140, 128, False, 0, 1, 0, 64)
+    assert piece_RN.is_cpu
+    assert piece_RN.float().any()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_plain_batches_do_not_enter_python(monkeypatch):
     entered = []
     monkeypatch.setattr(cpu, "bands", lambda *arguments: entered.append(arguments))

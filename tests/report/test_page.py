@@ -7,15 +7,17 @@ import xml.etree.ElementTree as ET
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from report_helpers import HOSTILE, PROJECTIONS, evaluated, layers, save
 
 from deltacome.errors import ArtifactError, DeltaError, OutputError
 from deltacome.format.artifact import Artifact
 from deltacome.report import figures, write_report
-from deltacome.report.colours import COLOURS, contrast
+from deltacome.report.colours import COLOURS, LIGHT, contrast
 from deltacome.report.facts import gather
 from deltacome.report.scores import read_scores
 from deltacome.report.sections import sections
+from deltacome.report.svg import inline_svg
 from deltacome.report.words import clip, number, share, short_names, size
 
 H = "{http://www.w3.org/1999/xhtml}"
@@ -35,6 +37,9 @@ def made(tmp_path_factory):
     ]
     file = evaluated(folder / "scores.json", models, digest=artifact.digest)
     write_report(artifact, folder / "page.html", scores=[file], png=folder / "png")
+    names = {"scores": [str(file)], "png": str(folder / "again")}
+    write_report(str(folder / "delta"), str(folder / "again.html"), **names)
+    assert (folder / "again.html").read_bytes() == (folder / "page.html").read_bytes()
     return artifact, file, folder / "page.html", folder / "png"
 
 
@@ -212,6 +217,22 @@ def test_names_from_outside_stay_text(tmp_path):
     cells = ["".join(row) for row in rows(root, "errors")]
     assert any("<script>alert(1)</script>$x_1$" in cell for cell in cells)
     assert not any(c in "".join(root.itertext()) for c in "\u202e\x01")
+
+
+def test_text_of_a_figure_stays_as_it_is():
+    """Names that look like what is edited in the tags around them."""
+    said = f'font-family: y; {LIGHT["ink"]} d="1.2345" id="z" href="#z" xlink:href <!-- x -->'
+    figure = Figure()
+    figure.text(0.1, 0.5, said)
+    figure.text(0.1, 0.6, 'style="font-family: z"', color=LIGHT["ink"])
+    text = str(inline_svg(figure, "key", "title", "words"))
+    assert [e.text for e in ET.fromstring(text).iter(f"{S}text")] == [
+        said,
+        'style="font-family: z"',
+    ]
+    styles = re.findall(r' style="([^"]*)"', re.sub(">[^<]*<", "><", text))
+    assert any("var(--ink)" in style for style in styles)
+    assert not any("font-family" in style or "font:" in style for style in styles)
 
 
 def test_nothing_is_left_where_something_is_refused(tmp_path):

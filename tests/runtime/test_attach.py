@@ -1,15 +1,32 @@
+import copy
 import dataclasses
+import io
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from artifact_helpers import TERMS, random_artifact, write_artifact
 from runtime_helpers import CONFIGS, assert_close, load, logits, some_ids
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaConfig,
+    Qwen2Config,
+    Qwen2VLConfig,
+)
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "compression"))
+import families
+
+from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.runtime import attach, merge
+from deltacome.runtime.match import check_config
 
 
 def snapshot(model):
@@ -246,6 +263,41 @@ def test_configuration_of_no_consequence_is_not(bases, tmp_path):
     attach(load(bases["llama"]), artifact).detach()
 
 
+@pytest.mark.parametrize(
+    ("base", "tuned", "field"),
+    [
+        (Qwen2Config(), {"num_hidden_layers": 2 * 10**9}, "num_hidden_layers"),
+        (GPT2Config(), {"num_hidden_layers": 2 * 10**9}, "num_hidden_layers"),  # its n_layer
+        (Qwen2VLConfig(), {"num_hidden_layers": 2 * 10**9}, "num_hidden_layers"),  # of its text
+        (
+            LlavaConfig(),
+            {"text_config": {"num_hidden_layers": 10**9}},
+            r"text_config\.num_hidden_l",
+        ),
+        (LlavaConfig(), {"vision_config": {"intermediate_size": 10**9}}, r"vision_config\.inter"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_counts_are_looked_at_before_lists_are_made_of_them(monkeypatch, base, tuned, field):
+    """Configurations write down a name or kind for each layer."""
+    monkeypatch.setattr(type(base), "from_dict", lambda _: pytest.fail("it was made"))
+    with pytest.raises(
+        UnsupportedError, match=f"^{field}.*: the tuned model has [12]0{{9}}, the base"
+    ):
+        check_config(SimpleNamespace(config=base), tuned)
+
+
+def test_labels_are_not_counted_at_all():
+    harmless = {"num_labels": 5, "torch_dtype": "none", "tie_word_embeddings": False}
+    tuned = check_config(SimpleNamespace(config=Qwen2Config()), harmless)
+    assert (tuned.num_labels, tuned.tie_word_embeddings) == (2, False)
+    base = LlavaConfig()
+    for part, own in base.to_dict().items():
+        if part in base.sub_configs:
+            tuned = check_config(SimpleNamespace(config=base), {part: own | {"num_labels": 5}})
+            assert getattr(tuned, part).num_labels == 2
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -394,9 +446,25 @@ def test_half_tuned_weights_cannot_be_saved(bases, tmp_path):
                 part.save_pretrained(tmp_path / "saved")
         with pytest.raises(DeltaError, match="detach before saving"):
             model.model.layers[0].self_attn.state_dict()
+        assert not (tmp_path / "saved").exists()
+    model.model.save_pretrained(tmp_path / "saved")
     got = model.state_dict()
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_half_tuned_models_cannot_be_copied(bases, tmp_path):
+    """A copy's layers would call those of the original."""
+    artifact = random_artifact(bases["llama"], tmp_path / "delta")
+    model = load(bases["llama"])
+    with attach(model, artifact):
+        for part in (model, model.lm_head):
+            with pytest.raises(DeltaError, match=r"copying \(`Attachment\.detach`\)"):
+                copy.deepcopy(part)
+            with pytest.raises(DeltaError, match="detach before"):
+                torch.save(part, io.BytesIO())
+    assert torch.equal(logits(copy.deepcopy(model), some_ids()), logits(model, some_ids()))
+    torch.save(model.lm_head, io.BytesIO())
 
 
 # --- compiled ------------------------------------------------------------------------------------
@@ -441,6 +509,19 @@ def test_weights_that_the_model_reads_itself_are_refused(bases, tmp_path, monkey
     monkeypatch.setattr("deltacome.runtime.match.bypassed", lambda model: frozenset([name]))
     with pytest.raises(UnsupportedError, match=f"{name}.*without calling its layer"):
         attach(load(bases["llama"]), artifact)
+
+
+def test_weights_that_the_model_reads_itself_while_it_trains(tmp_path):
+    """As a kernel does that has all of a Mamba layer in one; `out_proj` is called otherwise."""
+    name = "MambaForCausalLM"
+    base = families.make(name, families.FAMILIES[name](), tmp_path / "base")
+    names = Checkpoint(base).tensors
+    others = [name for name in names if "out_proj" not in name]
+    artifact = random_artifact(base, tmp_path / "delta", same=others)
+    model = families.load(base).train()
+    with pytest.raises(UnsupportedError, match=r"out_proj\.weight: .*its layer.* eval\(\) first"):
+        attach(model, artifact)
+    attach(model.eval(), artifact).detach()
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])

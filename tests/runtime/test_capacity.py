@@ -77,6 +77,9 @@ def test_what_is_refused(bases, artifact):
         capacity(bases["llama"], [artifact], device_bytes=MIB, ratio=16)
     with pytest.raises(PlanError, match="ratio: expected a number above 0"):
         capacity(bases["llama"], [], device_bytes=MIB, ratio=0)
+    for share in (90, 0, -0.5, float("nan")):
+        with pytest.raises(PlanError, match="utilization: expected a share above 0, at most 1"):
+            capacity(bases["llama"], [artifact], device_bytes=MIB, utilization=share)
     wide = random_artifact(bases["llama"], artifact.path.with_name("b"))
     wide.manifest.records["model.norm.weight"].__dict__["base_shape"] = (49,)
     with pytest.raises(MismatchError, match="expected a base of shape"):

@@ -18,8 +18,12 @@ def test_auto_is_the_fastest_that_is_there(bases, tmp_path, monkeypatch):
     with attach(load(bases["llama"]), artifact) as attached:
         assert attached.impl == fastest
     monkeypatch.setattr(native, "missing", lambda: MISSING)
-    with attach(load(bases["llama"]), artifact) as attached:
+    with (
+        pytest.warns(UserWarning, match="the reference runs, which is slow: .* not built") as said,
+        attach(load(bases["llama"]), artifact) as attached,
+    ):
         assert attached.impl == "reference"
+    assert [one.filename for one in said] == [__file__]
 
 
 def test_a_named_implementation_never_falls_back(bases, tmp_path, monkeypatch):
@@ -30,7 +34,8 @@ def test_a_named_implementation_never_falls_back(bases, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "missing", lambda: MISSING)
     with pytest.raises(UnsupportedError, match="was not built"):
         attach(model, artifact, impl="cpu")
-    attach(model, artifact).detach()  # the refusal left nothing behind
+    with pytest.warns(UserWarning, match="not built"):
+        attach(model, artifact).detach()  # the refusal left nothing behind
 
 
 @pytest.mark.skipif(

@@ -85,6 +85,28 @@ def test_files_beside_the_weights(bases, tmp_path):
     assert {file.stat().st_mode for file in out.iterdir()} == {(tmp_path / "file").stat().st_mode}
 
 
+def test_code_is_the_bases_alone(bases, tmp_path):
+    """Whoever serves the folder and trusts the base's code would run an artifact's."""
+    base = tmp_path / "base"
+    make_base("llama", base)
+    config = json.loads((base / "config.json").read_text())
+    own = {"AutoConfig": "configuration_x.X"}
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+    evil = {"AutoConfig": "evil/code--configuration_x.X"}
+    carried = {"auto_map": evil, "processor": {"auto_map": evil, "size": 3}}
+    files = {"processor_config.json": json.dumps(carried).encode()}
+    artifact = random_artifact(base, tmp_path / "delta", files=files, auto_map=evil, eos_token_id=9)
+    with pytest.warns(UserWarning, match=r"names other code than the base's") as warned:
+        out = merge(base, artifact, tmp_path / "out")
+    assert len([one for one in warned if "names other code" in str(one.message)]) == 2
+    assert json.loads((out / "processor_config.json").read_text()) == {"processor": {"size": 3}}
+    assert json.loads((out / "config.json").read_text()) == {
+        **config,
+        "auto_map": own,
+        "eos_token_id": 9,
+    }
+
+
 def assert_nothing_left(folder):
     assert {file.name for file in folder.iterdir()} <= {"base", "delta"}
 

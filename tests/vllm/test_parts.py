@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 from vllm.lora.layers import LoRAMappingType
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor import models
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -36,7 +37,7 @@ from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.spec import Band, bands_nbytes
 from deltacome.ops.slots import BandTable, PlacedBands
 from deltacome.ops.slots import Pool as OpsPool
-from deltacome.vllm import compat, version
+from deltacome.vllm import compat, plugin, version
 from deltacome.vllm import manager as manager_module
 from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.launch import Launch, plan_launch
@@ -70,12 +71,30 @@ def test_this_vllm_is_known():
 
 
 @pytest.mark.parametrize("number", ["0.31.9", "0.34.0", "1.0", "0.34.0rc1", "0.34.0.dev5"])
-def test_another_version_is_refused_before_it_is_imported(number, monkeypatch):
+def test_another_version_is_left_alone_before_it_is_imported(number, monkeypatch):
+    told = []
     monkeypatch.setattr(version.importlib.metadata, "version", lambda name: number)
     monkeypatch.delattr(deltacome.vllm, "compat")
     monkeypatch.setitem(sys.modules, "deltacome.vllm.compat", None)
-    with pytest.raises(UnsupportedError, match=rf"from 0\.32 on and before 0\.34, got {number}"):
-        register()
+    monkeypatch.setattr(plugin.logger, "error", lambda text, *of: told.append(text % of))
+    register()
+    assert len(told) == 1
+    assert re.search(rf"not hooked in.*from 0\.32 on and before 0\.34, got {number}", told[0])
+
+
+def test_a_vllm_without_hooks_refuses_an_artifact_itself(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "check", refuse_all)
+    monkeypatch.setattr(plugin.logger, "error", lambda *said: None)
+    monkeypatch.setattr(compat.lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", None)
+    register()
+    assert compat.lora_model_runner_mixin.LRUCacheWorkerLoRAManager is None
+    artifact = random_artifact(base, tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        PEFTHelper.from_local_dir(str(artifact.path), None)
+
+
+def refuse_all():
+    raise UnsupportedError("another signature")
 
 
 @pytest.mark.parametrize("number", ["0.32.0", "0.32.1rc1", "0.32.1+cpu", "0.33.0"])
@@ -389,7 +408,7 @@ def test_a_norm_of_sampled_rows_is_refused_by_name():
             refuse_options(SimpleNamespace(model_config=mimo))
 
 
-def loaded(base, artifact, model=None, without=()):
+def loaded(base, artifact, model=None, without=(), **settings):
     """The tenant that a worker makes of an artifact; each tensor has a module of its own."""
     model = model or nn.Module()
     model.config = AutoConfig.from_pretrained(base)
@@ -402,7 +421,8 @@ def loaded(base, artifact, model=None, without=()):
         if not name.startswith(without):
             places.append(Place(name, nn.Module(), kind, (part,)))
     read = Base(str(base), None)
-    return load_tenant(1, str(artifact.path), model, places, read, Settings(group_size=32))
+    settings = Settings(group_size=32, **settings)
+    return load_tenant(1, str(artifact.path), model, places, read, settings)
 
 
 def extended(base, folder, **tensors):
@@ -728,15 +748,19 @@ def test_found_in_a_remote_place(memory, base, tmp_path):
 
 
 def test_a_place_that_cannot_be_read(tmp_path, memory, monkeypatch):
-    with pytest.raises(ArtifactError, match=r"nowhere://x: math cannot be read"):
-        asyncio.run(Finder("nowhere://x", tmp_path).find("math"))
+    with pytest.raises(ArtifactError) as refused:
+        asyncio.run(Finder("nowhere://user:password@x", tmp_path).find("math"))
+    # A client is told no address; the log has the rest.
+    assert str(refused.value) == "math: cannot be read from where tenants are looked for"
+    assert "nowhere" in str(refused.value.__cause__)
 
     def broken(*args, **kwargs):
         raise OSError("the line is dead")
 
     monkeypatch.setattr(type(memory), "get_file", broken)
-    with pytest.raises(ArtifactError, match="the line is dead"):
+    with pytest.raises(ArtifactError, match=r"^math: cannot be read") as refused:
         asyncio.run(Finder("memory://bucket/tenants", tmp_path / "cache").find("math"))
+    assert str(refused.value.__cause__) == "the line is dead"
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -744,7 +768,7 @@ def test_an_upload_that_still_runs(base, tmp_path, memory):
     memory.mv("/bucket/tenants/math", "/bucket/whole", recursive=True)
     memory.copy("/bucket/whole/delta_config.json", "/bucket/tenants/math/delta_config.json")
     finder = Finder("memory://bucket/tenants", tmp_path / "cache")
-    with pytest.raises(ArtifactError, match=r"tenants/math: not complete yet.* is missing"):
+    with pytest.raises(ArtifactError, match=r"^math: not complete yet.* is missing"):
         asyncio.run(finder.find("math"))
     assert not list((tmp_path / "cache").iterdir())
     (shard,) = (name for name in memory.find("/bucket/whole") if name.endswith(".safetensors"))
@@ -812,6 +836,8 @@ def test_an_artifact_named_on_the_hub(base, hub, tmp_path, monkeypatch):
     repo.commit("broken", {k: v for k, v in files.items() if not k.endswith(".safetensors")})
     with pytest.raises(ArtifactError, match="is missing"):
         Artifact.open(hub_artifact("org/delta@broken"))
+    repo.commit("more", files | {"notes.txt": b"what no manifest names"})
+    assert not (Path(hub_artifact("org/delta@more")) / "notes.txt").exists()
 
 
 # --- launching -----------------------------------------------------------------------------------

@@ -3,18 +3,19 @@
 import asyncio
 import contextlib
 import re
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from artifact_helpers import random_artifact
+from prometheus_client import CollectorRegistry, Gauge
 from tiny_pairs import make_base
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.utils.counter import AtomicCounter
 
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.vllm import compat, frontend, metrics, registry
+from deltacome.vllm.locks import Locks
 from deltacome.vllm.manager import Held, WorkerManager
 from deltacome.vllm.registry import Registry
 from deltacome.vllm.settings import Settings
@@ -82,7 +83,7 @@ def serve(workers):
     models = SimpleNamespace(
         lora_requests={},
         lora_id_counter=AtomicCounter(0),
-        lora_resolver_lock=defaultdict(asyncio.Lock),
+        lora_resolver_lock=Locks(),
         renderer=SimpleNamespace(tokenizer=None),
         model_config=SimpleNamespace(get_vocab_size=lambda: 300),
     )
@@ -269,6 +270,95 @@ def test_templates_are_filled_with_the_tuned_models_tokens(folders, monkeypatch,
     asyncio.run(run())
 
 
+def test_names_of_clients_leave_no_lock(monkeypatch):
+    """vLLM keeps one for each name that was ever in a request."""
+
+    async def run():
+        models, workers = SimpleNamespace(), Workers()
+        vars(workers).update(encode=None)
+        vars(workers.vllm_config).update(additional_config=None)
+        monkeypatch.setattr(frontend, "_registry", None)
+        monkeypatch.setattr(metrics, "watch", lambda engine: None)
+        frontend._init(lambda *args: None)(models, workers)
+        locks, order = models.lora_resolver_lock, []
+
+        async def wait(i):
+            async with locks["math"]:
+                order.append(i)
+                assert list(locks) == ["math"]
+                await asyncio.sleep(0)
+
+        await asyncio.gather(wait(0), wait(1), wait(2))
+        assert order == [0, 1, 2]
+        assert not len(locks)
+
+    asyncio.run(run())
+
+
+def test_a_request_of_sagemakers_route(folders, monkeypatch):
+    """/adapters gives no object of vLLM's; and a path may be anything."""
+
+    async def run():
+        tenants = serve(Workers())
+        monkeypatch.setattr(frontend, "_registry", tenants)
+
+        async def check(request):
+            return None
+
+        async def original(self, request, base_model_name):
+            return type(request).__name__
+
+        models = SimpleNamespace(lora_resolver_lock=Locks(), _check_load_lora_adapter_request=check)
+        load = frontend._load(original)
+
+        def asked(path, in_place=False):
+            return SimpleNamespace(lora_name="math", lora_path=path, load_inplace=in_place)
+
+        assert "'math' added" in await load(models, asked(str(folders[0])))
+        assert tenants.named("math").request.lora_path.startswith(str(folders[0]))
+        for path in ("a/" + "b" * 5000, "/" + "b" * 5000, "a\0b"):
+            assert await load(models, asked(path)) == "LoadLoRAAdapterRequest"
+        refusal = await load(models, asked(str(folders[0]), "perhaps"))
+        assert (refusal.error.code, refusal.error.param) == (400, "lora_path")
+
+    asyncio.run(run())
+
+
+def test_all_but_probes_and_metrics_asks_for_the_key(monkeypatch):
+    async def run():
+        said = []
+
+        async def app(scope, receive, send):
+            said.append(200)
+
+        async def send(message):
+            said.extend([message["status"]] if "status" in message else [])
+
+        guard = compat.AuthenticationMiddleware(app, ["secret"])
+        call = frontend._authenticate(compat.AuthenticationMiddleware.__call__)
+
+        async def ask(path, key=None, method="POST", **more):
+            headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+            scope = {"type": "http", "method": method, "path": path, "headers": headers, **more}
+            await call(guard, scope, None, send)
+            return said.pop()
+
+        monkeypatch.setattr(frontend, "_registry", object())
+        closed = ("/adapters", "/adapters/math", "/invocations", "/tokenize", "/healthy", "/", "")
+        for path in (*closed, "/metrics/../adapters", "/v1/models"):
+            assert await ask(path) == 401, path
+            assert await ask(path, "another") == 401
+            assert await ask(path, "secret") == 200
+        for path in frontend.OPEN:
+            assert await ask(path) == await ask(f"/api{path}", root_path="/api") == 200
+        assert await ask("/tokenize", method="OPTIONS") == 200  # asked by browsers first
+        monkeypatch.setattr(frontend, "_registry", None)  # a server without tenants is vLLM's
+        assert await ask("/tokenize") == 200
+        assert await ask("/v1/models") == 401
+
+    asyncio.run(run())
+
+
 # --- several engines, several servers -------------------------------------------------------------
 
 
@@ -418,6 +508,41 @@ async def drain(outputs):
 # --- how often workers are asked ------------------------------------------------------------------
 
 
+def test_what_workers_refused_is_not_read_at_each_request(folders, monkeypatch):
+    """Reading it to find the same keeps all others waiting."""
+
+    async def run():
+        workers = Workers()
+        tenants, finder = serve(workers), Finder(folders[0])
+        workers.refused[0] = {*range(1, 5)}
+
+        async def reads(folder, finder):
+            with pytest.raises(DeltaError, match="w: wrong base"):
+                await tenants.load("math", str(folder), finder)
+            return sum(name == "prefetch" for name, *_ in workers.said)
+
+        assert [await reads(folders[0], finder) for _ in range(3)] == [1, 1, 1]
+        assert await reads(folders[1], finder) == 2  # other weights
+        assert await reads(folders[0], None) == 3  # a command
+        monkeypatch.setattr(registry, "REFUSED_SECONDS", 0)
+        assert await reads(folders[0], None) == 4
+        entry = await tenants.load("math", str(folders[0]), finder)  # after a while
+        monkeypatch.undo()
+        await tenants._drop(entry)
+        workers.refused[0] = {entry.request.lora_int_id}
+        before = len(workers.said)
+        for _ in range(3):
+            with pytest.raises(VLLMValidationError, match="w: wrong base"):
+                async with tenants.using(entry.request):
+                    pass
+        assert sum(name == "prefetch" for name, *_ in workers.said[before:]) == 1
+        tenants.unload(tenants.models.lora_requests.pop("math"))
+        await settle(tenants)
+        assert not tenants.entries
+
+    asyncio.run(run())
+
+
 def test_workers_are_asked_less_and_less_and_about_one_at_a_time(folders, monkeypatch):
     async def run():
         workers = Workers()
@@ -478,6 +603,53 @@ def test_what_happens_to_tenants_is_counted_and_logged(folders, log):
     assert log()[4].endswith("w: wrong base")
     assert f"{folders[0]}#deltacome-" in log()[0]  # which weights
     assert metrics.logger.name.startswith("vllm.")  # others have no handler in a server
+
+
+def test_figures_are_of_tenants_that_are_there(folders):
+    """A client that loads and unloads for ever would make metrics that take ever longer."""
+
+    def tenants_with_tokens():
+        (family,) = metrics.TOKENS.collect()
+        return {sample.labels["tenant"] for sample in family.samples}
+
+    async def run():
+        tenants = serve(Workers())
+        await tenants.load("passing", str(folders[0]))
+        metrics.TOKENS.labels("passing").inc()
+        await tenants.load("passing", str(folders[1]))
+        await settle(tenants)
+        assert "passing" in tenants_with_tokens()
+        tenants.unload(tenants.models.lora_requests.pop("passing"))
+        await settle(tenants)
+        assert "passing" not in tenants_with_tokens()
+
+    asyncio.run(run())
+    gauge = Gauge("adapters", "", ["running"], registry=CollectorRegistry())
+    logger = SimpleNamespace(gauge_lora_info=gauge)
+
+    def original(self, stats, iteration=None):
+        if stats:
+            self.gauge_lora_info.labels(stats).set(iteration)
+
+    record = metrics.with_present_adapters(original)
+    for i in range(3):
+        record(logger, f"math#{i}", i)
+        record(logger, None)
+    (family,) = gauge.collect()
+    assert [sample.labels["running"] for sample in family.samples] == ["math#2"]
+
+
+def test_what_others_wrote_is_one_line_of_the_log(log):
+    error = DeltaError(f"w\n\x1b[31mRefused tenant 'x'{'y' * 9999}")
+    metrics.refused("a\nb", error)
+    error = DeltaError("short")
+    error.__cause__ = OSError("the line is dead")
+    metrics.refused("a", error)
+    long, short = log()
+    assert long.startswith("Refused tenant 'a\\nb': w\N{REPLACEMENT CHARACTER}")
+    assert long.isprintable()
+    assert len(long) < 1100
+    assert short == "Refused tenant 'a': short (OSError('the line is dead'))"
 
 
 def test_figures_go_on_when_workers_could_not_be_asked(log, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 from tiny_pairs import VOCAB, make_tokenizer
-from vllm_helpers import greedy, logprobs, prompt_logprobs, some_ids, wish
+from vllm_helpers import KEY, greedy, logprobs, prompt_logprobs, some_ids, wish
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from deploy_helpers import asked_metrics
@@ -25,13 +25,41 @@ SERVED = ("base", "math", "code", "chat", "lora")
 
 async def _all(server, wishes):
     async with openai.AsyncOpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0
+        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
     ) as client:
         return await asyncio.gather(*(client.completions.create(**wish) for wish in wishes))
 
 
 def ask_all(server, wishes):
     return asyncio.run(_all(server, wishes))
+
+
+def test_all_but_probes_and_metrics_asks_for_the_key(server, stage):
+    """Tenants are loaded, unloaded and asked at paths too that vLLM leaves open."""
+    folder = stage.folder / "tenants" / "one"
+    closed = {
+        "POST /adapters": {"name": "sage", "src": str(folder)},
+        "DELETE /adapters/math": None,
+        "POST /invocations": {"model": "math", "prompt": [5, 6], "max_tokens": 1},
+        "POST /tokenize": {"model": "math", "prompt": "one"},
+        "POST /detokenize": {"model": "math", "tokens": [5]},
+        "GET /openapi.json": None,
+        "POST /v1/load_lora_adapter": {"lora_name": "sage", "lora_path": str(folder)},
+        "GET /v1/models": None,
+    }
+    for path, body in closed.items():
+        for key in (None, "another"):
+            assert server.ask(*path.split(), body, key)[0] == 401, path
+    for path in ("/health", "/ping", "/metrics", "/version"):
+        assert server.ask("GET", path, key=None)[0] == 200, path
+    assert {"math"} <= listed(server)
+    assert "sage" not in listed(server)
+    status, said = server.ask("POST", "/adapters", closed["POST /adapters"])
+    assert status == 200, said
+    assert server.say("sage", [5, 6, 7]) == greedy(stage.models["one"], [5, 6, 7], 8)
+    assert server.ask("POST", "/invocations", closed["POST /invocations"])[0] == 200
+    assert server.ask("DELETE", "/adapters/sage")[0] == 200
+    assert "sage" not in listed(server)
 
 
 def test_everyone_at_once(server, stage):
@@ -206,6 +234,7 @@ def test_unload_frees_memory(server, stage):
     empty = held(0)
     assert empty["deltacome_host_bytes"] == 0
     assert empty["deltacome_resident_tenants"] == 0
+    assert not [key for key in empty if key.startswith("deltacome_tokens_total{extra-")]
     for name in ("math", "code", "chat"):
         assert server.load(name, stage.folder / "tenants" / name)[0] == 200
 
@@ -265,4 +294,6 @@ def test_a_tenant_in_the_place_of_an_ordinary_adapter(server, stage):
 def test_what_dashboard_and_alerts_ask_for_is_there(server):
     server.say("code", [5, 6, 7])
     text = urllib.request.urlopen(f"{server.url}/metrics", timeout=30).read().decode()
+    # Of adapters that run and wait there is one list, that of now.
+    assert len(re.findall(r"^vllm:lora_requests_info\{", text, re.M)) == 1
     assert asked_metrics() <= set(re.findall(r"^([\w:]+)[{ ]", text, re.M))

@@ -25,6 +25,8 @@ from deltacome.runtime import merge
 PLANS = (PLAN, (Band(4, 3), Band(2, 9)), (Band(8, 1),), (Band(3, 20),))
 SLOTS, HELD = 2, 3
 """Of the shared server: tenants in a batch, and on the host. More are served."""
+KEY = "none"
+"""Of all servers; everything but probes and metrics asks for it."""
 START_SECONDS = 240
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -141,7 +143,8 @@ class Server:
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
         self.command = [sys.executable, "-c", "from deltacome.cli import main; main()", "serve"]
         self.command += [*map(str, arguments), "--port", str(self.port), "--", *QUICK, *more]
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        self.command += ["--api-key", KEY]
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
 
     def start(self):
         with open(self.log, "ab") as log:
@@ -169,9 +172,15 @@ class Server:
 
     def post(self, path, **body):
         """(status, body) of a request that the client has no method for."""
-        request = urllib.request.Request(
-            f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        return self.ask("POST", path, body)
+
+    def ask(self, method, path, body=None, key=KEY):
+        """(status, body) of a request, with a key or without."""
+        headers = {"Content-Type": "application/json"}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", content, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, answer.read().decode()

@@ -4,7 +4,8 @@ Mamba's `self.dt_proj.weight @ x`, an embedding that is used as a table, the `ou
 `MultiheadAttention`: a delta that runs in the layer's forward would never be asked. Code is read for
 that rather than run, as a tower is passed by where no picture comes. What is sometimes called and
 sometimes not (CLIP's positions, interpolated for other sizes on demand) is taken for called, and so is
-the input embedding, which others call by its getter (Gemma 4 reads one row of its own besides).
+the input embedding, which others call by its getter (Gemma 4 reads one row of its own besides). In
+training mode it may never be called: Mamba's fused kernels read the weights themselves there.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ NOT_RUN = {"init", "init_weights", "reset_parameters", "tie_weights"}
 """Functions that make a model, by name without underscores around it."""
 
 
-def bypassed(model: nn.Module) -> frozenset[str]:
-    """Names of parameters that are read past their layers, `layers.0.mixer.dt_proj.weight`."""
+def bypassed(model: nn.Module, *, training: bool = False) -> frozenset[str]:
+    """Names of parameters that are read past their layers, `layers.0.mixer.dt_proj.weight`.
+
+    Args:
+        model: any module.
+        training: also those whose layers are called at other times.
+    """
     found, embedding = set(), part_of(model, "get_input_embeddings")
     for path, module in model.named_modules():
         if next(module.children(), None) is None:
             continue
-        for child in _read_by(type(module)):
+        never, sometimes = _read_by(type(module))
+        for child in never | sometimes if training else never:
             name = f"{path}.{child}" if path else child
             try:
                 holder = model.get_submodule(name)
@@ -49,8 +56,8 @@ def part_of(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 @functools.cache
-def _read_by(kind: type) -> frozenset[str]:
-    """Paths below a module of a class whose weight its code reads, and which it never calls."""
+def _read_by(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Paths below a module of a class whose weight its code reads: that it never calls, and others."""
     read: set[str] = set()
     called: set[str] = set()
     for one in kind.__mro__:
@@ -74,7 +81,8 @@ def _read_by(kind: type) -> frozenset[str]:
                 for weight in weights
                 if isinstance(weight.ctx, ast.Load) and id(weight) not in asked
             }
-    return frozenset(read - called - {""})
+    read -= {""}
+    return frozenset(read - called), frozenset(read & called)
 
 
 def _functions(kind: type) -> Iterator[ast.FunctionDef]:

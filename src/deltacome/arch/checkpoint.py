@@ -142,7 +142,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{info.file}: {name}: expected {wanted} bytes of sampled values, got {len(values)}"
             )
-        sample = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+        sample = torch.frombuffer(values or bytearray(size), dtype=dtype)[: len(values) // size]
         return _digest_of_sample(info.shape, sample)
 
     def nbytes(self) -> int:

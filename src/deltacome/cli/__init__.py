@@ -6,13 +6,13 @@ there at once.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from typing import Annotated
 
 import typer
 
+from deltacome import __version__
 from deltacome.cli import (
     capacity,
     compress,
@@ -43,7 +43,7 @@ _debug = False
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(importlib.metadata.version("deltacome"))
+        print(__version__)
         raise typer.Exit
 
 

@@ -28,7 +28,9 @@ def capacity(
         ),
     ] = 0,
     kv_tokens: Annotated[int, typer.Option(min=0, help="KV cache, tokens at 16 bits.")] = 0,
-    utilization: Annotated[float, typer.Option(help="Share of the memory to be used.")] = 0.9,
+    utilization: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the memory to be used.")
+    ] = 0.9,
     check: Annotated[
         bool, typer.Option("--check", help="Allocate all of it for real, and measure.")
     ] = False,

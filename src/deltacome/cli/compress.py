@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -133,7 +132,8 @@ def compress(
         text = {"source": source, "samples": samples, "seq_len": seq_len, "seed": seed}
         gptq_or_not = Gptq(chosen.damping, nearest=not chosen.gptq)
         how = {"device": device, "dtype": compute, "gptq": gptq_or_not}
-        found = find_template(base, tuned, ratio, search, **text, **how)
+        with progress_bars(quiet=as_json) as report:
+            found = find_template(base, tuned, ratio, search, **text, **how, progress=report)
         chosen = dataclasses.replace(chosen, template=found.template)
     try:
         with progress_bars(quiet=as_json) as report:
@@ -158,8 +158,8 @@ def compress(
         stderr.print("finished blocks are kept, continue with --resume")
         raise
     seconds = time.monotonic() - start
-    peak = _peak_rss(resource.RUSAGE_SELF)
-    of_worker = _peak_rss(resource.RUSAGE_CHILDREN) if workers > 1 else None
+    peak = _peak_rss()
+    of_worker = _peak_rss(of_children=True) if workers > 1 else None
     result = artifact.describe() | {
         "seconds": seconds,
         "peak_rss_bytes": peak,
@@ -179,8 +179,11 @@ def compress(
     print(f"{output}: written in {seconds:.0f} s, {memory}")
 
 
-def _peak_rss(whose: int) -> int:
+def _peak_rss(*, of_children: bool = False) -> int:
     """Bytes that this process held at most, or the largest of its children that have ended."""
+    import resource  # which Windows lacks: help is there too
+
+    whose = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
     # Linux counts a child from its fork on: it has no less than its parent had then.
     return resource.getrusage(whose).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

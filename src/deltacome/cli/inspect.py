@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deltacome.cli.options import Json
-from deltacome.cli.printing import summary
+from deltacome.cli.printing import printable, summary
 
 
 def inspect(
@@ -32,6 +33,7 @@ def inspect(
         plan = ",".join(f"{bits}:{count}" for bits, count in tensor["plan"])
         error = "" if tensor["error"] is None else f"{tensor['error']:.4g}"
         shape = "×".join(map(str, tensor["shape"]))
-        table.add_row(tensor["name"], shape, tensor["kind"], plan, f"{tensor['bytes']:,}", error)
+        name = Text(printable(tensor["name"]))  # whatever it holds, it is no markup
+        table.add_row(name, shape, tensor["kind"], plan, f"{tensor['bytes']:,}", error)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     print(summary(result))

@@ -15,6 +15,11 @@ LINE_SECONDS = 30
 """Between two lines of progress in a log."""
 
 
+def printable(text: str) -> str:
+    """A name in an artifact, which anybody may have made, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "�" for c in text[:200])
+
+
 def summary(result: dict[str, Any]) -> str:
     """What `Artifact.describe` says, in three lines."""
     nominal = result["nominal_ratio"]
@@ -26,7 +31,8 @@ def summary(result: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"method: {result['method']}; base: {result['base']['name_or_path']}",
+            f"method: {printable(result['method'])}; base: "
+            f"{printable(result['base']['name_or_path'])}",
             f"tensors: {kinds}",
             f"bytes on disk: {result['bytes_on_disk']:,} of {result['tuned_bytes']:,}; "
             f"ratio {result['ratio']:.2f}, nominal (codes only) "

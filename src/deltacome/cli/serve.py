@@ -39,7 +39,10 @@ def serve(
 ) -> None:
     """Serve BASE and its tenants with vLLM; what follows -- are arguments of vLLM."""
     from deltacome.vllm.launch import plan_launch
+    from deltacome.vllm.version import check_version
 
+    if not dry_run:  # before all tenants are checked for a server that would not start
+        check_version()
     named = {}
     for text in tenant or []:
         name, equals, path = text.partition("=")

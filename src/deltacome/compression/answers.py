@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deltacome.chats import chat_text, load_tokenizer
+from deltacome.chats import chat_text
 from deltacome.errors import CalibrationError
+from deltacome.skeleton import load_tokenizer
 
 _ASKED, _SAID = "USERTEXT", "ANSWER"
 Answer = Callable[[list[int]], slice | None]

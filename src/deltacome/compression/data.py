@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from deltacome.chats import chat_text, load_tokenizer
+from deltacome.chats import chat_text
 from deltacome.compression.conversations import as_messages
 from deltacome.errors import CalibrationError
 from deltacome.pictures import Seen, load_processor, picture_row, seen_in
 from deltacome.rows import Row
-from deltacome.skeleton import model_class, read_config
+from deltacome.skeleton import load_tokenizer, model_class, read_config
 
 _MARK = "USERTEXT"
 _QUESTION_TOKENS = 64

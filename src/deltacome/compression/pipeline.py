@@ -7,6 +7,7 @@ fit scalars where the method wants that (`polish`), record the canary, write.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import shutil
@@ -62,12 +63,12 @@ def compress(
     *,
     method: Method | None = None,
     ratio: float | Literal["auto"] | None = "auto",
-    calibration: str | None = None,
+    calibration: str | Path | None = None,
     samples: int = 128,
     seq_len: int = 256,
     seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     resume: bool = False,
     workers: int = 1,
     sweeps: str | Path | None = None,
@@ -90,7 +91,7 @@ def compress(
         samples: rows of calibration text.
         seq_len: tokens of a row.
         seed: of these rows.
-        device: `auto`, `cpu`, `cuda`…
+        device: `auto`, `cpu`, `cuda`…; one that has float64, in which grams are factored.
         dtype: of the calibration passes; `auto` is float32 on CPU and bfloat16 elsewhere.
         resume: continue an interrupted run; the result has the same bytes.
         workers: processes that compress blocks side by side; more than one only without calibration,
@@ -108,6 +109,8 @@ def compress(
         DeltaError: bad input, refused before or without leaving an artifact (see `errors`).
     """
     method = method or DeltaCome()
+    if isinstance(method, type) or not hasattr(method, "default_ratio"):
+        raise PlanError(f"method: expected one such as DeltaCome(), got {method!r}")
     ratio = method.default_ratio if ratio == "auto" else ratio
     calibration, device, compute = check_options(
         method, calibration, device=device, dtype=dtype, workers=workers, sweeps=sweeps
@@ -178,10 +181,10 @@ def compress(
 
 def check_options(
     method: Method,
-    calibration: str | None,
+    calibration: str | Path | None,
     *,
-    device: str,
-    dtype: str,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
     workers: int,
     sweeps: str | Path | None,
 ) -> tuple[str, str, torch.dtype]:
@@ -190,7 +193,8 @@ def check_options(
     Raises:
         DeltaError: names the option.
     """
-    source, device = calibration_source(method, calibration), pick_device(device)
+    device = pick_device(device, doubles=True)
+    source = calibration_source(method, None if calibration is None else str(calibration))
     compute = _pick_dtype(dtype, device)
     if workers < 1 or (workers > 1 and source != "none"):
         raise PlanError(
@@ -321,9 +325,10 @@ def _text_options(calibration: str, samples: int, seq_len: int, seed: int) -> di
 
 def _versions() -> dict[str, str]:
     """Of the packages that bytes hang on."""
-    return {
-        name: importlib.metadata.version(name) for name in ("deltacome", "torch", "transformers")
-    }
+    # Not by name: what the package offers would count as imported here.
+    ours = importlib.import_module("deltacome").__version__
+    others = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"deltacome": ours} | others
 
 
 def _without_inputs(run: Run) -> list[str]:
@@ -346,10 +351,10 @@ def _identity(checkpoint: Checkpoint) -> list:
     return [str(checkpoint.path.resolve()), stats]
 
 
-def _pick_dtype(dtype: str, device: str) -> torch.dtype:
+def _pick_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
-    compute = getattr(torch, dtype, None)
+    compute = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if compute not in (torch.float32, torch.bfloat16, torch.float16):
         raise PlanError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     return compute

@@ -28,6 +28,7 @@ from deltacome.arch.checkpoint import Checkpoint, check_dense
 from deltacome.arch.layout import find_layout
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows, check_length
+from deltacome.compression.run import Progress
 from deltacome.compression.survey import pair_models
 from deltacome.device import pick_device
 from deltacome.errors import CalibrationError, PlanError, UnsupportedError, naming
@@ -49,6 +50,13 @@ Genes = tuple[int, ...]
 
 PLAIN = Gptq()
 POPULATION, GENERATIONS, MUTATION = 12, 8, 0.3
+MOST = {
+    "greedy": len(WIDTHS) * len(COUNTS),
+    "genetic": POPULATION * (GENERATIONS + 1),
+}
+"""Templates that a search tries at most."""
+
+Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ def sample_linears(
     blocks: int = 3,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    progress: Report = lambda progress: None,
 ) -> list[Linear]:
     """Linears of `blocks` blocks, evenly spread over the depth, as the tuned model feeds them.
 
@@ -107,7 +116,7 @@ def sample_linears(
     names = list(layout.blocks)
     chosen = {names[i * (len(names) - 1) // max(1, blocks - 1)] for i in range(blocks)}
     found = []
-    for name in names:
+    for number, name in enumerate(names, 1):
         for parameter, _ in list(layout.blocks[name].named_parameters()):
             full = f"{name}.{parameter}"
             set_weight(model, full, read(full).to(device, dtype))
@@ -124,24 +133,33 @@ def sample_linears(
                     found.append(Linear(weight, delta_OI, triple, gram_II, factor))
         stream.advance(name)
         drop_weights(layout.blocks[name])
+        progress(Progress("blocks", number, len(names), name))
     if not found:
         raise PlanError(f"{tuned.path}: no linear of the sampled blocks differs from the base")
     return found
 
 
 def search_template(
-    linears: list[Linear], ratio: float, way: Way = "greedy", seed: int = 0, gptq: Gptq = PLAIN
+    linears: list[Linear],
+    ratio: float,
+    way: Way = "greedy",
+    seed: int = 0,
+    gptq: Gptq = PLAIN,
+    progress: Report = lambda progress: None,
 ) -> Search:
     """The template of least mean error among those tried, each matrix at `ratio` of its own bytes."""
     tried: dict[str, float] = {}
+    most = MOST[way]
 
     def cost(genes: Genes) -> float:
         template = _template(genes)
         if str(template) not in tried:
-            tried[str(template)] = _mean_error(linears, template, ratio, gptq)
+            error = tried[str(template)] = _mean_error(linears, template, ratio, gptq)
+            progress(Progress("search", len(tried), most, str(template), error))
         return tried[str(template)]
 
     genes = _greedy(cost) if way == "greedy" else _genetic(cost, random.Random(seed))
+    progress(Progress("search", most, most))
     return Search(_template(genes), cost(genes), tried)
 
 
@@ -200,27 +218,37 @@ def find_template(
     samples: int = 128,
     seq_len: int = 256,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     blocks: int = 3,
     gptq: Gptq = PLAIN,
+    progress: Report = lambda progress: None,
 ) -> Search:
     """A template for two checkpoints; calibration text as in `compress`, `dtype` that of its passes.
 
     `gptq` says how codes are to be chosen: what is best for GPTQ need not be for plain rounding.
+    `progress` is called as in `compress`, of phases `calibration`, `blocks` and `search`.
 
     Raises:
         DeltaError: as `compress`, and for `source` "none": errors are those of outputs.
     """
     if source == "none":
         raise CalibrationError("search: expected calibration text to measure errors on, got none")
-    device = pick_device(device)
+    device = pick_device(device, doubles=True)
     before, after = Checkpoint(base), Checkpoint(tuned)
     for checkpoint in (before, after):
         check_dense(checkpoint.path)
     check_length(seq_len, after.path)
     rows = calibration_rows(
-        source, after.path, samples=samples, seq_len=seq_len, seed=seed, device=device
+        source,
+        after.path,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        on_step=lambda done, total: progress(Progress("calibration", done, total)),
     )
-    linears = sample_linears(before, after, rows, blocks=blocks, device=device, dtype=dtype)
-    return search_template(linears, ratio, way, seed, gptq)
+    linears = sample_linears(
+        before, after, rows, blocks=blocks, device=device, dtype=dtype, progress=progress
+    )
+    return search_template(linears, ratio, way, seed, gptq, progress)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deltacome.device import pick_device
 from deltacome.errors import DeltaError
 from deltacome.evals.models import load_model, tuned_by
@@ -42,8 +44,8 @@ def run_harness(
     limit: int | None = None,
     chat: bool = False,
     run_code: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     batch_size: int = 16,
 ) -> dict[str, Any]:
     """Runs tasks of the harness on each model.
@@ -56,7 +58,7 @@ def run_harness(
         limit: only the first examples of each task.
         chat: put prompts through the chat template.
         run_code: let tasks such as HumanEval execute what the model writes, on this machine.
-        dtype: of a torch dtype; "auto" is that of the checkpoints, as published figures have it.
+        dtype: torch's or its name; "auto" is that of the checkpoints, as published figures have it.
 
     Returns:
         `{"tasks": …, "shots", "limit", "chat", "dtype", "models": [{"name": …, "results": Figures}]}`;
@@ -80,7 +82,7 @@ def run_harness(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
         raise DeltaError(f"lm-eval: expected tasks that the harness knows, got {unknown or 'none'}")
-    device = pick_device(device)
+    dtype, device = str(dtype).removeprefix("torch."), pick_device(device)
     artifacts = [opened(delta) for delta in deltas]
     tokenizer = shared_tokenizer(base, tuned, artifacts)
 

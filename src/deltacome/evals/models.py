@@ -12,26 +12,27 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from deltacome.device import pick_device
-from deltacome.errors import CheckpointError, DeltaError
+from deltacome.device import pick_device, pick_dtype
+from deltacome.errors import CheckpointError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.hub import split_name
 
 
-def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
+def load_model(
+    source: str | Path, device: str | torch.device, dtype: str | torch.dtype = "auto"
+) -> Any:
     """A dense model that reads text, from a folder or the Hub, ready for inference.
 
     A vision-language model is loaded whole, and answers questions that come without pictures.
 
     Raises:
         DeviceError: there is no such device (`pick_device`).
-        DeltaError: `dtype` is neither "auto" nor the name of a torch dtype.
+        DeltaError: `dtype` is neither "auto" nor a torch dtype or its name.
         CheckpointError: there is no language model of transformers, or a weight of it is missing or of
             another shape.
     """
     device = pick_device(device)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise DeltaError(f"dtype: expected auto or the name of a torch dtype, got {dtype!r}")
+    kind_of_weights = dtype if dtype == "auto" else pick_dtype(dtype)
     name, revision = split_name(source, None, CheckpointError)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -39,7 +40,7 @@ def load_model(source: str | Path, device: str, dtype: str = "auto") -> Any:
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         how = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         how |= {"trust_remote_code": False}  # None would ask, and run it on a yes
-        model, found = kind.from_pretrained(name, revision=revision, dtype=dtype, **how)
+        model, found = kind.from_pretrained(name, revision=revision, dtype=kind_of_weights, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source}: expected a language model, got {error}") from error
     # These transformers fills with random numbers.

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from deltacome.arch.checkpoint import SIDE_FILES
-from deltacome.chats import load_tokenizer
 from deltacome.device import pick_device
 from deltacome.errors import CheckpointError, DeltaError, MismatchError, PictureError
 from deltacome.evals.divergence import (
@@ -37,6 +36,7 @@ from deltacome.format.canary import CANARY_FILE
 from deltacome.format.hub import fetch_folder, split_name
 from deltacome.format.side_files import write_side_files
 from deltacome.pictures import load_processor
+from deltacome.skeleton import load_tokenizer
 
 KLS = ("kl_task", "kl_task_error", "kl_text", "kl_text_error")
 
@@ -50,16 +50,16 @@ def evaluate(
     task_args: dict[str, Any] | None = None,
     n: int = 200,
     seed: int = 0,
-    device: str = "auto",
-    dtype: str = "float32",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
     batch_size: int = 16,
     max_new_tokens: int = 64,
-    text: Path | None = None,
+    text: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score base, tuned and deltas on one task; compare each with the tuned model, if given.
 
     `task`, `n`, `seed` and `task_args` as in `load_questions`; `text` is a file for `kl_text`
-    instead of the default of `text_rows`, and needs `tuned`. `dtype` is the name of a torch dtype,
+    instead of the default of `text_rows`, and needs `tuned`. `dtype` is a torch dtype or its name,
     or "auto" for that of the checkpoints: bfloat16 arithmetic alone moves the KL of a good delta
     severalfold.
     All models get the prompts of one tokenizer: the tuned model's, else the one that the deltas
@@ -75,7 +75,8 @@ def evaluate(
     """
     if text is not None and tuned is None:
         raise DeltaError(f"{text}: text is for KL against a tuned model, got none")
-    device = pick_device(device)
+    text = None if text is None else Path(text)
+    dtype, device = str(dtype).removeprefix("torch."), pick_device(device)
     questions = load_questions(task, n, seed, task_args)
     artifacts = [opened(delta) for delta in deltas]
     tokenizer = shared_tokenizer(base, tuned, artifacts)
@@ -151,8 +152,8 @@ def answer_with(
     *,
     pictures: Sequence[Path] = (),
     max_new_tokens: int = 64,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
 ) -> str:
     """The greedy answer to one prompt, by the base or by the fine-tune that a delta stands for.
 

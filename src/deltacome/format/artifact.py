@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from deltacome.format.folder import new_folder
 from deltacome.format.hub import FILES, fetch_folder, hub_errors
 from deltacome.format.manifest import (
     MANIFEST_FILE,
+    MAX_CARRIED_BYTES,
     SAFETENSORS_DTYPES,
     FileInfo,
     Manifest,
@@ -38,6 +41,15 @@ CARD_FILE = "README.md"
 TUNED_CONFIG_FILE = "tuned_config.json"
 MAX_JSON_BYTES = 64 << 20
 """Of manifest and index; a mixture with 70,000 expert matrices needs a third of it."""
+MAX_PARSED_BYTES = {
+    TUNED_CONFIG_FILE: 4 << 20,
+    "generation_config.json": 1 << 20,
+    "chat_template.json": 1 << 20,
+    "tokenizer.json": MAX_JSON_BYTES,
+}
+"""Of carried files that are parsed, which takes tens of times their size; of others `MAX_OTHER_BYTES`.
+Gemma 3's `tokenizer.json` has 33 MB, a configuration that names 21,000 labels has one."""
+MAX_OTHER_BYTES = 16 << 20
 
 
 class Artifact(ModelHubMixin):
@@ -67,17 +79,19 @@ class Artifact(ModelHubMixin):
 
         Raises:
             ArtifactError: not an artifact, a file missing or of the wrong size, an entry missing,
-                unknown, or of another type or shape than the manifest's plan gives.
+                unknown, or of another type or shape than the manifest's plan gives; or the system does
+                not let it be read.
         """
         path = Path(path)
-        text = _read_text(path, MANIFEST_FILE)
-        manifest = Manifest.from_json(text)
-        for name, info in (manifest.shards | manifest.files).items():
-            _check_file(path, name, info)
-        for file in sorted(path.glob("*.safetensors")):
-            if file.name not in manifest.shards:
-                raise ArtifactError(f"{path}: shard {file.name} is not in {MANIFEST_FILE}")
-        where = _check_entries(path, manifest, hashlib.sha256(text.encode()).hexdigest())
+        with _reading(path):
+            content = read_manifest(path)
+            manifest = Manifest.from_json(_text(path / MANIFEST_FILE, content))
+            for name, info in (manifest.shards | manifest.files).items():
+                _check_file(path, name, info)
+            for file in sorted(path.glob("*.safetensors")):
+                if file.name not in manifest.shards:
+                    raise ArtifactError(f"{path}: shard {file.name} is not in {MANIFEST_FILE}")
+            where = _check_entries(path, manifest, hashlib.sha256(content).hexdigest())
         return cls(path, manifest, where)
 
     @classmethod
@@ -189,8 +203,7 @@ class Artifact(ModelHubMixin):
     def blob(self, name: str, kind: str = "bands") -> Tensor:
         """A packed term of a tensor as the run of bytes that an op reads: uint8 (nbytes,).
 
-        A view of the file where it lies aligned there, else a copy (exact tensors of odd size push
-        what follows them in a file off its alignment).
+        A copy: the file may change or go.
 
         Args:
             name: of the tensor.
@@ -222,20 +235,22 @@ class Artifact(ModelHubMixin):
         """The exact rows of a tensor, in the tuned model's dtype."""
         return self._read(f"{name}.exact")
 
-    def file(self, name: str) -> bytes | None:
+    def file(self, name: str, limit: int = MAX_CARRIED_BYTES) -> bytes | None:
         """A file of the tuned model that the artifact carries, checked; None if it carries none such.
 
+        Args:
+            name: of the file.
+            limit: bytes that it may have; a larger one is not read.
+
         Raises:
-            ArtifactError: the file is missing or not what it was.
+            ArtifactError: the file is missing, too large, or not what it was.
         """
         info = self.manifest.files.get(name)
         if info is None:
             return None
-        _check_file(self.path, name, info)
-        try:
-            content = (self.path / name).read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{self.path / name}: cannot be read: {error}") from error
+        with _reading(self.path / name):
+            _check_file(self.path, name, info)
+            content = _read_within(self.path / name, limit)
         got = hashlib.sha256(content).hexdigest()
         if got != info.sha256:
             raise ArtifactError(f"{self.path / name}: expected SHA-256 {info.sha256}, got {got}")
@@ -245,9 +260,9 @@ class Artifact(ModelHubMixin):
         """`file`, read as a JSON object: `tuned_config.json`, `generation_config.json`.
 
         Raises:
-            ArtifactError: as `file`, or it is not a JSON object.
+            ArtifactError: as `file`, or it is not a JSON object, or larger than files of its name are.
         """
-        content = self.file(name)
+        content = self.file(name, MAX_PARSED_BYTES.get(name, MAX_OTHER_BYTES))
         if content is None:
             return None
         try:
@@ -308,10 +323,11 @@ class Artifact(ModelHubMixin):
         """Reads every byte of the weight files and of what they carry along, and compares checksums.
 
         Raises:
-            ArtifactError: a file's SHA-256 is not the manifest's.
+            ArtifactError: a file's SHA-256 is not the manifest's, or it cannot be read.
         """
         for name, shard in self.manifest.shards.items():
-            got = file_sha256(self.path / name)
+            with _reading(self.path / name):
+                got = file_sha256(self.path / name)
             if got != shard.sha256:
                 raise ArtifactError(
                     f"{self.path / name}: expected SHA-256 {shard.sha256}, got {got}"
@@ -328,7 +344,7 @@ class Artifact(ModelHubMixin):
     def _read(self, key: str) -> Tensor:
         file = self.path / self._where[key]
         try:
-            with safe_open(file, framework="pt") as shard:
+            with _open(file) as shard:
                 return shard.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{file}: {key} cannot be read: {error}") from error
@@ -343,18 +359,52 @@ def opened(source: Artifact | str | Path) -> Artifact:
     return source if isinstance(source, Artifact) else Artifact.from_pretrained(source)
 
 
-def _read_text(folder: Path, name: str) -> str:
-    file = folder / name
-    if not file.is_file():
-        raise ArtifactError(f"{folder}: not an artifact: expected a file {name}, found none")
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise ArtifactError(f"{file}: expected at most {MAX_JSON_BYTES} bytes, got more")
+def read_manifest(folder: Path) -> bytes:
+    """`delta_config.json` of an artifact's folder, as it lies there.
+
+    Raises:
+        ArtifactError: there is none, it cannot be read, or is larger than `MAX_JSON_BYTES`.
+    """
+    return _read_own(folder, MANIFEST_FILE)
+
+
+def _read_own(folder: Path, name: str) -> bytes:
+    """Manifest or index."""
+    with _reading(folder):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder}: not an artifact: expected a file {name}, found none")
+        return _read_within(folder / name, MAX_JSON_BYTES)
+
+
+def _read_within(file: Path, limit: int) -> bytes:
+    """A file that has so many bytes at most: its size is looked at first, and no more is read."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise ArtifactError(f"{file}: expected at most {limit} bytes, got {size}")
+        return stream.read(size)
+
+
+def _text(file: Path, content: bytes) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return content.decode()
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{file}: not valid UTF-8: {error}") from error
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read: {error}") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Paths that no file can have (ValueError), and what the system refuses, are refusals of ours."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+
+
+def _open(file: Path) -> safe_open:
+    """A shard, not mapped into memory: to read a mapped file that was truncated kills the process, and
+    what was checked would change with the file."""
+    return safe_open(file, framework="pt", backend="pread")
 
 
 def _check_file(folder: Path, name: str, info: FileInfo) -> None:
@@ -386,7 +436,7 @@ def _check_entries(folder: Path, manifest: Manifest, digest: str) -> dict[str, s
             f"{folder}: {len(missing)} entries are missing, the first is {missing[0]}"
         )
     file = folder / INDEX_FILE
-    index = parse_json(_read_text(folder, INDEX_FILE), str(file))
+    index = parse_json(_text(file, _read_own(folder, INDEX_FILE)), str(file))
     weight_map = index.get("weight_map")
     if index.keys() != {"metadata", "weight_map"} or not isinstance(weight_map, dict):
         raise ArtifactError(f"{file}: expected metadata and weight_map, got {sorted(index)[:5]}")
@@ -404,7 +454,7 @@ def _check_entries(folder: Path, manifest: Manifest, digest: str) -> dict[str, s
 def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     """Entries of a safetensors file: key, (torch dtype name, shape)."""
     try:
-        with safe_open(file, framework="pt") as shard:
+        with _open(file) as shard:
             for key in shard.keys():  # noqa: SIM118
                 view = shard.get_slice(key)
                 dtype = SAFETENSORS_DTYPES.get(view.get_dtype() or "", "unknown")

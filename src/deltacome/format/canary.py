@@ -17,6 +17,9 @@ from deltacome.errors import ArtifactError
 CANARY_FILE = "canary.json"
 TOKENS = 16
 NBYTES = 512
+MAX_IDS = 64
+MAX_NBYTES = 4 << 10
+"""Of the file that is read at all; so many ids and logprobs take a quarter of it."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,19 @@ class Canary:
         Raises:
             ArtifactError: the content is not what it should be.
         """
+        if len(content) > MAX_NBYTES:
+            raise ArtifactError(
+                f"{CANARY_FILE}: expected at most {MAX_NBYTES} bytes, got {len(content)}"
+            )
         try:
             value = json.loads(content)
             ids = tuple(int(id) for id in value["ids"])
             logprobs = tuple(float(logprob) for logprob in value["logprobs"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ArtifactError(f"{CANARY_FILE}: expected ids and logprobs: {error!r}") from error
-        if not 2 <= len(ids) <= 64 or len(logprobs) != len(ids) - 1 or min(ids) < 0:
+        if not 2 <= len(ids) <= MAX_IDS or len(logprobs) != len(ids) - 1 or min(ids) < 0:
             raise ArtifactError(
-                f"{CANARY_FILE}: expected 2 to 64 ids and a logprob for all but the first"
+                f"{CANARY_FILE}: expected 2 to {MAX_IDS} ids and a logprob for all but the first"
             )
         if not all(map(math.isfinite, logprobs)):
             raise ArtifactError(f"{CANARY_FILE}: expected finite logprobs")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from deltacome.errors import MismatchError
+from deltacome.format.hub import NAME
 from deltacome.format.manifest import Record
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ FIGURES = {"score": "exact match", "kl_task": "KL on the task", "kl_text": "KL o
 MARK = (
     "<!-- Written by deltacome, and anew when it is pushed: without this line your words stay. -->"
 )
+
+COMMIT = re.compile(r"[\w.-]+", re.ASCII)
+"""Of a base's revision that is written into commands."""
 
 Figure = tuple[str, str, str, dict[str, float | None]]
 """Task, metric, the metric's pretty name, and its value for `base`, `tuned` and `delta`."""
@@ -45,9 +49,11 @@ def model_card(
     Raises:
         MismatchError: scores of another artifact.
     """
-    base = artifact.manifest.base_name_or_path
-    # A path of one machine is of no use to a reader elsewhere; a base from the Hub has its commit.
-    linked = artifact.manifest.base_revision is not None
+    base, revision = artifact.manifest.base_name_or_path, artifact.manifest.base_revision
+    # A path of one machine is of no use to a reader elsewhere; a base from the Hub has its commit. What
+    # is no such name is not written where readers copy commands from: the artifact may be anybody's.
+    name_of_hub = NAME.fullmatch(base)
+    linked = bool(name_of_hub and not name_of_hub["revision"] and COMMIT.fullmatch(revision or ""))
     figures = [figure for result in scores for figure in _figures(artifact, result)]
     data = ModelCardData(
         base_model=base if linked else None,
@@ -67,7 +73,7 @@ def model_card(
             *_sizes(artifact),
             *_errors(artifact),
             *_scores(figures),
-            *_usage(name or ".", base if linked else "BASE", artifact.manifest.base_revision),
+            *_usage(artifact, name or ".", base if linked else "BASE"),
         ]
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -75,17 +81,26 @@ def model_card(
 
 def _heading(artifact: Artifact, name: str | None, base: str) -> list[str]:
     manifest = artifact.manifest
-    said = [f"{key} `{value}`" for key, value in manifest.method.items() if key != "name"]
+    said = [
+        f"{key if key.isidentifier() else _code(key)} {_code(value)}"
+        for key, value in manifest.method.items()
+        if key != "name"
+    ]
     options = f" with {', '.join(said)}" if said else ""
-    revision = f" at revision `{manifest.base_revision}`" if manifest.base_revision else ""
+    revision = f" at revision {_code(manifest.base_revision)}" if manifest.base_revision else ""
     return [
         f"# {name or 'Delta of a full fine-tune'}",
         "",
-        f"What a full fine-tune changed of `{base}`{revision}. Method "
-        f"`{manifest.method['name']}`{options}. "
+        f"What a full fine-tune changed of {_code(base)}{revision}. Method "
+        f"{_code(manifest.method['name'])}{options}. "
         "It runs over that base and no other, which is checked.",
         "",
     ]
+
+
+def _code(text: object) -> str:
+    """Text of an artifact as code in a line or a cell, which it does not end."""
+    return "`" + "".join(c if c.isprintable() and c not in "`|" else "�" for c in str(text)) + "`"
 
 
 def _sizes(artifact: Artifact) -> list[str]:
@@ -122,7 +137,7 @@ def _errors(artifact: Artifact) -> list[str]:
         errors = [record.error for record in records if record.error is not None]
         mean, worst = math.fsum(errors) / len(errors), max(errors)
         nbytes = sum(record.nbytes(size) for record in records)
-        lines.append(f"| `{name}` | {len(records)} | {nbytes:,} | {mean:.3g} | {worst:.3g} |")
+        lines.append(f"| {_code(name)} | {len(records)} | {nbytes:,} | {mean:.3g} | {worst:.3g} |")
     said = (
         "Errors are ‖(D − D̂)X‖² / ‖DX‖² of a matrix's delta D; X are its calibration inputs, or the "
         "identity where there were none."
@@ -144,10 +159,19 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _usage(name: str, base: str, revision: str | None) -> list[str]:
+def _usage(artifact: Artifact, name: str, base: str) -> list[str]:
+    from deltacome.format.artifact import TUNED_CONFIG_FILE  # which imports this module
+
+    revision = None if base == "BASE" else artifact.manifest.base_revision
     called = f"{base}@{revision}" if revision else base
     at = f', revision="{revision}"' if revision else ""
     tenant = re.sub(r"\W+", "-", name.rpartition("/")[2]).strip("-") or "tuned"
+    imports = ["import deltacome", "from transformers import AutoModelForCausalLM"]
+    model = f'AutoModelForCausalLM.from_pretrained("{base}"{at})'
+    config = artifact.json_file(TUNED_CONFIG_FILE) or {}
+    if "ForConditionalGeneration" in str(config.get("architectures")):
+        # It sees, or encodes: the base may be a model of another class, with the same weights.
+        imports, model = imports[:1], f'deltacome.base_for("{called}", "{name}")'
     return [
         "```bash",
         "pip install deltacome",
@@ -157,10 +181,9 @@ def _usage(name: str, base: str, revision: str | None) -> list[str]:
         "```",
         "",
         "```python",
-        "import deltacome",
-        "from transformers import AutoModelForCausalLM",
+        *imports,
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{base}"{at})',
+        f"model = {model}",
         f'with deltacome.attach(model, "{name}"):',
         "    ...  # it is the tuned model now",
         "```",

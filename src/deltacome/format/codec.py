@@ -163,6 +163,11 @@ class BandTensors:
     s: Tensor
     """float32 (R,)."""
 
+    def numbers(self) -> list[Tensor]:
+        """What is no code: scales, or 16-bit values, of V and of U, and s."""
+        of_factors = [f.scale if f.values is None else f.values for f in (self.v, self.u)]
+        return [*(numbers for numbers in of_factors if numbers is not None), self.s]
+
     def dense(self) -> Tensor:
         """float32 (O, I): what this band adds to the weight."""
         return self.u.dequantize().T @ (self.s[:, None] * self.v.dequantize())

@@ -400,7 +400,7 @@ def _take(
     item = value[key] if keep else value.pop(key)
     try:
         return check(item)
-    except (TypeError, ValueError, PlanError) as error:
+    except (TypeError, ValueError, OverflowError, PlanError) as error:
         raise ArtifactError(
             f"{MANIFEST_FILE}: {where}: {key}: {error}, got {item!r:.80}"
         ) from error

@@ -139,14 +139,14 @@ def taken_over() -> ctypes.CDLL | None:
     """Lets torch call the library for `bands`, `signs` and `norm` of tensors on the CPU, without Python.
 
     Returns:
-        The library, or None where there is none, or where torch is older than 2.10 and cannot.
+        The library, or None where there is none, or where torch has no such file or function.
     """
     if missing():
         return None
     try:
         of_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         addresses = [ctypes.cast(getattr(of_torch, name), _P).value for name in _TORCH]
-    except (OSError, AttributeError):  # no such file, no such function
+    except (OSError, AttributeError):
         return None
     taking = library(default_isa())
     return None if taking.deltacome_take_over((_P * len(_TORCH))(*addresses)) else taking

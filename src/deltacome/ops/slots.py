@@ -195,7 +195,7 @@ class BandTable:
     def fields(self, slot: int, parts: Sequence[PlacedBands | None]) -> Tensor:
         """The entries that `load` writes, int64 (P, B, F) on the CPU; errors as `load`."""
         nbytes = self.pool.blobs_SN.shape[1]
-        fields_PBF = torch.zeros(self.fields_SPBF.shape[1:], dtype=torch.int64)
+        fields_PBF = torch.zeros(self.fields_SPBF.shape[1:], dtype=torch.int64, device="cpu")
         if len(parts) != len(self.outs):
             raise MismatchError(f"slot {slot}: expected {len(self.outs)} parts, got {len(parts)}")
         first, max_bands = 0, fields_PBF.shape[1]
@@ -221,7 +221,7 @@ class BandTable:
                 at = {section.name: part.offset + section.offset for section in sections}
                 numbers = [band.bits, band.count, row, *_factor("v", band.bits, at)]
                 numbers += [*_factor("u", band.bits, at), at["s"]]
-                fields_F.copy_(torch.tensor(numbers))
+                fields_F.copy_(torch.tensor(numbers, device="cpu"))
                 row += band.count
         return fields_PBF
 
@@ -272,7 +272,7 @@ class SignTable:
     def fields(self, slot: int, parts: Sequence[PlacedSigns | None]) -> Tensor:
         """The entries that `load` writes, int64 (P, F) on the CPU; errors as `load`."""
         nbytes = self.pool.blobs_SN.shape[1]
-        fields_PF = torch.zeros(self.fields_SPF.shape[1:], dtype=torch.int64)
+        fields_PF = torch.zeros(self.fields_SPF.shape[1:], dtype=torch.int64, device="cpu")
         if len(parts) != len(self.outs):
             raise MismatchError(f"slot {slot}: expected {len(self.outs)} parts, got {len(parts)}")
         for fields_F, out, part in zip(fields_PF, self.outs, parts, strict=True):
@@ -285,7 +285,7 @@ class SignTable:
                     f"{part.offset}"
                 )
             numbers = [part.offset + words, part.offset + scales, part.scales]
-            fields_F.copy_(torch.tensor(numbers))
+            fields_F.copy_(torch.tensor(numbers, device="cpu"))
         return fields_PF
 
     def clear(self, slot: int) -> None:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from deltacome.errors import DeltaError, OutputError
-from deltacome.format.artifact import Artifact
+from deltacome.format.artifact import Artifact, opened
 from deltacome.format.folder import new_file, new_folder
 from deltacome.report.colours import COLOURS
 from deltacome.report.facts import Facts, gather
@@ -25,19 +25,19 @@ DPI = 144
 
 
 def write_report(
-    artifact: Artifact,
-    output: Path,
+    artifact: Artifact | str | Path,
+    output: str | Path,
     *,
     name: str | None = None,
-    scores: Sequence[Path] = (),
-    png: Path | None = None,
+    scores: Sequence[str | Path] = (),
+    png: str | Path | None = None,
 ) -> None:
     """Writes the page, and the wide figures as PNG files into a folder of their own.
 
     Everything is drawn before anything is written, and each output is whole or absent.
 
     Args:
-        artifact: to be shown; all of it is read.
+        artifact: opened, or its folder or name on the Hub; all of it is read.
         output: the HTML file.
         name: heading of the page; by default that of the artifact's folder.
         scores: files with what `deltacome eval --json` printed.
@@ -48,6 +48,8 @@ def write_report(
         DeltaError: a file of scores cannot be read, or has none of a delta.
         OutputError: an output exists already or cannot be written.
     """
+    output, png = Path(output), None if png is None else Path(png)
+    scores = [*map(Path, scores)]
     for path in (output, png):
         if path is not None and path.exists():
             raise OutputError(f"{path}: the output exists already; remove it or name another")
@@ -56,6 +58,7 @@ def write_report(
         raise DeltaError(
             f"{scores[0]}: expected scores of a delta, got those of dense models alone"
         )
+    artifact = opened(artifact)
     facts = gather(artifact)
     shown = [_drawn(section) for section in sections(facts, exams)]
     page = render(name or artifact.path.resolve().name, facts, shown)

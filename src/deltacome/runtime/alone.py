@@ -15,6 +15,7 @@ from deltacome.runtime.experts import install_experts
 from deltacome.runtime.match import Place, vocabulary_configs
 from deltacome.runtime.modules import (
     embedding_scale,
+    own_forward,
     set_forward,
     tuned_embedding,
     tuned_linear,
@@ -100,9 +101,9 @@ def _patch(
     added = terms.exact(0, place) if place.grown else None
     if isinstance(module, nn.Embedding):
         rows = place.live.shape[0]
-        forward = tuned_embedding(module.forward, packed, added, rows, scale, choice, impl)
+        forward = tuned_embedding(own_forward(module), packed, added, rows, scale, choice, impl)
     else:
-        forward = tuned_linear(module.forward, packed, added, None, choice, impl)
+        forward = tuned_linear(own_forward(module), packed, added, None, choice, impl)
     set_forward(stack, module, forward)
 
 

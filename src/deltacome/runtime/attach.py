@@ -13,16 +13,19 @@ up half-way, has to unwind.
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from deltacome.errors import DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
+from deltacome.ops import native
 from deltacome.ops.impls import IMPLS, check_impl, fastest
 from deltacome.runtime.alone import install_alone
 from deltacome.runtime.choice import Choice
@@ -56,14 +59,15 @@ def attach(
                 model.generate(...)
 
     For inference: parameters require no gradient while attached. Move or cast the model before, not
-    after. The choice of `using` belongs to the attachment, not to a thread.
+    after, and copy or save it without. The choice of `using` belongs to the attachment, not to a thread:
+    a block that another thread, or task of asyncio, would enter meanwhile is refused.
 
     Args:
         model: the base; any module whose parameters are named as in the checkpoint, a transformers
             model above all.
         artifact: opened, or its folder; or several by name.
         impl: the implementation of `deltacome.ops`, or `auto`: the fastest that runs on all devices that
-            are patched.
+            are patched. A warning says why the slow one runs on a CPU.
         quantized_base: allows linears that hold the base's weights quantised (4 bits, say), which cannot
             be compared with the artifact's fingerprints; all other tensors are.
 
@@ -155,7 +159,8 @@ class Attachment:
         Raises:
             MismatchError: a name that was not attached; in the model's forward, a batch of another size.
             UnsupportedError: one artifact is attached alone: all rows are its; or several names, and a
-                tenant changes what lies beside the text model, such as a projector of pictures.
+                tenant changes what lies beside the text model, such as a projector of pictures; or blocks
+                of several threads or tasks would overlap, or one is left before another within it.
         """
         if "" in self.artifacts:
             raise UnsupportedError("one artifact is attached alone: attach a mapping of names")
@@ -181,22 +186,40 @@ def _fastest(places: Sequence[Sequence[Place]]) -> str:
     live = [place.live for mine in places for place in mine if place.patched]
     if any(one.dtype == torch.float64 for one in live):  # kernels have none
         return "reference"
-    found = {fastest(device) for device in {one.device for one in live} or {torch.device("cpu")}}
+    devices = {one.device for one in live} or {torch.device("cpu")}
+    if (why := native.missing()) and any(device.type == "cpu" for device in devices):
+        warnings.warn(f"attach: the reference runs, which is slow: {why}", stacklevel=3)
+    found = {fastest(device) for device in devices}
     return found.pop() if len(found) == 1 else "reference"
 
 
 def _freeze(stack: contextlib.ExitStack, model: nn.Module) -> None:
-    """Marks the model as attached and keeps it from being trained or saved."""
+    """Marks the model as attached and keeps it from being trained, copied or saved."""
     for module in model.modules():
         _attached.add(module)
         stack.callback(_attached.discard, module)
-        stack.callback(module.register_state_dict_pre_hook(_refuse_state_dict).remove)
+        stack.callback(module.register_state_dict_pre_hook(_refuse_to_save).remove)
+        for name in ("__reduce_ex__", "save_pretrained"):  # of pickle and deepcopy; of transformers
+            if hasattr(module, name):
+                _shadow(stack, module, name)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    # It would hold some tensors of the base and some of the tuned model.
-    raise DeltaError("an artifact is attached: detach before saving, or merge into a checkpoint")
+def _shadow(stack: contextlib.ExitStack, module: nn.Module, name: str) -> None:
+    """Lets a method of a module refuse, until the stack unwinds."""
+    own = vars(module)
+    undo = (own.__setitem__, name, own[name]) if name in own else (own.pop, name)
+    stack.callback(*undo)
+    own[name] = _refuse_to_save
+
+
+def _refuse_to_save(*arguments: object, **options: object) -> NoReturn:
+    # It would hold some tensors of the base and some of the tuned model, and a copy's layers would call
+    # those of the original.
+    raise DeltaError(
+        "an artifact is attached: detach before saving or copying (`Attachment.detach`), or merge into a "
+        "checkpoint"
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltacome.arch.checkpoint import Checkpoint
+from deltacome.device import pick_dtype
 from deltacome.errors import ArtifactError, MismatchError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.format.manifest import DTYPES, Record
@@ -20,7 +21,7 @@ from deltacome.skeleton import check_names, make_skeleton, parse_config, set_par
 
 
 def base_for(
-    base: str | Path, artifact: Artifact | str | Path, *, dtype: torch.dtype | None = None
+    base: str | Path, artifact: Artifact | str | Path, *, dtype: str | torch.dtype | None = None
 ) -> PreTrainedModel:
     """A model of the tuned class with the base's weights, ready for `attach`.
 
@@ -29,19 +30,20 @@ def base_for(
     Args:
         base: the base's folder, or its repository on the Hub.
         artifact: opened, or its folder or name on the Hub.
-        dtype: of the weights; by default the tuned model's.
+        dtype: of the weights, torch's or its name; by default the tuned model's.
 
     Raises:
         CheckpointError: transformers does not know the tuned model, or the base cannot be read.
         MismatchError: the base lacks a tensor that the delta was taken against.
         ArtifactError: the artifact cannot be read, or carries no configuration.
     """
+    named = None if dtype is None else pick_dtype(dtype)
     artifact = opened(artifact)
     document = artifact.json_file(TUNED_CONFIG_FILE)
     if document is None:
         raise ArtifactError(f"{artifact.path}: expected {TUNED_CONFIG_FILE}, found none")
     records = artifact.manifest.records
-    kind = dtype or DTYPES[max(records.values(), key=Record.tuned_nbytes).dtype]
+    kind = named or DTYPES[max(records.values(), key=Record.tuned_nbytes).dtype]
     model = make_skeleton(parse_config(document), kind, artifact.path)
     where = targets(model, records)
     check_names(model, {name: record.shape for name, record in records.items()}, where)

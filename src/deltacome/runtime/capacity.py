@@ -69,8 +69,10 @@ def capacity(
 
     Raises:
         MismatchError: neither artifact nor ratio, or both, or an artifact of another base's shapes.
-        PlanError: base and cache alone do not fit.
+        PlanError: base and cache alone do not fit; a share that is none of the memory, or more than it.
     """
+    if not 0 < utilization <= 1:
+        raise PlanError(f"utilization: expected a share above 0, at most 1, got {utilization}")
     if bool(deltas) == (ratio is not None):
         raise MismatchError(
             f"capacity: expected artifacts or a ratio, got {len(deltas)} artifacts and ratio {ratio}"

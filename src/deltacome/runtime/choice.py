@@ -6,7 +6,9 @@ not once for each layer.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,6 +20,8 @@ from deltacome.ops.rows import Rows, group_rows, tile_for
 KEPT = 16
 """Groupings that are remembered: those of a prompt and of decoding, for a few batches."""
 
+Slots = int | tuple[int, ...]
+
 
 class Choice:
     """The slots of a batch's rows.
@@ -27,10 +31,13 @@ class Choice:
         beside: a changed layer whose input's dimension 0 may not be the batch, if there is one.
     """
 
-    def __init__(self, names: Sequence[str], slots: int | tuple[int, ...]) -> None:
+    def __init__(self, names: Sequence[str], slots: Slots) -> None:
         self.names = list(names)
         self.slots = slots
         self.beside: str | None = None
+        self._outside = slots
+        self._open: list[_Block] = []
+        self._entering = threading.Lock()
         self._rows: dict[tuple[object, ...], Rows] = {}
 
     @property
@@ -44,23 +51,41 @@ class Choice:
 
         Raises:
             MismatchError: a name that was not attached.
-            UnsupportedError: several tenants, and one of them changes a layer beside the text model.
+            UnsupportedError: several tenants, and one of them changes a layer beside the text model; a
+                block while another thread or task has one open; or one that is left before one within it.
         """
-        before = self.slots
-        if who is None or isinstance(who, str):
-            self.slots = self._slot(who)
-        else:
-            slots = tuple(self._slot(name) for name in who)
-            if self.beside is not None and len(set(slots)) > 1:
+        mine = _Block(self._slots(who), _runner())
+        with self._entering:
+            if self._open and self._open[-1].runner != mine.runner:
                 raise UnsupportedError(
-                    f"using(): {self.beside}: lies beside the text model, where layers may get other "
-                    "rows than those of the batch: expected one name for all rows"
+                    "using(): expected one thread or task at a time, got a block while another has one "
+                    "open: the choice is that of the whole model"
                 )
-            self.slots = slots
+            self._open.append(mine)
+            self.slots = mine.slots
         try:
             yield
         finally:
-            self.slots = before
+            with self._entering:
+                last = self._open[-1]
+                self._open.remove(mine)
+                self.slots = self._open[-1].slots if self._open else self._outside
+            if last is not mine:
+                raise UnsupportedError(
+                    "using(): expected the last block that was entered to be left first, got another: "
+                    "what ran in this one since then ran as the tenants of the later one"
+                )
+
+    def _slots(self, who: str | Sequence[str | None] | None) -> Slots:
+        if who is None or isinstance(who, str):
+            return self._slot(who)
+        slots = tuple(self._slot(name) for name in who)
+        if self.beside is not None and len(set(slots)) > 1:
+            raise UnsupportedError(
+                f"using(): {self.beside}: lies beside the text model, where layers may get other "
+                "rows than those of the batch: expected one name for all rows"
+            )
+        return slots
 
     def _slot(self, name: str | None) -> int:
         if name is None:
@@ -82,11 +107,13 @@ class Choice:
         if torch.compiler.is_compiling():
             return self._group(x, tokens)
         key = (self.slots, x.shape[0], tokens, x.device)
-        if key not in self._rows:
-            while len(self._rows) >= KEPT:
-                del self._rows[next(iter(self._rows))]
-            self._rows[key] = self._group(x, tokens)
-        return self._rows[key]
+        rows = self._rows.get(key)
+        if rows is None:
+            rows = self._group(x, tokens)
+            while len(self._rows) >= KEPT:  # another thread may have been first
+                self._rows.pop(next(iter(self._rows), ()), None)
+            self._rows[key] = rows
+        return rows
 
     def _group(self, x: Tensor, tokens: int) -> Rows:
         if isinstance(self.slots, int):
@@ -102,3 +129,19 @@ class Choice:
         if x.device.type == "cpu":  # its kernels, and the reference, look at the slots alone
             return Rows(slot_T, slot_T, slot_T, 1)
         return group_rows(slot_T, len(self.names), tile=tile_for(tokens, len(self.names)))
+
+
+class _Block:
+    """A block of `using` that is open."""
+
+    def __init__(self, slots: Slots, runner: object) -> None:
+        self.slots, self.runner = slots, runner
+
+
+def _runner() -> tuple[int, object]:
+    """The thread, and the task of asyncio if there is one: what may run between two steps of another."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop
+        task = None
+    return threading.get_ident(), task

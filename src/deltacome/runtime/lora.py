@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltacome.arch.checkpoint import Checkpoint
+from deltacome.device import pick_dtype
 from deltacome.errors import ArtifactError, CheckpointError, PlanError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.format.codec import Packed
@@ -60,7 +61,7 @@ def export_lora(
     rank: int | None = None,
     lora_only: bool = False,
     base: str | Path | None = None,
-    dtype: torch.dtype = torch.float16,
+    dtype: str | torch.dtype = torch.float16,
 ) -> Exported:
     """Writes an adapter folder that PEFT and, with `lora_only`, vLLM load over the base.
 
@@ -71,7 +72,7 @@ def export_lora(
         lora_only: leaves out what LoRA cannot carry.
         base: the base, read only where a module is part changed and part not; by default the one that
             the artifact names.
-        dtype: of the adapter's matrices.
+        dtype: of the adapter's matrices, torch's or its name.
 
     Raises:
         ArtifactError: the artifact is damaged or carries no configuration.
@@ -84,7 +85,7 @@ def export_lora(
         raise PlanError(f"rank: expected at least 1, got {rank}")
     artifact = opened(artifact)
     artifact.verify_bytes()
-    work = _Export(artifact, rank, lora_only, base, dtype)
+    work = _Export(artifact, rank, lora_only, base, pick_dtype(dtype))
     work.check()
     with new_folder(Path(output)) as folder:
         for record in artifact.manifest.records.values():

@@ -37,6 +37,8 @@ HARMLESS = {
     *("vocab_size", "tie_word_embeddings"),
 }
 """Fields of a configuration that may differ while base and tuned model compute the same."""
+MAX_COUNT = 1 << 16
+"""Up to which a count of a tuned configuration is read even if the base's is smaller."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,14 @@ def match(
         found = {place.record.name for place in places}
     _check_all_found(model, manifest.records, found)
     checked, passed_by = set(), bypassed(model)
+    in_training = bypassed(model, training=True) if model.training else passed_by
     for place in places:
         check_module(place)
-        if place.patched and place.name in passed_by:
+        if place.patched and place.name in in_training:
+            way_out = "merge it" if place.name in passed_by else "call the model's eval() first"
             raise UnsupportedError(
                 f"{place.name}: the model reads this weight without calling its layer, where the delta "
-                "would run: merge it"
+                f"would run: {way_out}"
             )
         if (id(place.live), place.record.name) not in checked and not place.quantized:
             check_base(place)
@@ -190,9 +194,10 @@ def _holds_codes(place: Place) -> bool:
 
 
 def _computes(module: nn.Module, record: Record) -> bool:
-    """Whether a module maps vectors of the sizes of a matrix that has packed terms and nothing else."""
+    """Whether a module maps vectors of the sizes of a matrix that is the base's, with terms or not."""
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    return record.packed and not record.exact_rows and record.bands_shape == sizes
+    multiplied = record.packed or (record.kind == "same" and len(record.shape) == 2)
+    return multiplied and not record.exact_rows and record.bands_shape == sizes
 
 
 def _places(model: nn.Module) -> list[tuple[tuple[nn.Module, str, Tensor], list[str]]]:
@@ -303,16 +308,19 @@ def check_module(place: Place) -> None:
         raise UnsupportedError(f"{place.name}: rows added to a linear layer with a bias")
 
 
-def check_config(model: nn.Module, tuned_config: Config | None) -> None:
+def check_config(model: nn.Module, tuned_config: Config | None) -> Any:
     """Checks that base and tuned model run the same code: attaching changes weights only.
+
+    Returns:
+        The tuned configuration as an object, without what is harmless; None if none is known.
 
     Raises:
         UnsupportedError: names the field, the tuned model's value and the base's.
     """
     tuned = _parsed(model, tuned_config)
-    if tuned is None:
-        return
-    _compare(_plain(tuned), _plain(model.config), "")  # type: ignore
+    if tuned is not None:
+        _compare(_plain(tuned), _plain(model.config), "")  # type: ignore
+    return tuned
 
 
 def _parsed(model: nn.Module, tuned_config: Config | None) -> Any:
@@ -322,13 +330,47 @@ def _parsed(model: nn.Module, tuned_config: Config | None) -> Any:
         return None
     if tuned_config.get("model_type", config.model_type) != config.model_type:  # type: ignore
         raise UnsupportedError(
-            f"model_type: the tuned model has {tuned_config['model_type']!r}, the base "
+            f"model_type: the tuned model has {tuned_config['model_type']!r:.100}, the base "
             f"{config.model_type!r}"  # type: ignore
         )
+    _check_counts(tuned_config, config, "")
     try:
-        return type(config).from_dict(tuned_config)  # type: ignore
+        return type(config).from_dict(_telling(tuned_config))  # type: ignore
     except Exception as error:  # runs through a library's code: any kind may come
         raise UnsupportedError(f"tuned_config.json: not a model configuration: {error}") from error
+
+
+def _telling(document: Config) -> Config:
+    """A parsed `config.json`, parts of it too, without what is harmless: of a number of labels a
+    configuration's class makes a list of their names. What decides on a class or on a head stays."""
+    return {
+        key: _telling(value) if isinstance(value, dict) else value
+        for key, value in document.items()
+        if key not in HARMLESS - {"model_type", "vocab_size", "tie_word_embeddings"}
+    }
+
+
+def _check_counts(tuned: Config, base: Any, where: str) -> None:
+    """Refuses counts far from the base's before anything makes lists as long (of layers, say).
+
+    Args:
+        tuned: a parsed `config.json`, or a part of it.
+        base: the configuration that it is to be like.
+        where: of which part.
+    """
+    parts = getattr(base, "sub_configs", {})
+    text = base.get_text_config(decoder=True) if hasattr(base, "get_text_config") else base
+    for key, ours in tuned.items():
+        theirs = getattr(base, key, getattr(text, key, None))  # its fields may lie one level up
+        if key in parts and isinstance(ours, dict) and theirs is not None:
+            _check_counts(ours, theirs, f"{where}{key}.")
+        elif (key in parts and ours and theirs is None) or (
+            isinstance(ours, int)
+            and isinstance(theirs, int)
+            and key not in HARMLESS | {"max_position_embeddings"}
+            and ours > max(theirs, MAX_COUNT)
+        ):
+            raise _differs(where + key, ours, theirs)
 
 
 def _plain(config: Any) -> Config:
@@ -346,10 +388,14 @@ def _compare(tuned: Config, base: Config, where: str) -> None:
         if isinstance(ours, dict) and isinstance(theirs, dict):
             _compare(ours, theirs, f"{where}{key}.")
             continue
-        raise UnsupportedError(
-            f"{where}{key}: the tuned model has {ours!r}, the base {theirs!r}; attaching changes "
-            "weights, not the model's code: set it on the base's configuration, or merge"
-        )
+        raise _differs(where + key, ours, theirs)
+
+
+def _differs(key: str, ours: Any, theirs: Any) -> UnsupportedError:
+    return UnsupportedError(
+        f"{key}: the tuned model has {ours!r:.500}, the base {theirs!r:.500}; attaching changes weights, "
+        "not the model's code: set it on the base's configuration, or merge"
+    )
 
 
 def vocabulary_configs(model: nn.Module) -> list[Any]:

@@ -3,7 +3,7 @@
 A module gets another `forward` on the instance, not a forward hook: code that torch.compile made
 before the delta was attached does not look at hooks again and would serve the base in silence,
 while an instance's `forward` is guarded. Hooks of other people also see the tuned output this way.
-What it costs: a deep copy of an attached model still calls the original's modules.
+What it costs: a deep copy of an attached model would call the original's modules, so it is refused.
 
 Legend: T tokens, I in, O out, N added rows, S slots, H size of a norm.
 """
@@ -26,6 +26,8 @@ from deltacome.ops.slots import BandTable, SignTable
 from deltacome.runtime.choice import Choice
 
 Forward = Callable[[Tensor], Tensor]
+HOOKED = "_old_forward"
+"""Where accelerate's hooks keep the forward that they were put around."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,31 @@ class Tables:
         return y_TI.view(y.shape)
 
 
+def own_forward(module: Any) -> Forward:
+    """What a module computes, without what a hook of accelerate does before and after it."""
+    return vars(module).get(HOOKED, module.forward)
+
+
 def set_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
-    """Gives a module another forward on the instance, until the stack unwinds."""
-    if "forward" in vars(module):
-        stack.callback(setattr, module, "forward", module.forward)
-    else:
-        stack.callback(delattr, module, "forward")
-    module.forward = forward
+    """Gives a module another forward on the instance, until the stack unwinds.
+
+    A hook of accelerate calls what it found, and puts that back when it goes: so where there is one,
+    that is what is replaced.
+    """
+    attr = HOOKED if HOOKED in vars(module) else "forward"
+    before = vars(module).get(attr)
+    setattr(module, attr, forward)
+    stack.callback(_unset_forward, module, forward, before)
+
+
+def _unset_forward(module: Any, forward: Any, before: Any) -> None:
+    for attr in (HOOKED, "forward"):  # where hooks that have come or gone since have put it
+        if vars(module).get(attr) is not forward:
+            continue
+        if before is None and attr == "forward":
+            delattr(module, attr)
+        else:
+            setattr(module, attr, before or type(module).forward.__get__(module))
 
 
 def tuned_linear(
@@ -89,7 +109,7 @@ def tuned_linear(
         y = base(input)
         if choice.idle:
             return y
-        input = input.to(y.device)  # of layers on several GPUs accelerate moves it in `base`
+        input = input.to(y.device)  # which `base` may have been given on another GPU
         if packed is not None:
             y = packed.add(y, input, choice, impl)
         if bias_SO is not None:
@@ -176,12 +196,13 @@ def embedding_scale(name: str, module: nn.Embedding) -> float:
         UnsupportedError: the output is no multiple of the row.
     """
     weight = module.weight
-    ids = torch.linspace(0, len(weight) - 1, min(len(weight), 64)).long().to(weight.device)
+    count = min(len(weight), 64)
+    ids = torch.linspace(0, len(weight) - 1, count, device="cpu").long().to(weight.device)
     got, row = module(ids), weight[ids]
     if torch.equal(got, row):
         return 1.0
     if got.shape == row.shape:
-        got, row = got.double(), row.double()
+        got, row = _in_double(got), _in_double(row)
         scale = float((got * row).sum() / (row * row).sum())
         # Each entry is rounded once or twice to the weight's dtype.
         error = (got - scale * row).abs() - 4 * torch.finfo(weight.dtype).eps * (scale * row).abs()
@@ -203,17 +224,17 @@ def norm_of(name: str, module: nn.Module) -> tuple[float, float]:
     Raises:
         UnsupportedError: the module computes something else.
     """
-    weight_H = module.weight.detach().double()  # pyright: ignore
+    weight: Any = module.weight
+    weight_H = _in_double(weight.detach())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(eps, float) and weight_H.dim() == 1:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(8, len(weight_H), generator=generator).to(weight_H.device)
-        x = x.to(module.weight.dtype)  # pyright: ignore
-        got = module(x).double()
-        normed = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps)
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randn(8, len(weight_H), generator=generator, device="cpu").to(weight.dtype)
+        got, x = _in_double(module(x.to(weight.device))), _in_double(x)
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         for offset in (0.0, 1.0):
             expected = normed * (weight_H + offset)
-            bound = 4 * torch.finfo(x.dtype).eps * expected.abs() + 1e-6 * expected.abs().max()
+            bound = 4 * torch.finfo(weight.dtype).eps * expected.abs() + 1e-6 * expected.abs().max()
             if got.shape == expected.shape and ((got - expected).abs() <= bound).all():
                 return eps, offset
     kind = type(module)
@@ -221,3 +242,8 @@ def norm_of(name: str, module: nn.Module) -> tuple[float, float]:
         f"{name}: several tenants can change the weight of an RMS norm, got "
         f"{kind.__module__}.{kind.__qualname__}: attach this artifact alone, or merge it"
     )
+
+
+def _in_double(values: Tensor) -> Tensor:
+    """In float64, on the CPU: not every GPU has that type."""
+    return values.cpu().double()

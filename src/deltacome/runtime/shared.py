@@ -23,6 +23,7 @@ from deltacome.runtime.match import Place
 from deltacome.runtime.modules import (
     embedding_scale,
     norm_of,
+    own_forward,
     set_forward,
     tuned_embedding,
     tuned_linear,
@@ -65,15 +66,17 @@ def install_shared(
         weights = attrs.get("weight", [None] * len(places))
         if kind == "norm":
             forward = tuned_norm(
-                module.forward, _weights(terms, weights, numbers[1]), numbers[0], choice, impl
+                own_forward(module), _weights(terms, weights, numbers[1]), numbers[0], choice, impl
             )
         elif kind == "embedding":
             packed, rows = terms.packed(weights), place.live.shape[0]
-            forward = tuned_embedding(module.forward, packed, None, rows, numbers[0], choice, impl)
+            forward = tuned_embedding(
+                own_forward(module), packed, None, rows, numbers[0], choice, impl
+            )
         else:
             bias_SO = _biases(terms, attrs["bias"]) if "bias" in attrs else None
             packed = terms.packed(weights)
-            forward = tuned_linear(module.forward, packed, None, bias_SO, choice, impl)
+            forward = tuned_linear(own_forward(module), packed, None, bias_SO, choice, impl)
         set_forward(stack, module, forward)
 
 

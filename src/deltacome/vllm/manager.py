@@ -11,18 +11,14 @@ import contextlib
 import ctypes
 import importlib.metadata
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltacome.errors import (
-    ArtifactError,
-    DeltaError,
-    MismatchError,
-    PlanError,
-)
+from deltacome.errors import DeltaError, MismatchError, PlanError
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.ops.impls import check_impl, fastest
 from deltacome.ops.slots import Pool
@@ -34,7 +30,7 @@ from deltacome.vllm.refuse import refuse_heads, refuse_impl, refuse_options
 from deltacome.vllm.request import artifact_path, content_path, has_digest
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step
-from deltacome.vllm.tenant import Base, Tenant, load_tenant
+from deltacome.vllm.tenant import Base, Tenant, check_room, load_tenant
 
 
 class ModelManager(compat.LRUCacheLoRAModelManager):
@@ -64,6 +60,7 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             places, self.vllm_config.parallel_config.tensor_parallel_size
         )
         self.pool = Pool(slots, nbytes, device=device)
+        self.settings = replace(self.settings, slot_bytes=self.pool.blobs_SN.shape[1])
         scheduler = self.vllm_config.scheduler_config
         rows = max(self.max_num_batched_tokens, scheduler.max_num_seqs)
         self.step = Step(slots, rows, device)
@@ -159,12 +156,7 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             ArtifactError: it has more bytes; says what to set.
             PlanError: a plan has too many bands or directions.
         """
-        nbytes = self.pool.blobs_SN.shape[1]
-        if tenant.nbytes > nbytes:
-            raise ArtifactError(
-                f"{tenant.path}: has {tenant.nbytes} bytes of packed terms, a slot {nbytes}: set "
-                f"slot_bytes to {tenant.nbytes} in additional_config's deltacome"
-            )
+        check_room(tenant.path, tenant.nbytes, self.pool.blobs_SN.shape[1])
         fields = {}
         for name, parts in tenant.bands.items():
             delta = self.deltas[name]

@@ -14,6 +14,7 @@ from typing import Any
 from deltacome.errors import ArtifactError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.vllm import compat
+from deltacome.vllm.templates import MAX_NBYTES, check_template
 
 SAMPLING = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -45,7 +46,9 @@ class Manners:
     """What chat templates call `eos_token` and the like, where it is not as in the base."""
 
     @classmethod
-    def read(cls, artifact: Artifact, vocabulary: Mapping[str, int], size: int) -> Manners:
+    def read(
+        cls, artifact: Artifact, vocabulary: Mapping[str, int], size: int, templates: bool = True
+    ) -> Manners:
         """Reads what an artifact carries. All of it is checked here: in the engine a value of another
         type would end the thread that reads requests.
 
@@ -53,6 +56,7 @@ class Manners:
             artifact: of the tuned model.
             vocabulary: the base's tokens and their numbers.
             size: of the base's vocabulary; a tokenizer may know other numbers.
+            templates: whether to take its chat template, a program that the API server runs.
 
         Raises:
             ArtifactError: a file is not what its name says.
@@ -65,7 +69,8 @@ class Manners:
         if end < size:
             ends.add(end)
         sampling = None if generation is None else _sampling(artifact, generation)
-        return cls(_template(artifact, tokens), sampling, frozenset(ends), special)
+        template = _template(artifact, tokens) if templates else None
+        return cls(template, sampling, frozenset(ends), special)
 
 
 def _without_file(artifact: Artifact) -> dict[str, Any]:
@@ -123,8 +128,15 @@ def _sampling(artifact: Artifact, generation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _template(artifact: Artifact, tokens: dict[str, Any]) -> str | None:
+    found = _written_template(artifact, tokens)
+    if found is not None:
+        check_template(f"{artifact.path}: chat template", found)
+    return found
+
+
+def _written_template(artifact: Artifact, tokens: dict[str, Any]) -> str | None:
     name = "chat_template.jinja"
-    content = artifact.file(name)
+    content = artifact.file(name, MAX_NBYTES)
     if content is not None:
         try:
             return content.decode()

@@ -7,14 +7,15 @@ for every few seconds, as a scrape cannot wait for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.logger import init_logger
 
 from deltacome.vllm import compat
+from deltacome.vllm.lines import one_line
 
 logger = init_logger("vllm.deltacome")  # only what is below `vllm` has a handler
 WATCH_SECONDS = 5.0
@@ -55,29 +56,36 @@ def loaded(name: str, path: str, seconds: float) -> None:
     """An artifact was loaded."""
     LOADS.inc()
     LOAD_SECONDS.observe(seconds)
-    logger.info("Loaded tenant %r in %.2f s: %s", name, seconds, path)
+    logger.info("Loaded tenant %r in %.2f s: %s", name, seconds, one_line(path))
 
 
 def reread(name: str, path: str, seconds: float) -> None:
     """A tenant that the workers had dropped was read again."""
     REREAD_SECONDS.observe(seconds)
-    logger.info("Read tenant %r again in %.2f s: %s", name, seconds, path)
+    logger.info("Read tenant %r again in %.2f s: %s", name, seconds, one_line(path))
 
 
 def refused(name: str, error: Exception) -> None:
-    """An artifact was refused."""
+    """An artifact was refused. The log has the error below too, which clients are not told."""
     REFUSED.inc()
-    logger.warning("Refused tenant %r: %s", name, error)
+    why = f" ({error.__cause__!r})" if error.__cause__ else ""
+    logger.warning("Refused tenant %r: %s", name, one_line(f"{error}{why}"))
 
 
 def dropped(name: str, path: str) -> None:
     """The workers hold a tenant's weights no more."""
-    logger.info("Dropped tenant %r from the workers: %s", name, path)
+    logger.info("Dropped tenant %r from the workers: %s", name, one_line(path))
 
 
 def unloaded(name: str, path: str) -> None:
     """A name is nobody's any more."""
-    logger.info("Unloaded tenant %r: %s", name, path)
+    logger.info("Unloaded tenant %r: %s", name, one_line(path))
+
+
+def forgotten(name: str) -> None:
+    """Nobody has a name, and nobody uses what had it: its figures go."""
+    with suppress(KeyError):  # of older Prometheus clients, where nothing was counted
+        TOKENS.remove(name)
 
 
 async def counted(outputs: Any, name: str, params: Any) -> AsyncGenerator[Any, None]:
@@ -91,6 +99,19 @@ async def counted(outputs: Any, name: str, params: Any) -> AsyncGenerator[Any, N
                 tokens.inc(len(one.token_ids) - (0 if delta else seen.get(one.index, 0)))
                 seen[one.index] = len(one.token_ids)
             yield output
+
+
+def with_present_adapters(original: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's `record`, with the gauge of adapters that run and wait kept to those of now. It would keep a
+    line for each list that there ever was, and a tenant has another name in the engine with each load."""
+
+    def record(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+        gauge = self.gauge_lora_info
+        if scheduler_stats is not None and isinstance(gauge, Gauge):  # Ray's is another
+            gauge.clear()
+        original(self, scheduler_stats, *args, **kwargs)
+
+    return record
 
 
 def watch(engine_client: Any) -> None:

@@ -7,19 +7,30 @@ engine, while those of an import are only logged: so all imports of vLLM happen 
 
 from __future__ import annotations
 
+import logging
+
+from deltacome.errors import UnsupportedError
+
+logger = logging.getLogger("vllm.deltacome")  # only what is below `vllm` has a handler
+
 
 def register() -> None:
     """Hooks the plugin into this process.
 
-    Raises:
-        UnsupportedError: a vLLM that the hooks were not written for.
+    Not into a vLLM that the hooks were not written for: its log says so, and it goes on without, since
+    every vLLM of this Python calls this, whatever it serves. It has no tenants then: an artifact's folder
+    has no `adapter_config.json`, so it is refused as an adapter.
     """
     from deltacome.vllm.version import check_version
 
-    check_version()
-    from deltacome.vllm import compat
+    try:
+        check_version()
+        from deltacome.vllm import compat
 
-    compat.check()
+        compat.check()
+    except UnsupportedError as error:
+        logger.error("deltacome is not hooked in, so no tenants can be served: %s", error)
+        return
     from deltacome.vllm import frontend, mends, prompts, worker
     from deltacome.vllm.manager import WorkerManager
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
-from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
+from deltacome.errors import DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.vllm import compat, metrics
 from deltacome.vllm.canary import check_canary
@@ -37,6 +37,8 @@ from deltacome.vllm.settings import Settings
 POLL_SECONDS = (0.01, 0.25)
 """Between two questions whether the workers have read an artifact, at first and at most: an answer waits
 for the steps that run."""
+REFUSED_SECONDS = 60.0
+"""How long what the workers refused is not read again for requests, whose folder holds the same."""
 MARK = "#"
 """Between name and number in what the engine calls a tenant; no adapter's name has one."""
 
@@ -84,6 +86,8 @@ class Registry:
         self._generate = engine.generate
         self._clock = itertools.count()
         self._polling = asyncio.Lock()
+        self._refused: dict[tuple[str, str], tuple[float, DeltaError]] = {}
+        """By name and path, until when and why."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def named(self, name: str | None) -> Entry | None:
@@ -104,10 +108,13 @@ class Registry:
                 f"{self._servers}: set --api-server-count 1"
             )
         start = time.perf_counter()
-        path = await asyncio.to_thread(_content_path, folder)
+        path = await asyncio.to_thread(content_path, folder)
+        if finder is not None:
+            self._check_refused(name, path)
         artifact = await asyncio.to_thread(Artifact.open, artifact_path(path))
         size = self.models.model_config.get_vocab_size()
-        manners = await asyncio.to_thread(Manners.read, artifact, self._vocabulary, size)
+        words = (artifact, self._vocabulary, size, self.settings.templates)
+        manners = await asyncio.to_thread(Manners.read, *words)
         id = self.models.lora_id_counter.inc(1)
         request = compat.LoRARequest(name, id, path)
         engine_request = compat.LoRARequest(f"{name}{MARK}{id}", id, path)
@@ -115,9 +122,13 @@ class Registry:
         with self._counted(entry):
             try:
                 await asyncio.shield(self._start(self._read(entry)))
-                await check_canary(self._generate, artifact, engine_request, self.settings.canary)
-            except BaseException:
+                await check_canary(
+                    self._generate, artifact, engine_request, self.settings.canary, size
+                )
+            except BaseException as error:
                 self._retire(entry)
+                if isinstance(error, DeltaError):  # the canary too is asked once all is read
+                    self._remember(entry, error)
                 raise
             previous = self.named(name)
             self.models.lora_requests[name] = request
@@ -174,7 +185,7 @@ class Registry:
         folder = await entry.finder.find(entry.name)
         if folder is None:
             return entry
-        if await asyncio.to_thread(_content_path, str(folder)) == entry.request.lora_path:
+        if await asyncio.to_thread(content_path, str(folder)) == entry.request.lora_path:
             return entry
         async with self.models.lora_resolver_lock[entry.name]:
             current = self.named(entry.name)
@@ -190,6 +201,7 @@ class Registry:
         if entry.held:
             return
         if entry.reading is None:
+            self._check_refused(entry.name, entry.request.lora_path)
             entry.reading = self._start(self._reread(entry))
         await asyncio.shield(entry.reading)
 
@@ -201,11 +213,22 @@ class Registry:
             entry.reading = None
         metrics.reread(entry.name, entry.request.lora_path, time.perf_counter() - start)
 
+    def _remember(self, entry: Entry, error: DeltaError) -> None:
+        """That a tenant was refused by who may have read all of its bytes, which keeps others waiting."""
+        now = time.monotonic()
+        self._refused = {key: one for key, one in self._refused.items() if one[0] > now}
+        self._refused[entry.name, entry.request.lora_path] = now + REFUSED_SECONDS, error
+
+    def _check_refused(self, name: str, path: str) -> None:
+        until, error = self._refused.get((name, path), (0.0, None))
+        if error is not None and until > time.monotonic():
+            raise DeltaError(f"{error} (refused before, and looked at again in a minute)")
+
     async def _read(self, entry: Entry) -> None:
         """Has the workers read a tenant beside their work."""
         id, path = entry.request.lora_int_id, entry.request.lora_path
         async with entry.lock:
-            if await asyncio.to_thread(_content_path, artifact_path(path)) != path:
+            if await asyncio.to_thread(content_path, artifact_path(path)) != path:
                 raise MismatchError(
                     f"{artifact_path(path)}: holds other weights than those that were loaded: load it "
                     "again, with load_inplace"
@@ -213,9 +236,11 @@ class Registry:
             try:
                 await self._ask("deltacome_prefetch", id, path)
                 await self._fetched(id)
-            except DeltaError:
+            except DeltaError as error:
+                self._remember(entry, error)
                 await self._ask("deltacome_drop", id)  # a worker refused it, others have read it
                 raise
+            self._refused.pop((entry.name, path), None)
             entry.held = True
         self._trim()
 
@@ -261,6 +286,8 @@ class Registry:
             if entry.gone and self.entries.pop(id, None) is None:
                 return
             await self._ask("deltacome_drop", id)
+        if entry.gone and self.named(entry.name) is None:
+            metrics.forgotten(entry.name)
         if held:
             metrics.dropped(entry.name, entry.request.lora_path)
 
@@ -274,10 +301,3 @@ class Registry:
     def _vocabulary(self) -> dict[str, int]:
         tokenizer = self.models.renderer.tokenizer
         return {} if tokenizer is None else tokenizer.get_vocab()
-
-
-def _content_path(folder: str) -> str:
-    try:
-        return content_path(folder)
-    except OSError as error:
-        raise ArtifactError(f"{folder}: cannot be read: {error}") from error

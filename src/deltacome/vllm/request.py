@@ -8,17 +8,23 @@ manifest, which has the checksums of all weights.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
+from deltacome.format.artifact import read_manifest
 from deltacome.format.manifest import MANIFEST_FILE
 
 _MARK = "#deltacome-"
 
 
 def content_path(folder: str) -> str:
-    """The path of an artifact's folder with the digest of what it holds now."""
+    """The path of an artifact's folder with the digest of what it holds now.
+
+    Raises:
+        ArtifactError: the manifest is not there, cannot be read, or is too large to be one.
+    """
     folder = artifact_path(folder)
-    digest = hashlib.sha256((Path(folder) / MANIFEST_FILE).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(read_manifest(Path(folder))).hexdigest()[:16]
     return f"{folder}{_MARK}{digest}"
 
 
@@ -28,8 +34,8 @@ def artifact_path(path: str) -> str:
 
 
 def is_artifact(path: str) -> bool:
-    """Whether a path names an artifact's folder."""
-    return (Path(artifact_path(path)) / MANIFEST_FILE).is_file()
+    """Whether a path, which may be anything that a client sends, names an artifact's folder."""
+    return os.path.isfile(os.path.join(artifact_path(path), MANIFEST_FILE))
 
 
 def has_digest(path: str) -> bool:

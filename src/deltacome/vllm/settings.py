@@ -37,6 +37,9 @@ class Settings:
     base, say."""
     base_tokenizer: bool = False
     """Whether tenants with another tokenizer are served, with the base's; else they are refused."""
+    templates: bool = True
+    """Whether chats of a tenant are written with its own chat template; else with the base's. A template
+    is a program, which the API server runs."""
     canary: float | None = 0.25
     """How far, in nats (root of the mean square), the logprobs of an artifact's canary may be from those
     recorded when it was made; None: no canary is asked. A quantised base needs more."""

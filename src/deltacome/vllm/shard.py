@@ -22,6 +22,7 @@ from deltacome.format.codec import (
     SignTensors,
     read_bands,
     read_signs,
+    unpack,
     write_bands,
     write_signs,
 )
@@ -81,12 +82,13 @@ def shard_signs(
     if list(rows) == [(0, shape[0])] and columns == (0, shape[1]):
         return blob
     signs = read_signs(blob, shape, scales)
-    positive_OI = signs.dense() * signs.scale.sign()[:, None] > 0
     scale = signs.scale
     if len(scale) > 1:
         scale = torch.cat([scale[start:stop] for start, stop in rows])
-    picked = torch.cat([positive_OI[start:stop] for start, stop in rows])
-    return write_signs(SignTensors.from_signs(picked[:, columns[0] : columns[1]], scale))
+    first, last = columns[0] // BLOCK, -(-columns[1] // BLOCK)  # blocks around the columns
+    words = torch.cat([signs.words[start:stop] for start, stop in rows])[:, 2 * first : 2 * last]
+    codes = unpack((words,), 1, columns[1] - first * BLOCK)  # of this shard alone
+    return write_signs(SignTensors.from_signs(codes[:, columns[0] - first * BLOCK :], scale))
 
 
 def common_group(group_size: int, runs: Iterable[Sequence[Range]]) -> int:

@@ -4,8 +4,8 @@ A tenant is all that activation needs, so that making one resident is copying an
 it is an adapter without low-rank pairs.
 
 Loading checks everything: the configuration, the fingerprints of the base, that each tensor that the
-artifact changes has its place in the model, that it fits into a slot. What does not fit is refused
-with the list of tensors or the figure to set.
+artifact changes has its place in the model and the shape of the base's there, that numbers are finite,
+that it fits into a slot. What does not fit is refused with the list of tensors or the figure to set.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
+from deltacome.format.codec import read_bands, read_signs
 from deltacome.format.manifest import Record
-from deltacome.format.spec import ALIGN
+from deltacome.format.spec import ALIGN, bands_nbytes, sign_sections
 from deltacome.ops.slots import PlacedBands, PlacedSigns
 from deltacome.runtime.match import check_config
 from deltacome.vllm import compat
@@ -63,7 +64,7 @@ class Tenant:
     def gather(self, device: torch.device) -> None:
         """Copies the packed terms into one piece of memory, which a device's slot takes in one copy.
 
-        Until then they are views of files: who writes into those would change what is served.
+        Until then each has memory of its own.
         """
         self.image = new_image(self, self.nbytes, device)
         for offset, chunk in self.chunks:
@@ -89,7 +90,8 @@ class Base:
         self._samples: dict[str, str] = {}
 
     def check(self, record: Record) -> None:
-        """Raises MismatchError unless the base's tensor is the one the delta was taken against."""
+        """Raises MismatchError unless the base's tensor is the one the delta was taken against: its shape
+        and its fingerprint."""
         name = record.base_name
         if name is None:
             raise UnsupportedError(
@@ -99,6 +101,11 @@ class Base:
             if name not in self.checkpoint.tensors:
                 raise MismatchError(f"{name}: the base {self.checkpoint.path} has no such tensor")
             self._samples[name] = self.checkpoint.sample(name)
+        if (shape := self.checkpoint.tensors[name].shape) != record.base_shape:
+            raise MismatchError(
+                f"{record.name}: wrong base: expected {name} of shape {record.base_shape}, got {shape} "
+                f"in {self.checkpoint.path}"
+            )
         if self._samples[name] != record.base_sample:
             raise MismatchError(
                 f"{record.name}: wrong base: expected {name} of fingerprint {record.base_sample}, got "
@@ -117,12 +124,12 @@ def load_tenant(
     """Reads an artifact for this worker's part of the model.
 
     Raises:
-        ArtifactError: the folder is not a whole artifact, or a byte of it has changed.
+        ArtifactError: the folder is not a whole artifact, a byte of it has changed or changes meanwhile,
+            or a number is not finite.
         MismatchError: another base, or tensors that the model does not have.
         UnsupportedError: something that cannot be served, with the way out.
     """
     artifact = Artifact.open(path)
-    artifact.check_bytes()
     _check_artifact(artifact, model, settings)
     if not settings.base_tokenizer:
         check_tokenizer(artifact, base.checkpoint.path)
@@ -134,6 +141,7 @@ def load_tenant(
             where.setdefault(part.name, []).append((place, index))
     accounted = {rename(name) for name in artifact.manifest.records}
     tenant, unknown = Tenant(id, path), []
+    mine: list[tuple[Record, Place, int, str]] = []
     for record in artifact.manifest.records.values():
         if record.base_name is not None:
             base.check(record)
@@ -152,7 +160,10 @@ def load_tenant(
         if not found:
             unknown.append(record.name)
         for place, index in found:
-            _add(tenant, artifact, record, place, index, attribute, base, settings)
+            if record.base_name is not None:
+                source = rename(record.base_name)
+                _check_source(record, source, attribute, {name, place.parts[index].name})
+            mine.append((record, place, index, attribute))
     if unknown:
         encoded = any(rename(name).startswith(encoder_prefixes(model)) for name in unknown)
         why = (
@@ -168,6 +179,11 @@ def load_tenant(
             f"{path}: the tuned model lacks {len(lost)} of the base's tensors, which would stay: "
             f"{_listed(lost)}: merge the artifact"
         )
+    _check_sizes(artifact, mine, settings)
+    artifact.check_bytes()  # behind all that costs less: other tenants wait
+    for one in mine:
+        _add(tenant, artifact, *one, base, settings)
+    artifact.verify_bytes()  # again: what was read is what was checked, if that has not changed since
     return tenant
 
 
@@ -189,14 +205,64 @@ def _check_artifact(artifact: Artifact, model: nn.Module, settings: Settings) ->
             "cannot be served beside the base: give the base the added tokens before tuning, or merge"
         )
     config = artifact.json_file(TUNED_CONFIG_FILE)
-    check_config(SimpleNamespace(config=model.config), config)  # pyright: ignore
-    if config is not None and not compat.ties_head(model):
-        tuned: Any = SimpleNamespace(config=type(model.config).from_dict(config))  # pyright: ignore
-        if compat.ties_head(tuned):
-            raise UnsupportedError(
-                f"{artifact.path}: tie_word_embeddings: the tuned model's head is its embedding, the "
-                "base has a head of its own, which would stay: merge the artifact"
+    tuned: Any = SimpleNamespace()
+    tuned.config = check_config(SimpleNamespace(config=model.config), config)  # pyright: ignore
+    if tuned.config is not None and compat.ties_head(tuned) and not compat.ties_head(model):
+        raise UnsupportedError(
+            f"{artifact.path}: tie_word_embeddings: the tuned model's head is its embedding, the "
+            "base has a head of its own, which would stay: merge the artifact"
+        )
+
+
+def _check_sizes(
+    artifact: Artifact, mine: Sequence[tuple[Record, Place, int, str]], settings: Settings
+) -> None:
+    """Refuses by the manifest what does not fit into a slot, or is exact and not of the base's shape."""
+    group = artifact.manifest.group_size
+    nbytes: dict[Hashable, int] = {}
+    for record in artifact.manifest.records.values():
+        if record.exact_rows and record.shape != record.base_shape:
+            raise MismatchError(
+                f"{artifact.path}: {record.name}: expected the base's shape, {record.base_shape}, got "
+                f"{record.shape}: merge the artifact"
             )
+    for record, place, index, _ in mine:
+        part = place.parts[index]
+        shape = part.size, part.columns[1] - part.columns[0]
+        if record.plan:
+            blob = bands_nbytes(shape, record.plan, place.group(group))
+            nbytes[record.name, part, "bands"] = -(-blob // ALIGN) * ALIGN
+        if scales := record.sign_scales:
+            blob = sign_sections(shape, min(scales, part.size))[2]
+            nbytes[record.name, part, "signs"] = -(-blob // ALIGN) * ALIGN
+    if settings.slot_bytes is not None:
+        check_room(str(artifact.path), sum(nbytes.values()), settings.slot_bytes)
+
+
+def check_room(path: str, nbytes: int, slot: int) -> None:
+    """Refuses an artifact that has more bytes of packed terms than a slot; says what to set."""
+    if nbytes > slot:
+        raise ArtifactError(
+            f"{path}: has {nbytes} bytes of packed terms, a slot {slot}: set slot_bytes to {nbytes} in "
+            "additional_config's deltacome"
+        )
+
+
+def _check_source(record: Record, source: str, attribute: str, names: set[str]) -> None:
+    """A delta is added to the base's tensor of its place, so it must have been taken against that one.
+
+    Args:
+        record: of the tensor.
+        source: vLLM's name of the base's tensor that the record names.
+        attribute: `weight` or `bias`.
+        names: of the place, with a prefix more or less; of an untied head the embedding's too.
+    """
+    ends = [f".{name}.{attribute}" for name in names]
+    if not any(end.endswith(f".{source}") or f".{source}".endswith(end) for end in ends):
+        raise MismatchError(
+            f"{record.name}: expected a delta of the base's tensor of that place, got one of "
+            f"{record.base_name}"
+        )
 
 
 def _untied_head(name: str, record: Record, places: Sequence[Place]) -> Place | None:
@@ -223,15 +289,14 @@ def _add(
     elif (
         attribute == "weight"
         and place.kind == "norm"
+        and record.replaced
         and not isinstance(place.module, compat.NORMS[2])
     ):
-        value = artifact.exact(record.name).float()
-        if value.shape != (part.size,):
-            raise MismatchError(f"{record.name}: expected {part.size} values, got {value.shape}")
+        value = _values(artifact, record, (part.size,))
         gemma = isinstance(place.module, compat.GemmaRMSNorm)
         tenant.norms[place.name] = value + 1 if gemma else value
-    elif attribute == "bias" and place.kind == "linear" and record.base_name is not None:
-        change = artifact.exact(record.name).float() - base.read(record).float()
+    elif attribute == "bias" and place.kind == "linear" and record.replaced and record.base_shape:
+        change = _values(artifact, record, record.base_shape) - base.read(record).float()
         sizes = [p.size for p in place.parts]
         whole = tenant.biases.setdefault(place.name, torch.zeros(sum(sizes)))
         rows = torch.cat([change[start:stop] for start, stop in part.rows])
@@ -243,6 +308,22 @@ def _add(
         )
 
 
+def _values(artifact: Artifact, record: Record, shape: tuple[int, ...]) -> Tensor:
+    """The tuned value of a vector, float32, read only if it is one of that shape."""
+    if record.shape != shape or len(shape) != 1:
+        raise MismatchError(f"{record.name}: expected {shape} values, got {record.shape}")
+    value = artifact.exact(record.name).float()
+    _check_finite(record.name, value)
+    return value
+
+
+def _check_finite(name: str, *numbers: Tensor) -> None:
+    """A NaN outlives its request: in a block of the cache that is freed and taken by another one, where
+    what is masked is multiplied by zero."""
+    if not all(bool(some.isfinite().all()) for some in numbers):
+        raise ArtifactError(f"{name}: expected finite numbers, got NaN or Inf")
+
+
 def _add_packed(
     tenant: Tenant,
     artifact: Artifact,
@@ -252,6 +333,11 @@ def _add_packed(
     settings: Settings,
 ) -> None:
     part, shape, name = place.parts[index], record.bands_shape, record.name
+    if record.transposed:
+        raise UnsupportedError(
+            f"{name}: has a delta of its transpose, which cannot be served beside the base: merge the "
+            "artifact"
+        )
     if part.rows[-1][1] > shape[0] or part.columns[1] > shape[1] or record.shape != shape:
         raise UnsupportedError(
             f"{name}: the model has {part.rows} × {part.columns} of it, the artifact {record.shape}: a "
@@ -263,7 +349,10 @@ def _add_packed(
         cut = (shape, record.plan, group, part.rows, part.columns, place.group(group))
 
         def bands() -> Tensor:
-            return shard_bands(name, artifact.blob(name), *cut)
+            blob = artifact.blob(name)
+            for band in read_bands(blob, shape, record.plan, group):
+                _check_finite(name, *band.numbers())
+            return shard_bands(name, blob, *cut)
 
         placed = PlacedBands(_placed(tenant, (name, cut), bands), record.plan)
         tenant.bands.setdefault(place.name, [None] * parts)[index] = placed
@@ -275,7 +364,9 @@ def _add_packed(
         cuts = (shape, scales, part.rows, part.columns)
 
         def signs() -> Tensor:
-            return shard_signs(name, artifact.blob(name, "signs"), *cuts)
+            blob = artifact.blob(name, "signs")
+            _check_finite(name, read_signs(blob, shape, scales).scale)
+            return shard_signs(name, blob, *cuts)
 
         mine = 1 if scales == 1 else part.size
         signed = PlacedSigns(_placed(tenant, (name, cuts), signs), mine)

