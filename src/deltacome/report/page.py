@@ -49,15 +49,13 @@ def write_report(
         OutputError: an output exists already or cannot be written.
     """
     output, png = Path(output), None if png is None else Path(png)
-    scores = [*map(Path, scores)]
+    files = [Path(score) for score in scores]
     for path in (output, png):
         if path is not None and path.exists():
             raise OutputError(f"{path}: the output exists already; remove it or name another")
-    exams = read_scores(scores)
-    if scores and not any(exam.deltas for exam in exams):
-        raise DeltaError(
-            f"{scores[0]}: expected scores of a delta, got those of dense models alone"
-        )
+    exams = read_scores(files)
+    if files and not any(exam.deltas for exam in exams):
+        raise DeltaError(f"{files[0]}: expected scores of a delta, got those of dense models alone")
     artifact = opened(artifact)
     facts = gather(artifact)
     shown = [_drawn(section) for section in sections(facts, exams)]

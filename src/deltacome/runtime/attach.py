@@ -211,8 +211,10 @@ def _freeze(stack: contextlib.ExitStack, model: nn.Module) -> None:
 def _shadow(stack: contextlib.ExitStack, module: nn.Module, name: str) -> None:
     """Lets a method of a module refuse, until the stack unwinds."""
     own = vars(module)
-    undo = (own.__setitem__, name, own[name]) if name in own else (own.pop, name)
-    stack.callback(*undo)
+    if name in own:
+        stack.callback(own.__setitem__, name, own[name])
+    else:
+        stack.callback(own.pop, name)
     own[name] = _refuse_to_save
 
 
