@@ -34,7 +34,7 @@ class Progress(NamedTuple):
     """Where a run is: `done` of `total` steps of a phase, and what was just finished."""
 
     phase: str
-    """`survey`, `calibration`, `sweep`, `blocks`, `distill`, `canary` or `write`."""
+    """`survey`, `search`, `calibration`, `sweep`, `blocks`, `distill`, `canary` or `write`."""
     done: int
     total: int
     detail: str = ""
