@@ -145,7 +145,7 @@ def test_plans_that_leave_matrices_out_settle():
     shapes = {name: Matrix(manifest.records[name].bands_shape, unread) for name in matrices}
 
     class Greedy:
-        adapts = True
+        default_ratio = 16.0
 
         def options(self):
             return {"name": "greedy"}

@@ -117,7 +117,12 @@ def test_a_picture_s_tokens_are_no_words(seeing):
     run, found = run_of(pair), {}
     token = run.model.config.image_token_id
     stream = stream_of(run, rows)
-    how = {"seed": 0, "diagonal": False, "tied": False, "first": lambda row: len(row) // 2}
+    how = {
+        "seed": 0,
+        "diagonal": False,
+        "tied": False,
+        "answer": lambda row: slice(len(row) // 2, None),
+    }
     for one in sweep(stream, partial(load_block, run), **how):
         found |= one
     embedding = found[stream.layout.embedding]
@@ -131,16 +136,16 @@ def test_distillation_asks_the_model_that_sees(seeing):
     (_, tuned), rows = seeing
     model, pictured = load(tuned), [row for row in rows if row.seen]
 
-    def first(row):
-        return len(row) - 3
+    def answer(row):
+        return slice(len(row) - 3, None)
 
     with torch.no_grad():
-        wanted = [model(**told(row)).logits[0, first(row.ids) :] for row in pictured]
-        inputs, counts_BL = _inputs(model, pictured, first)
+        wanted = [model(**told(row)).logits[0, answer(row.ids)] for row in pictured]
+        inputs, counts_BL = _inputs(model, pictured, answer)
         with _picking(model, counts_BL):
             got = functional_call(model, dict(model.named_parameters()), (), inputs).logits[0]
     torch.testing.assert_close(got, torch.cat(wanted), rtol=1e-4, atol=1e-4)
-    asked = _Tuned(model, first)
+    asked = _Tuned(model, answer)
     for _ in range(2):
         kept = asked.logits(pictured)
         torch.testing.assert_close(kept, torch.cat(wanted), rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_pairs import copy_of, tree
 
+import deltacome
 from deltacome import DeltaCome, DeltaError, compress, merge
 from deltacome.compression import planning
 from deltacome.errors import ArtifactError, OutputError, PlanError
@@ -177,6 +178,7 @@ def test_another_version_is_refused(pairs, text, unfinished, monkeypatch, packag
     real = importlib.metadata.version
     other = {package: "0.0.1"}
     monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or real(name))
+    monkeypatch.setattr(deltacome, "__version__", other.get("deltacome", deltacome.__version__))
     with pytest.raises(OutputError, match=r"cannot be resumed: versions was .*0\.0\.1"):
         compress(*pairs["small"], unfinished, resume=True, calibration=text, **QUICK)
 

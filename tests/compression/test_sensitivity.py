@@ -92,7 +92,7 @@ def close(got, expected):
 
 def late(row):
     """Some rows are text, the others half question, half answer and what follows it."""
-    return None if row[0] % 2 else slice(len(row) // 2, len(row) - 2)
+    return None if row[0] % 2 else slice(len(row) // 2, max(len(row) // 2 + 1, len(row) - 2))
 
 
 @pytest.mark.parametrize("answer", [lambda row: None, late], ids=["all", "late"])
