@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+import deltacome
 from deltacome.cli.options import Device, Json
 from deltacome.cli.printing import progress_bars, quiet_libraries, stderr, summary
 from deltacome.errors import DeltaError
@@ -189,13 +190,14 @@ def _peak_rss(*, of_children: bool = False) -> int:
 
 
 _TAKES = {
-    "delta-come": {"plan", "precision", "gptq", "distill"},
-    "low-rank": {"directions"},
-    "bitdelta": {"scales", "distill"},
-    "residual": {"plan", "scales"},
-    "prinmix": {"refit", "distill"},
-    "adaptive": {"diagonal", "distill"},
+    "delta-come": ("DeltaCome", {"plan", "precision", "gptq", "distill"}),
+    "low-rank": ("LowRank", {"directions"}),
+    "bitdelta": ("BitDelta", {"scales", "distill"}),
+    "residual": ("Residual", {"plan", "scales"}),
+    "prinmix": ("PrinMix", {"refit", "distill"}),
+    "adaptive": ("Adaptive", {"diagonal", "distill"}),
 }
+"""Method → its class, and which options it takes."""
 
 
 def _method(name: str, **options: Any) -> Any:
@@ -204,7 +206,8 @@ def _method(name: str, **options: Any) -> Any:
         expected = ", ".join(_TAKES)
         raise typer.BadParameter(f"expected one of {expected}, got {name!r}", param_hint="--method")
     given = {key: value for key, value in options.items() if value is not None}
-    for key in given.keys() - _TAKES[name]:
+    kind, takes = _TAKES[name]
+    for key in given.keys() - takes:
         raise typer.BadParameter(f"{name} has no such option", param_hint=f"--{key}")
     if given.get("scales", "rows") not in ("matrix", "rows"):
         raise typer.BadParameter(
@@ -213,29 +216,7 @@ def _method(name: str, **options: Any) -> Any:
     plan, precision = given.pop("plan", None), given.pop("precision", None)
     template = _template(plan, precision)
     given |= {} if template is None else {"template": template}
-    if name == "delta-come":
-        from deltacome.methods.delta_come import DeltaCome
-
-        return DeltaCome(**given)
-    if name == "low-rank":
-        from deltacome.methods.low_rank import LowRank
-
-        return LowRank(**given)
-    if name == "bitdelta":
-        from deltacome.methods.bitdelta import BitDelta
-
-        return BitDelta(**given)
-    if name == "residual":
-        from deltacome.methods.residual import Residual
-
-        return Residual(**given)
-    if name == "prinmix":
-        from deltacome.methods.prinmix import PrinMix
-
-        return PrinMix(**given)
-    from deltacome.methods.adaptive import Adaptive
-
-    return Adaptive(**given)
+    return getattr(deltacome, kind)(**given)
 
 
 def _template(plan: str | None, precision: str | None) -> Any:
