@@ -30,7 +30,7 @@ class Row:
 
     @cached_property
     def kind(self) -> tuple:
-        """What rows that go through a model together must have alike: their inputs and those's shapes."""
+        """Rows of one kind can share a batch: names and shapes of their other inputs are equal."""
         shapes = {n: None if self.by_token(n) else tuple(v.shape[1:]) for n, v in self.seen.items()}
         return tuple((name, shape or ()) for name, shape in sorted(shapes.items()))
 
@@ -44,8 +44,8 @@ class Row:
         return tuple(self.seen[name].shape) == (1, len(self.ids))
 
 
-def together(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Ids (B, L), int64, bool (B, L) where they are those of a row, and the other inputs of rows alike.
+def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Rows as a batch: ids (B, L) int64, a mask (B, L) that is False at padding, and their other inputs.
 
     Rows are padded on the right, where a causal model looks at nothing.
     """
@@ -73,14 +73,14 @@ def seen_hash(rows: Sequence[Row]) -> str:
     return digest.hexdigest()[:16] if any(row.seen for row in rows) else ""
 
 
-def called_with(
+def model_inputs(
     ids_BL: Tensor, seen: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What a model is called with: its other inputs too, pixels in its own precision."""
-    return {"input_ids": ids_BL.to(device), "use_cache": False, **placed(seen, device, dtype)}
+    return {"input_ids": ids_BL.to(device), "use_cache": False, **to_device(seen, device, dtype)}
 
 
-def placed(
+def to_device(
     seen: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Other inputs than token ids on a model's device, pixels in its own precision."""

@@ -26,7 +26,7 @@ from deltacome.compression.run import stream_of
 from deltacome.compression.sensitivity import sweep
 from deltacome.errors import CalibrationError, PictureError, UnsupportedError
 from deltacome.pictures import Seen, picture_row, seen_in
-from deltacome.rows import Row, alike, together
+from deltacome.rows import Row, alike, collate
 from deltacome.skeleton import read_config, set_part
 
 QUICK = {"samples": 8, "seq_len": 96, "seed": 0}
@@ -187,7 +187,7 @@ def test_rows_with_and_without_pictures_do_not_go_together(rows):
     ordered = sorted(rows, key=lambda row: (row.kind, -len(row)))
     runs = list(alike(ordered, 10_000))
     assert [len(run) for run in runs] == [3, 5]
-    ids, valid, seen = together(runs[1])
+    ids, valid, seen = collate(runs[1])
     assert seen["pixel_values"].shape[0] == 6
     assert int(valid.sum()) == sum(map(len, runs[1]))
     assert not ids[~valid].any()
@@ -196,7 +196,7 @@ def test_rows_with_and_without_pictures_do_not_go_together(rows):
 def test_an_input_for_each_token_is_padded():
     marks = [Row([5] * n, {"kinds": torch.ones(1, n), "grid": torch.ones(1, 3)}) for n in (4, 2)]
     assert len({row.kind for row in marks}) == 1
-    *_, seen = together(marks)
+    *_, seen = collate(marks)
     assert seen["kinds"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert seen["grid"].shape == (2, 3)
 

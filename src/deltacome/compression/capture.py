@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from deltacome.arch.layout import Layout, inputs_of, linears_of, shared_inputs
 from deltacome.errors import CalibrationError, UnsupportedError
 from deltacome.numerics.gram import Gram
-from deltacome.rows import Row, alike, called_with, together
+from deltacome.rows import Row, alike, collate, model_inputs
 from deltacome.skeleton import picture_token, set_weight
 
 ReadTensor = Callable[[str], Tensor]
@@ -97,7 +97,7 @@ class Stream:
         self._index = {name: i for i, name in enumerate(layout.blocks)}
         with self.outside_weights(), torch.no_grad():
             for some in alike(sorted(rows, key=lambda row: (row.kind, -len(row))), batch_tokens):
-                ids, valid, seen = together(some)
+                ids, valid, seen = collate(some)
                 words = valid & self._words(ids) if seen else valid
                 hidden, calls = self._record_calls(self._inputs(ids, seen))
                 self.batches.append(Batch(ids, valid, words, seen, hidden, calls))
@@ -162,7 +162,7 @@ class Stream:
             return self.model(**self._inputs(batch.ids, batch.seen)).logits
 
     def _inputs(self, ids: Tensor, seen: dict[str, Tensor]) -> dict[str, Any]:
-        return called_with(ids, seen, self.device, self.dtype)
+        return model_inputs(ids, seen, self.device, self.dtype)
 
     def _words(self, ids: Tensor) -> Tensor:
         """Which tokens are no part of a picture."""

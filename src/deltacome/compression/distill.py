@@ -34,7 +34,7 @@ from deltacome.compression.answers import Answer
 from deltacome.compression.data import row_shares
 from deltacome.errors import CheckpointError
 from deltacome.format.codec import BandTensors, Packed, SignTensors
-from deltacome.rows import Row, alike, called_with, together
+from deltacome.rows import Row, alike, collate, model_inputs
 
 SLOTS = 1024
 """Rows times the longest of them in one pass; what a step draws runs in as many as that takes."""
@@ -195,12 +195,12 @@ def _of_signs(
 
 def _inputs(model: Any, rows: Sequence[Row], answer: Answer) -> tuple[dict[str, Any], Tensor]:
     """What a model is called with for some rows, and whether what is predicted there counts, (B, L)."""
-    ids_BL, counts_BL, seen = together(rows)
+    ids_BL, counts_BL, seen = collate(rows)
     for counts_L, row in zip(counts_BL, rows, strict=True):
         if (said := answer(row.ids)) is not None:
             counts_L[: said.start] = False
             counts_L[len(row) if said.stop is None else said.stop :] = False
-    return called_with(ids_BL, seen, model.device, model.dtype), counts_BL.to(model.device)
+    return model_inputs(ids_BL, seen, model.device, model.dtype), counts_BL.to(model.device)
 
 
 class _Tuned:

@@ -27,7 +27,7 @@ from deltacome.errors import DeltaError
 from deltacome.evals.prompts import answer_ids, prompt_row
 from deltacome.evals.tasks import Question
 from deltacome.format.folder import disk_errors
-from deltacome.rows import Row, called_with, together
+from deltacome.rows import Row, collate, model_inputs
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,11 @@ def _logits(
     for drawn in _batches(rows, batch_size):
         batch = [rows[i] for i in drawn]
         # Right padding: positions count from zero in every kind of model, and no token sees it.
-        ids_BT, mask_BT, seen = together([one.row for one in batch])
+        ids_BT, mask_BT, seen = collate([one.row for one in batch])
         width = ids_BT.shape[1]
         # The head, the dearest layer of a small model, is not asked about what no row compares.
         ends = {"logits_to_keep": width - min(one.first for one in batch)} if short else {}
-        inputs = called_with(ids_BT, seen, weight.device, weight.dtype)
+        inputs = model_inputs(ids_BT, seen, weight.device, weight.dtype)
         mask = mask_BT.long().to(weight.device)
         logits_BTV = model(**inputs, attention_mask=mask, **ends).logits
         skipped = width - logits_BTV.shape[1]

@@ -18,7 +18,7 @@ import torch
 from deltacome.errors import DeltaError
 from deltacome.evals.prompts import prompt_ids, stop_ids
 from deltacome.evals.tasks import Question
-from deltacome.rows import Row, placed, together
+from deltacome.rows import Row, collate, to_device
 
 
 def generate(
@@ -88,7 +88,7 @@ def greedy(
     mask_BT = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
     takes = inspect.signature(model.forward).parameters
-    seen = placed(together(rows)[2], device, weight.dtype)
+    seen = to_device(collate(rows)[2], device, weight.dtype)
     sees = bool(seen)
     done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
     said: list[torch.Tensor] = []
