@@ -1,11 +1,11 @@
-"""Where answers lie, in chats of templates and tokenizers that people have."""
+"""Where answers begin, in chats of templates and tokenizers that people have."""
 
 import pytest
 from tiny_pairs import make_tokenizer, text_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from deltacome.compression.answers import answers_of
+from deltacome.compression.answers import answers_from
 
 TURNS = "{% for m in messages %}"
 ADDED = "{% endfor %}{% if add_generation_prompt %}"
@@ -67,7 +67,7 @@ def test_a_template_that_takes_parts_alone(tmp_path):
     row = tokenizer("<|user|>what is one<end><|assistant|>one<end>", add_special_tokens=False)[
         "input_ids"
     ]
-    assert tokenizer.decode(row[1:][answers_of(tmp_path)(row)]) == "one<end>"
+    assert tokenizer.decode(row[answers_from(tmp_path)(row) + 1 :]) == "one<end>"
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, by_spaces])
@@ -76,29 +76,13 @@ def test_the_last_answer_is_found(template, make, tmp_path):
     tokenizer = make()
     tokenizer.chat_template = TEMPLATES[template]
     tokenizer.save_pretrained(tmp_path)
-    answer = answers_of(tmp_path)
+    first = answers_from(tmp_path)
     for chat in (CHAT, CHAT[:2]):
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         row = tokenizer(text, add_special_tokens=False)["input_ids"]
-        said = tokenizer.decode(row[1:][answer(row)]).strip()
-        if template == "closed":  # an answer there ends with a line break, as lines of it may
-            said = said.removesuffix("<end>")
-            assert said.strip() == chat[-1]["content"]
-        else:
-            assert said.removesuffix("<end>").strip() == chat[-1]["content"]
-            assert said.endswith("<end>")
-            cut = row[: len(row) - row[::-1].index(tokenizer.eos_token_id) - 1]
-            assert answer(cut).stop is None
-    assert answer(tokenizer("what is one plus two", add_special_tokens=False)["input_ids"]) is None
-
-
-def test_what_follows_the_end_of_an_answer_is_no_part_of_it(tmp_path):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    tokenizer.save_pretrained(tmp_path)
-    text = tokenizer.apply_chat_template(CHAT, tokenize=False) + "<start>user\nwhat<end>\n"
-    row = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(row[1:][answers_of(tmp_path)(row)]) == "four of one<end>"
+        answer = tokenizer.decode(row[first(row) + 1 :])
+        assert answer.strip().removesuffix("<end>").strip() == chat[-1]["content"]
+    assert first(tokenizer("what is one plus two", add_special_tokens=False)["input_ids"]) == 0
 
 
 def test_where_it_cannot_be_told_a_warning_says_so(tmp_path):
@@ -106,5 +90,5 @@ def test_where_it_cannot_be_told_a_warning_says_so(tmp_path):
     tokenizer.chat_template = TURNS + "{{ m.content }} {% endfor %}"  # nothing is between them
     tokenizer.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="where answers begin .* cannot be told"):
-        answer = answers_of(tmp_path)
-    assert answer(tokenizer("what is one plus two")["input_ids"]) is None
+        first = answers_from(tmp_path)
+    assert first(tokenizer("what is one plus two")["input_ids"]) == 0

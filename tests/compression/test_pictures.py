@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import pipeline
-from deltacome.compression.answers import answers_of
+from deltacome.compression.answers import answers_from
 from deltacome.compression.conversations import as_messages
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import _inputs, _picking, _Tuned
@@ -117,12 +117,7 @@ def test_a_picture_s_tokens_are_no_words(seeing):
     run, found = run_of(pair), {}
     token = run.model.config.image_token_id
     stream = stream_of(run, rows)
-    how = {
-        "seed": 0,
-        "diagonal": False,
-        "tied": False,
-        "answer": lambda row: slice(len(row) // 2, None),
-    }
+    how = {"seed": 0, "diagonal": False, "tied": False, "first": lambda row: len(row) // 2}
     for one in sweep(stream, partial(load_block, run), **how):
         found |= one
     embedding = found[stream.layout.embedding]
@@ -136,16 +131,16 @@ def test_distillation_asks_the_model_that_sees(seeing):
     (_, tuned), rows = seeing
     model, pictured = load(tuned), [row for row in rows if row.seen]
 
-    def answer(row):
-        return slice(len(row) - 3, None)
+    def first(row):
+        return len(row) - 3
 
     with torch.no_grad():
-        wanted = [model(**told(row)).logits[0, answer(row.ids)] for row in pictured]
-        inputs, counts_BL = _inputs(model, pictured, answer)
+        wanted = [model(**told(row)).logits[0, first(row.ids) :] for row in pictured]
+        inputs, counts_BL = _inputs(model, pictured, first)
         with _picking(model, counts_BL):
             got = functional_call(model, dict(model.named_parameters()), (), inputs).logits[0]
     torch.testing.assert_close(got, torch.cat(wanted), rtol=1e-4, atol=1e-4)
-    asked = _Tuned(model, answer)
+    asked = _Tuned(model, first)
     for _ in range(2):
         kept = asked.logits(pictured)
         torch.testing.assert_close(kept, torch.cat(wanted), rtol=1e-4, atol=1e-4)
@@ -177,9 +172,8 @@ def test_rows_are_what_the_processor_makes(vision, rows):
         if pictures:
             assert row.seen["pixel_values"].shape == (pictures, 3, SIZE, SIZE)
     # A chat is told from its opening, as one without pictures is.
-    answer, tokenizer = answers_of(tuned), AutoTokenizer.from_pretrained(tuned)
-    predicted = [(row.ids[1:], said) for row in rows if (said := answer(row.ids))]
-    answers = {tokenizer.decode(ids[said]) for ids, said in predicted}
+    first, tokenizer = answers_from(tuned), AutoTokenizer.from_pretrained(tuned)
+    answers = {tokenizer.decode(row.ids[first(row.ids) + 1 :]) for row in rows if first(row.ids)}
     assert answers >= {"red<end>", "green<end>", "blue<end>", "white<end>", "red, blue<end>"}
 
 

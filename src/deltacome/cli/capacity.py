@@ -13,7 +13,7 @@ from deltacome.cli.printing import quiet_libraries, stderr
 
 
 def capacity(
-    base: Annotated[str, typer.Argument(help="Base checkpoint; its configuration will do.")],
+    base: Annotated[str, typer.Argument(help="Base checkpoint; config.json is enough.")],
     gpu_gib: Annotated[float, typer.Option(help="Memory of the device, GiB.")],
     delta: Annotated[
         list[str] | None, typer.Option(help="Artifact; may be repeated: the largest counts.")

@@ -13,8 +13,8 @@ from deltacome.cli.printing import quiet_libraries
 
 
 def plan(
-    base: Annotated[str, typer.Argument(help="Base checkpoint; its configuration will do.")],
-    tuned: Annotated[str, typer.Argument(help="Full fine-tune; its configuration will do.")],
+    base: Annotated[str, typer.Argument(help="Base checkpoint; config.json is enough.")],
+    tuned: Annotated[str, typer.Argument(help="Full fine-tune; config.json is enough.")],
     ratio: Annotated[
         list[float] | None, typer.Option(help="May be repeated. Default: 8, 16, 32, 64.")
     ] = None,

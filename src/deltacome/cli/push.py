@@ -17,11 +17,14 @@ def push(
     scores: Annotated[
         list[Path] | None,
         typer.Option(
-            exists=True, dir_okay=False, help="What eval --json printed of it; may be repeated."
+            exists=True,
+            dir_okay=False,
+            help="What eval --json printed of it; may be repeated.",
         ),
     ] = None,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is created.")
+        bool | None,
+        typer.Option("--private/--public", help="Visibility, if the repository is created."),
     ] = None,
     branch: Annotated[str | None, typer.Option(help="Created if not there. Default: main.")] = None,
     message: Annotated[str | None, typer.Option("-m", "--message", help="Of the commit.")] = None,

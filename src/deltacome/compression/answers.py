@@ -1,9 +1,12 @@
-"""Where the last answer of a chat lies, in a row of token ids.
+"""Where the last answer of a chat begins, in a row of token ids.
 
 An answer is what follows the opening that a chat template writes when it is asked for one:
 `<|im_start|>assistant`, `[/INST]`. Its tokens are taken as they are within a chat, since many tokenizers
-split them otherwise where they stand alone. It ends with the token by which the template closes it,
-`<|im_end|>`: what follows (a line break, another chat) no fine-tune was trained on and nobody asks for.
+split them otherwise where they stand alone.
+
+What follows the end of an answer in its row (`<|im_end|>`, a line break, what the model takes to come
+next) counts with it. No fine-tune was trained on that, but it is where the model is unsure of many
+words, and without it a delta of few bytes was farther from the tuned model (DESIGN.md).
 """
 
 from __future__ import annotations
@@ -18,12 +21,11 @@ from deltacome.errors import CalibrationError
 from deltacome.skeleton import load_tokenizer
 
 _ASKED, _SAID = "USERTEXT", "ANSWER"
-Answer = Callable[[list[int]], slice | None]
+First = Callable[[list[int]], int]
 
 
-def answers_of(tuned: Path) -> Answer:
-    """What tells the positions of a row that predict the last answer of a chat and its end, or that
-    there is none.
+def answers_from(tuned: Path) -> First:
+    """What tells the first position of a row that predicts the last answer of a chat; 0 elsewhere.
 
     Where no answer would be found, in a chat of two turns that the template itself writes, a warning
     says so: all tokens count alike then, as they do without a template.
@@ -33,25 +35,23 @@ def answers_of(tuned: Path) -> Answer:
     """
     tokenizer = load_tokenizer(tuned, refused=CalibrationError)
     if not tokenizer.chat_template:
-        return lambda row: None
-    opening, end = _opening(tokenizer), _end(tokenizer)
+        return lambda row: 0
+    opening = _opening(tokenizer)
 
-    def answer(row: list[int]) -> slice | None:
+    def first(row: list[int]) -> int:
         for start in range(len(row) - len(opening) - 1, 0, -1):
             if row[start : start + len(opening)] == opening:
-                begins = start + len(opening)
-                ends = row.index(end, begins) if end in row[begins:] else None
-                return slice(begins - 1, ends)
-        return None
+                return start + len(opening) - 1
+        return 0
 
-    if not tokenizer.decode(opening).strip() or not _finds(answer, tokenizer):
+    if not tokenizer.decode(opening).strip() or not _finds(first, tokenizer):
         warnings.warn(
             f"{tuned}: where answers begin in a chat of its template cannot be told by tokens: in "
             "calibration text questions weigh like answers",
             stacklevel=2,
         )
-        return lambda row: None
-    return answer
+        return lambda row: 0
+    return first
 
 
 def _opening(tokenizer: Any) -> list[int]:
@@ -65,20 +65,11 @@ def _opening(tokenizer: Any) -> list[int]:
     return _between(tokenizer, asked + _SAID, start, len(asked))
 
 
-def _end(tokenizer: Any) -> int | None:
-    """The token that closes an answer; None where it is a word, which an answer may have too."""
-    text = _chat(tokenizer, {"user": _ASKED, "assistant": _SAID})
-    closing = _between(tokenizer, text, text.rfind(_SAID) + len(_SAID), len(text))
-    added = set(tokenizer.get_added_vocab().values())
-    return closing[0] if closing and closing[0] in added else None
-
-
-def _finds(answer: Answer, tokenizer: Any) -> bool:
+def _finds(first: First, tokenizer: Any) -> bool:
     """Whether the answer of a chat is found, and no word of its question is taken for it."""
     text = _chat(tokenizer, {"user": _ASKED, "assistant": _SAID})
     row = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    found = answer(row)
-    begins = 0 if found is None else found.start + 1
+    begins = first(row) + 1
     until_question = _between(tokenizer, text, 0, text.find(_ASKED) + len(_ASKED))
     until_answer = _between(tokenizer, text, 0, text.find(_SAID))
     return len(until_question) < begins <= len(until_answer)

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deltacome.compression.answers import Answer
 from deltacome.compression.data import row_shares
 from deltacome.errors import CheckpointError
 from deltacome.format.codec import BandTensors, Packed, SignTensors
@@ -76,7 +75,7 @@ def distill(
     batch: int,
     steps: int,
     seed: int,
-    answer: Answer = lambda row: None,
+    first: Callable[[list[int]], int] = lambda row: 0,
     device: str = "cpu",
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Packed]:
@@ -93,7 +92,7 @@ def distill(
         rate: of Adam; it falls linearly to 0.
         batch: rows of a step, in an order that the seed draws.
         steps: of Adam.
-        answer: the positions of a row whose predictions count, None for all.
+        first: the position of a row from which on its predictions count.
 
     Raises:
         CheckpointError: the tuned model lacks a parameter.
@@ -106,7 +105,7 @@ def distill(
     firsts = {id(everywhere[name]): name for name in reversed(everywhere) if name in terms}
     weights = {name: _Weight(everywhere[name], terms[name]) for name in firsts.values()}
     optimizer = torch.optim.Adam([w.logs for w in weights.values()], lr=rate, betas=(0.9, 0.95))
-    tuned = _Tuned(model, answer)
+    tuned = _Tuned(model, first)
     draw, order = random.Random(seed), []
     for step in range(steps):
         while len(order) < batch:
@@ -118,7 +117,7 @@ def distill(
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         for some in alike(drawn, SLOTS, least=0.5):
             wanted_TV = tuned.logits(some)
-            inputs, counts_BL = _inputs(model, some, answer)
+            inputs, counts_BL = _inputs(model, some, first)
             with _picking(model, counts_BL):
                 got_TV = functional_call(model, leaves, (), inputs).logits[0].float()
             ((loss(got_TV, wanted_TV) * row_shares(counts_BL)).sum() / batch).backward()
@@ -193,21 +192,21 @@ def _of_signs(
     return signs.scale.to(device), lambda scale: scale[:, None] * signs_OI
 
 
-def _inputs(model: Any, rows: Sequence[Row], answer: Answer) -> tuple[dict[str, Any], Tensor]:
+def _inputs(
+    model: Any, rows: Sequence[Row], first: Callable[[list[int]], int]
+) -> tuple[dict[str, Any], Tensor]:
     """What a model is called with for some rows, and whether what is predicted there counts, (B, L)."""
     ids_BL, counts_BL, seen = collate(rows)
     for counts_L, row in zip(counts_BL, rows, strict=True):
-        if (said := answer(row.ids)) is not None:
-            counts_L[: said.start] = False
-            counts_L[len(row) if said.stop is None else said.stop :] = False
+        counts_L[: first(row.ids)] = False
     return model_inputs(ids_BL, seen, model.device, model.dtype), counts_BL.to(model.device)
 
 
 class _Tuned:
     """What the tuned model says, of which the hidden states that its head is given are kept."""
 
-    def __init__(self, model: Any, answer: Answer) -> None:
-        self._model, self._answer = model, answer
+    def __init__(self, model: Any, first: Callable[[list[int]], int]) -> None:
+        self._model, self._first = model, first
         self._kept: dict[Row, Tensor] = {}
         self._output: Any = None
 
@@ -216,7 +215,7 @@ class _Tuned:
         """Of the tokens that count of some rows, (T, V) float32."""
         new = [row for row in rows if row not in self._kept]
         if new:
-            inputs, counts_BL = _inputs(self._model, new, self._answer)
+            inputs, counts_BL = _inputs(self._model, new, self._first)
             self._output = self._model.base_model(**inputs)
             found_TH = self._output.last_hidden_state[counts_BL]
             parts = found_TH.split(counts_BL.sum(1).tolist())

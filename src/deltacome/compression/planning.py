@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltacome.compression.answers import answers_of
+from deltacome.compression.answers import answers_from
 from deltacome.compression.budget import make_plans
 from deltacome.compression.data import calibration_rows, check_source
 from deltacome.compression.run import (
@@ -114,7 +114,7 @@ def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row], seed: int)
         seed=seed,
         diagonal=method.diagonal,
         tied=run.tied,
-        answer=answers_of(run.tuned.path),
+        first=answers_from(run.tuned.path),
         on_step=lambda: run.report(Progress("sweep", next(steps), total)),
     )
     with disk_errors(folder):

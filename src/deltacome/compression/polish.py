@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltacome.compression.answers import answers_of
+from deltacome.compression.answers import answers_from
 from deltacome.compression.distill import Trained, distill, divergence, squared_distance
 from deltacome.compression.run import (
     Progress,
@@ -46,8 +46,8 @@ def distill_terms(
     if isinstance(run.method, BitDelta):
         how = {"loss": squared_distance, "rate": 0.01, "batch": 4}
     else:
-        answer = answers_of(run.tuned.path)
-        how = {"loss": divergence, "rate": 0.02, "batch": 16, "answer": answer}
+        first = answers_from(run.tuned.path)
+        how = {"loss": divergence, "rate": 0.02, "batch": 16, "first": first}
 
     twin = _tied_twin(run, records, entries)
 

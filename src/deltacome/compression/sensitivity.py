@@ -20,10 +20,10 @@ own errors are not such a loss, and are weighed as they are.
 
 Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
 does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
-each layer. In a chat only the last answer and its end count, since what a model would have said in the
-user's place is nobody's concern. Rows weigh alike however long they are, but an answer weighs `ANSWER`
-times a text: the model is unsure of most words of a text and of few of an answer, so that errors of
-texts would decide nearly everything.
+each layer. In a chat only the last answer and what follows it count (`answers` has the why), since what
+a model would have said in the user's place is nobody's concern. Rows weigh alike however long they are,
+but an answer weighs `ANSWER` times a text: the model is unsure of most words of a text and of few of an
+answer, so that errors of texts would decide nearly everything.
 
 A tied embedding counts for both of its uses: as the head at each row by how uncertain the model is of
 its token, as the embedding at each row by the gradients that meet its token.
@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltacome.arch.layout import linears_of
-from deltacome.compression.answers import Answer
 from deltacome.compression.capture import Batch, Stream, drop_weights
 from deltacome.compression.data import row_shares
 from deltacome.errors import UnsupportedError
@@ -133,7 +132,7 @@ def sweep(
     seed: int,
     diagonal: bool,
     tied: bool,
-    answer: Answer = lambda row: None,
+    first: Callable[[list[int]], int] = lambda row: 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Weights]]:
     """Weights of the embedding and the head, then of each block's linears, the last block first.
@@ -144,7 +143,7 @@ def sweep(
         seed: of the signs that are drawn.
         diagonal: keep the diagonal of G alone: less memory, and less to go by.
         tied: the head uses the embedding's weight.
-        answer: the positions of a row whose predictions count, None for all.
+        first: the position of a row from which on its predictions count.
         on_step: called after each block, forward and backward.
 
     Yields:
@@ -157,7 +156,7 @@ def sweep(
         stream.advance(block)
         drop_weights(stream.layout.blocks[block])
         on_step()
-    head, gradients = _head(stream, seed, tied, answer)
+    head, gradients = _head(stream, seed, tied, first)
     for block, hidden in reversed(list(zip(stream.layout.blocks, entered, strict=True))):
         load(block)
         found, gradients = _backward(stream, block, hidden, gradients, diagonal)
@@ -167,7 +166,9 @@ def sweep(
     yield _outside(stream, head, entered[0], gradients, tied)
 
 
-def _head(stream: Stream, seed: int, tied: bool, answer: Answer) -> tuple[Weights, list[Tensor]]:
+def _head(
+    stream: Stream, seed: int, tied: bool, first: Callable[[list[int]], int]
+) -> tuple[Weights, list[Tensor]]:
     """Weights of the head, and the gradient at the last block's output of each batch."""
     sums, gradients = _Sums(str(stream.layout.head), diagonal=True), []
     draw = torch.Generator(device=stream.device).manual_seed(seed)
@@ -176,7 +177,7 @@ def _head(stream: Stream, seed: int, tied: bool, answer: Answer) -> tuple[Weight
     used = str(stream.layout.embedding if tied else stream.layout.head)
     with stream.outside_weights(head=used):
         for batch in stream.batches:
-            counts, weights_B1 = (x.to(stream.device) for x in _counting(batch, answer))
+            counts, weights_B1 = (x.to(stream.device) for x in _counting(batch, first))
             share_T1 = (row_shares(counts) * weights_B1.expand(counts.shape)[counts])[:, None]
             hidden = batch.hidden.detach().requires_grad_()
             with torch.enable_grad():
@@ -210,18 +211,15 @@ def _root(p_TV: Tensor, draw: torch.Generator) -> Tensor:
     return r_TV - p_TV * r_TV.sum(-1, keepdim=True)
 
 
-def _counting(batch: Batch, answer: Answer) -> tuple[Tensor, Tensor]:
+def _counting(batch: Batch, first: Callable[[list[int]], int]) -> tuple[Tensor, Tensor]:
     """Positions of a batch whose predictions count, bool (B, L), and what each row weighs, (B, 1).
 
     What follows a part of a picture is mostly another one, which no model is asked to say.
     """
     counts, weights_B1 = batch.valid.clone(), torch.ones(len(batch.valid), 1)
     for i, (ids, valid) in enumerate(zip(batch.ids, batch.valid, strict=True)):
-        said = answer(ids[valid].tolist())
-        if said is not None:
-            places = valid.nonzero().flatten()
-            counts[i] = False
-            counts[i, places[said]] = True
+        if start := first(ids[valid].tolist()):
+            counts[i, :start] = False
             weights_B1[i] = ANSWER
     return counts & batch.words, weights_B1
 

@@ -70,8 +70,8 @@ def evaluate(
     in 0..1 with a 95 % interval, KL(tuned ‖ model) in nats per token with its standard error; deltas
     have what `account` says too. A KL is None without a tuned model. Any figure is None where a model
     lacks the tokens to read what it should: `kl_task` of a base if the answers use tokens that the
-    fine-tune added, its score too if the chat template does, or if the questions have pictures and it has
-    no eyes.
+    fine-tune added, its score too if the chat template does, or if the questions have pictures and it
+    takes none.
     """
     if text is not None and tuned is None:
         raise DeltaError(f"{text}: text is for KL against a tuned model, got none")
@@ -158,7 +158,7 @@ def answer_with(
     """The greedy answer to one prompt, by the base or by the fine-tune that a delta stands for.
 
     Raises:
-        PictureError: there are pictures, and the model has no eyes or no processor.
+        PictureError: there are pictures, and the model takes none or has no processor.
     """
     artifacts = [] if delta is None else [opened(delta)]
     tokenizer = shared_tokenizer(base, None, artifacts)

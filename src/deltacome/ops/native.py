@@ -153,7 +153,7 @@ def taken_over() -> ctypes.CDLL | None:
 
 
 def few_rows(rows: int) -> int:
-    """Leaves batches of so many rows and more to Python, for 0 all of them; returns what it was."""
+    """Sets the number of rows from which on Python handles a batch (0: always); returns what it was."""
     taken = taken_over()
     return taken.deltacome_few_rows(rows) if taken else 0
 

@@ -25,7 +25,7 @@ ALONE = 4
 """Rows of a batch up to which each is a tile of its own. If all are one tenant's, its bytes are unpacked
 so many times; a captured graph does not know whose rows it will get, so there are few."""
 PREFILL = 256
-"""Rows of a batch from beyond which on tiles are the largest."""
+"""Batches of more rows have the largest tiles."""
 
 
 @dataclass(frozen=True)
