@@ -12,13 +12,14 @@ from report_helpers import HOSTILE, PROJECTIONS, evaluated, layers, save
 
 from deltacome.errors import ArtifactError, DeltaError, OutputError
 from deltacome.format.artifact import Artifact
+from deltacome.format.clip import clip
 from deltacome.report import figures, write_report
 from deltacome.report.colours import COLOURS, LIGHT, contrast
 from deltacome.report.facts import gather
 from deltacome.report.scores import read_scores
 from deltacome.report.sections import sections
 from deltacome.report.svg import inline_svg
-from deltacome.report.words import clip, number, share, short_names, size
+from deltacome.report.words import number, share, short_names, size
 
 H = "{http://www.w3.org/1999/xhtml}"
 S = "{http://www.w3.org/2000/svg}"

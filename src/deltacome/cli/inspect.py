@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltacome.cli.options import Json
-from deltacome.cli.printing import printable, summary
+from deltacome.cli.printing import summary
 
 
 def inspect(
@@ -21,6 +21,7 @@ def inspect(
 ) -> None:
     """Show what an artifact holds, tensor by tensor."""
     from deltacome.format.artifact import Artifact
+    from deltacome.format.clip import clip
 
     result = Artifact.from_pretrained(artifact).describe()
     if as_json:
@@ -33,7 +34,7 @@ def inspect(
         plan = ",".join(f"{bits}:{count}" for bits, count in tensor["plan"])
         error = "" if tensor["error"] is None else f"{tensor['error']:.4g}"
         shape = "×".join(map(str, tensor["shape"]))
-        name = Text(printable(tensor["name"]))  # whatever it holds, it is no markup
+        name = Text(clip(tensor["name"], 200))  # whatever it holds, it is no markup
         table.add_row(name, shape, tensor["kind"], plan, f"{tensor['bytes']:,}", error)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     print(summary(result))

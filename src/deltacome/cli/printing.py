@@ -15,13 +15,10 @@ LINE_SECONDS = 30
 """Between two lines of progress in a log."""
 
 
-def printable(text: str) -> str:
-    """A name in an artifact, which anybody may have made, without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "�" for c in text[:200])
-
-
 def summary(result: dict[str, Any]) -> str:
     """What `Artifact.describe` says, in three lines."""
+    from deltacome.format.clip import clip
+
     nominal = result["nominal_ratio"]
     counts: dict[str, list[int]] = {}
     for tensor in result["tensors"]:
@@ -31,8 +28,8 @@ def summary(result: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"method: {printable(result['method'])}; base: "
-            f"{printable(result['base']['name_or_path'])}",
+            f"method: {clip(result['method'], 200)}; base: "
+            f"{clip(result['base']['name_or_path'], 200)}",
             f"tensors: {kinds}",
             f"bytes on disk: {result['bytes_on_disk']:,} of {result['tuned_bytes']:,}; "
             f"ratio {result['ratio']:.2f}, nominal (codes only) "

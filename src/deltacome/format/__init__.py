@@ -1,1 +1,1 @@
-"""The artifact: what is on disk and what it means. Needs torch and safetensors only."""
+"""The artifact: what is on disk and what it means, and the Hub that it may come from."""

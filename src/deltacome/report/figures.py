@@ -20,10 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from deltacome.format.clip import clip
 from deltacome.report.colours import LIGHT, STEPS, kind_colour, ramp
 from deltacome.report.facts import CODES, KINDS, Facts, Place
 from deltacome.report.scores import Exam, Score
-from deltacome.report.words import KIND_WORDS, clip, number, share, short_names, size
+from deltacome.report.words import KIND_WORDS, number, share, short_names, size
 
 WIDTH = {True: 1080, False: 342}
 """Pixels of a figure, wide or narrow."""

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from deltacome.errors import DeltaError, OutputError
 from deltacome.format.artifact import Artifact, opened
+from deltacome.format.clip import clip
 from deltacome.format.folder import new_file, new_folder
 from deltacome.report.colours import COLOURS
 from deltacome.report.facts import Facts, gather
@@ -18,7 +19,7 @@ from deltacome.report.figures import draw
 from deltacome.report.scores import read_scores
 from deltacome.report.sections import Section, sections
 from deltacome.report.svg import inline_svg
-from deltacome.report.words import clip, number, size
+from deltacome.report.words import number, size
 
 DPI = 144
 """Of the PNG files: two dots for a pixel of the page."""

@@ -9,10 +9,11 @@ from statistics import median
 import numpy as np
 from matplotlib.figure import Figure
 
+from deltacome.format.clip import clip
 from deltacome.report import figures
 from deltacome.report.facts import CODES, KINDS, Facts, Place
 from deltacome.report.scores import Exam
-from deltacome.report.words import KIND_WORDS, clip, number, share, short_names, size
+from deltacome.report.words import KIND_WORDS, number, share, short_names, size
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def clip(text: str, length: int) -> str:
-    """Of at most `length` characters that can be printed."""
-    text = "".join(c if c.isprintable() else "�" for c in text)
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """A name without the parts that tell it from no other: `model.layers.*.mlp.up_proj` → `up_proj`.
 

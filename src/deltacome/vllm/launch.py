@@ -18,11 +18,11 @@ from pathlib import Path
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
+from deltacome.format.clip import clip
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.format.spec import rank
 from deltacome.skeleton import read_config
 from deltacome.vllm.arguments import OPTION, Arguments, read_arguments
-from deltacome.vllm.lines import one_line
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.share import worker_nbytes
 
@@ -153,7 +153,7 @@ def add_found(
                     check_size(artifact, base)
                 more[one] = artifact
         except (DeltaError, OSError, ValueError) as error:
-            warnings.append(one_line(f"{one.name} is left out: {error}"))
+            warnings.append(clip(f"{one.name} is left out: {error}"))
     groups = Counter(one.manifest.group_size for one in (found or more).values())
     expected = given.get("group_size") or max(groups, key=groups.__getitem__, default=None)
     for one, artifact in more.items():
@@ -161,7 +161,7 @@ def add_found(
             found[one] = artifact
         else:
             why = f"expected scale groups of {expected}, got {got}"
-            warnings.append(one_line(f"{one.name} is left out: {why}"))
+            warnings.append(clip(f"{one.name} is left out: {why}"))
     return warnings
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.logger import init_logger
 
+from deltacome.format.clip import clip
 from deltacome.vllm import compat
-from deltacome.vllm.lines import one_line
 
 logger = init_logger("vllm.deltacome")  # only what is below `vllm` has a handler
 WATCH_SECONDS = 5.0
@@ -56,30 +56,30 @@ def loaded(name: str, path: str, seconds: float) -> None:
     """An artifact was loaded."""
     LOADS.inc()
     LOAD_SECONDS.observe(seconds)
-    logger.info("Loaded tenant %r in %.2f s: %s", name, seconds, one_line(path))
+    logger.info("Loaded tenant %r in %.2f s: %s", name, seconds, clip(path))
 
 
 def reread(name: str, path: str, seconds: float) -> None:
     """A tenant that the workers had dropped was read again."""
     REREAD_SECONDS.observe(seconds)
-    logger.info("Read tenant %r again in %.2f s: %s", name, seconds, one_line(path))
+    logger.info("Read tenant %r again in %.2f s: %s", name, seconds, clip(path))
 
 
 def refused(name: str, error: Exception) -> None:
     """An artifact was refused. The log has the error below too, which clients are not told."""
     REFUSED.inc()
     why = f" ({error.__cause__!r})" if error.__cause__ else ""
-    logger.warning("Refused tenant %r: %s", name, one_line(f"{error}{why}"))
+    logger.warning("Refused tenant %r: %s", name, clip(f"{error}{why}"))
 
 
 def dropped(name: str, path: str) -> None:
     """The workers hold a tenant's weights no more."""
-    logger.info("Dropped tenant %r from the workers: %s", name, one_line(path))
+    logger.info("Dropped tenant %r from the workers: %s", name, clip(path))
 
 
 def unloaded(name: str, path: str) -> None:
     """A name is nobody's any more."""
-    logger.info("Unloaded tenant %r: %s", name, one_line(path))
+    logger.info("Unloaded tenant %r: %s", name, clip(path))
 
 
 def forgotten(name: str) -> None:
