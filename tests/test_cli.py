@@ -111,7 +111,7 @@ def test_the_memory_of_workers(cli, pair, artifact, monkeypatch):
         (["--method", "low-rank", "--directions", "3"], {"name": "low-rank", "directions": 3}),
         (
             ["--method", "bitdelta", "--scales", "rows"],
-            {"name": "bitdelta", "scales": "rows", "distill": 0},
+            {"name": "bitdelta", "scales": "rows", "distill": 0, "rate": 0.01},
         ),
         (
             ["--method", "residual", "--plan", "8:1,2:4"],
@@ -184,7 +184,7 @@ def test_a_plan_is_searched_as_it_will_be_used(cli, pair, artifact, monkeypatch)
     more = ["--no-gptq", "--dtype", "bfloat16", "--ratio", "4"]
     assert cli("compress", *pair, "-o", "a", "--search", "greedy", *more)[0] == 0
     assert (asked[0]["dtype"], asked[0]["source"]) == (torch.bfloat16, "self")
-    assert asked[0]["gptq"].nearest
+    assert asked[0]["nearest"]
 
 
 @pytest.mark.parametrize("plan", [["--plan", "8:1,2:9"], ["--precision", "single"], ["--no-gptq"]])
@@ -222,6 +222,10 @@ def test_names_of_strangers_are_no_markup_and_no_commands(cli, tmp_path):
     said = {"method": "m\x1b", "base": {"name_or_path": "b\x1b[2J\n"}, "tensors": []}
     sizes = {"bytes_on_disk": 1, "tuned_bytes": 1, "ratio": 1.0, "nominal_ratio": None}
     assert summary(said | sizes).startswith("method: m�; base: b�[2J�\ntensors:")
+    code, out, err = cli("verify", tmp_path / name)  # an error names what was not found
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert "[/x] [bold]y�[31m�" in err
 
 
 def test_verify_and_merge(cli, artifact, pair, tmp_path):

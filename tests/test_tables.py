@@ -62,7 +62,8 @@ def lab(tables, tmp_path_factory):
     return module.Lab(base, folder / "work", size, {"tiny": tuned})
 
 
-NAMES = ["t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "vlm", "case", "ablation", "unseen"]
+NAMES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
+NAMES += ("vlm", "case", "ablation", "unseen", "rates")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,8 @@ import torch
 from lab import SIZES, Lab, Size, provenance, say
 from transformers.utils import logging
 
-TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11", "vlm", "case", "ablation", "unseen")
+TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
+TABLES += ("vlm", "case", "ablation", "unseen", "rates")
 HOUR = ("t3", "t8", "case")
 LESS = {"steps": 80, "rows": 128, "fit": 24, "distill": 96, "kl_questions": 250, "beside": False}
 """Of training, calibration text and distillation, alike for all methods that have a last step."""

@@ -44,7 +44,7 @@ def distill_terms(
         for name, record in records.items()
     }
     if isinstance(run.method, BitDelta):
-        how = {"loss": squared_distance, "rate": 0.01, "batch": 4}
+        how = {"loss": squared_distance, "rate": run.method.rate, "batch": 4}
     else:
         first = answers_from(run.tuned.path)
         how = {"loss": divergence, "rate": 0.02, "batch": 16, "first": first}

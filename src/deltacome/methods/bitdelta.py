@@ -10,7 +10,7 @@ layers of the blocks; that an embedding and a head have signs too is an extensio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,17 +30,20 @@ class BitDelta:
     Attributes:
         scales: the paper's is one for a matrix.
         distill: steps of the optimisation of the scales; 0 leaves them as they start.
+        rate: of its Adam, as a share of a scale; it falls linearly to 0. (The authors' is 1e-4 whatever
+            the scale, and falls as a cosine.)
     """
 
     scales: Scales = "matrix"
     distill: int = 0
+    rate: float = 0.01
 
     default_ratio = None  # it follows from the one bit
     calibrates = False  # signs are data-free; distillation wants text, but no grams
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
-        return {"name": "bitdelta", "scales": self.scales, "distill": self.distill}
+        return {"name": "bitdelta", **asdict(self)}
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """Signs for every matrix."""

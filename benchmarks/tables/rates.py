@@ -1,0 +1,28 @@
+"""BitDelta's scales at several rates of the Adam that finds them: whether ours is a fair one."""
+
+import cells as md
+from lab import Lab
+
+from deltacome import BitDelta, DeltaCome
+from deltacome.methods.method import Method
+
+RATES = (0.01, 0.03, 0.1)
+
+
+def make(lab: Lab) -> str:
+    """The initial scales, what each rate makes of them, and Delta-CoMe at about the same bytes."""
+    task, steps = lab.size.side[0], lab.size.distill
+    found: list[tuple[str, Method, float | None]] = [("initial scales", BitDelta(), None)]
+    found += [(f"rate {r:g}", BitDelta(distill=steps, rate=r), None) for r in RATES]
+    found += [("Delta-CoMe", DeltaCome(), 16.0)]
+    cells = {
+        name: lab.cell(task, method, ratio)
+        for name, method, ratio in found
+        if lab.wanted(task, method, ratio)
+    }
+    header = ["", "ratio", f"{task} %", "KL task", "KL text"]
+    rows = [
+        [name, f"{cell['ratio']:.2f}", md.score(cell), md.kl(cell, "task"), md.kl(cell, "text")]
+        for name, cell in cells.items()
+    ]
+    return f"## Rates of BitDelta's scales: {steps} steps of four rows\n\n" + md.table(header, rows)
