@@ -32,6 +32,7 @@ STEPS = {
     "survey": "survey of both checkpoints",
     "svd": "SVD",
     "gram": "grams (with the forward passes that feed them)",
+    "factor_gram": "factors of grams",
     "quantize_v": "GPTQ of V",
     "quantize_u": "GPTQ of U",
     "relative_error": "measuring errors",

@@ -15,16 +15,14 @@ a cache, measured in the same run: decoding reads and hardly writes.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from origin import origin
+from origin import command, origin
 from torch import Tensor, nn
 
 from deltacome.errors import DeltaError
@@ -225,7 +223,7 @@ def main() -> None:
     lines = [
         "# What a delta adds to a layer on a CPU",
         "",
-        f"`python benchmarks/cpu_bands.py {shlex.join(sys.argv[1:])}`",
+        f"`{command()}`",
         "",
         f"{origin()} {options.threads} threads, kernels for {native.default_isa()}; a sum over memory "
         f"reads {limit:.1f} GB/s. Times are medians; ratios are medians of the ratios of each turn. "

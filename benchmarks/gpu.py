@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
 import statistics
 import sys
 import traceback
@@ -39,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from origin import device, origin
+from origin import command, device, origin
 from torch import Tensor
 
 from deltacome.format.codec import (
@@ -433,7 +432,7 @@ def measure(only: Sequence[str], output: Path | None, limits: Limits) -> bool:
     """Prints and writes the tables, and draws; whether all of them are whole."""
     page = Page(None if output is None else output.with_suffix(".md"))
     page.say(f"# Kernels on {device()}\n")
-    page.say(f"`python benchmarks/gpu.py {shlex.join(sys.argv[1:])}`\n")
+    page.say(f"`{command()}`\n")
     page.say(
         f"{origin('triton')} {DTYPE}; device copy {limits.copy / 1e9:.0f} GB/s (read + write), "
         f"matmul {limits.matmul / 1e12:.0f} TFLOP/s, both timed in this run."

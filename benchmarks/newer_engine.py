@@ -19,7 +19,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from origin import origin
+from origin import command, origin
 
 ROOT = Path(__file__).parents[1]
 COMPILED = ".so"
@@ -71,8 +71,8 @@ def main() -> None:
     folder = overlay(options.version, options.work, options.needs).resolve()
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "PASSIVE"}
     where = origin()
-    command = [sys.executable, "-m", "pytest", "--durations=0", "-rfEs", *options.tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    tests = [sys.executable, "-m", "pytest", "--durations=0", "-rfEs", *options.tests]
+    done = subprocess.run(tests, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout)
     lines = done.stdout.splitlines()
     bad = [f"- `{line}`" for line in lines if re.match(r"(FAILED|ERROR|SKIPPED) ", line)]
@@ -83,7 +83,7 @@ def main() -> None:
         where,
         f"{lines[-1].strip('= ')}.",
         *(["\n".join(bad)] if bad else []),
-        f"```bash\npython benchmarks/newer_engine.py {' '.join(sys.argv[1:])}\n```",
+        f"```bash\n{command()}\n```",
     ]
     options.output.write_text("\n\n".join(page) + "\n")
     raise SystemExit(done.returncode)

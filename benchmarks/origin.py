@@ -1,11 +1,13 @@
-"""Where the figures of a page come from: commit, versions, machine."""
+"""Where the figures of a page come from: commit, versions, machine, command."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,12 +19,20 @@ def origin(*packages: str) -> str:
 
     What a bare machine cannot say, without git or with the sources alone, is unknown.
     """
-    changed = " with uncommitted changes" if _git("status", "--porcelain", "../src") else ""
+    made_by = _git("status", "--porcelain", "../src", ".", "../examples")
+    changed = " with uncommitted changes" if made_by else ""
     versions = ", ".join(f"{name} {_version(name)}" for name in ("deltacome", "torch", *packages))
     return (
         f"Commit {_git('rev-parse', '--short', 'HEAD') or 'unknown'}{changed}; {versions}; Python "
         f"{platform.python_version()}; {device()}, load {os.getloadavg()[0]:.1f} before the run."
     )
+
+
+def command(base: Path | None = None) -> str:
+    """The command line of this run; the folder of a base is BASE."""
+    script, *words = sys.argv
+    words = ["BASE" if word == str(base) else word for word in words]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *words])
 
 
 def _git(*words: str) -> str:

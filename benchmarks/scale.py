@@ -26,8 +26,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from origin import origin
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -39,7 +39,7 @@ from deltacome.format.artifact import Artifact
 from deltacome.format.folder import partial_of
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.writer import ArtifactWriter, Unit
-from deltacome.vllm.launch import check_base
+from deltacome.vllm.base import Base
 
 HIDDEN, INTERMEDIATE, VOCAB, BLOCKS = 4096, 11008, 32000, 32
 BLOCK = {
@@ -68,6 +68,7 @@ def main() -> None:
     elif options.step == "base":
         print(json.dumps(wrong_base(options.folder), indent=1))
     else:
+        where = origin()
         said = forecast(
             options.folder / "base",
             options.folder / "tuned",
@@ -78,7 +79,8 @@ def main() -> None:
         )
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(measure, (options,))
-        print(json.dumps({"measured": measured, "plan had said": asdict(said)}, indent=1))
+        report = {"origin": where, "measured": measured, "plan had said": asdict(said)}
+        print(json.dumps(report, indent=1))
 
 
 def make_pair(folder: Path, blocks: int) -> None:
@@ -183,7 +185,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     whole = BLOCKS * (each + sum(measured) / len(measured)) + sum(outside)
     return {
         "threads": torch.get_num_threads(),
-        "load_average": psutil.getloadavg()[0],
         "seconds": round(time.monotonic() - start, 1),
         "seconds_of_survey": round(sum(seconds["survey"]), 1),
         "seconds_of_each_block": [round(s, 1) for s in measured],
@@ -222,7 +223,7 @@ def wrong_base(folder: Path) -> dict[str, Any]:
             _forget(base)
         start = time.perf_counter()
         try:
-            check_base(Artifact.open(path), Checkpoint(folder / "base"))
+            Base(folder / "base").check(Artifact.open(path))
             refused = None
         except MismatchError as error:
             refused = str(error)

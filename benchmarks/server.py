@@ -27,7 +27,8 @@ from deltacome.arch.checkpoint import Checkpoint, full_digest, sample_digest
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.canary import Canary, canary_ids
 from deltacome.format.codec import BandTensors, dense, write_bands
-from deltacome.format.manifest import Manifest, Record, dtype_name
+from deltacome.format.manifest import Manifest, Record
+from deltacome.format.tensors import dtype_name
 from deltacome.format.writer import ArtifactWriter, Unit
 
 ENVIRONMENT = {

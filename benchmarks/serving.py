@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import shlex
 import statistics
 import sys
 import threading
@@ -31,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from origin import origin
+from origin import command, origin
 from server import (
     Load,
     Measured,
@@ -60,20 +59,13 @@ ROUNDING = 0.25
 those of random weights a lot."""
 
 
-def mix(
-    base: Path,
-    work: Path,
-    load: Load,
-    rounds: int,
-    engine: list[str],
-    like: list[Path],
-    adapters: bool,
-) -> dict:
+def mix(options: argparse.Namespace, load: Load, engine: list[str]) -> dict:
     """Rows of the first stage."""
-    folder = work / "tenants"
+    base, work, adapters = options.base, options.work, () if options.no_adapters else ADAPTERS
+    folder, like = work / "tenants", options.like
     made = tenants(base, folder, max(MIXES))
     small = {of.name: tenants(base, folder, SMALL, of.name, Artifact.open(of)) for of in like}
-    count = max(ADAPTERS) if adapters else 0
+    count = max(adapters, default=0)
     loras = [random_lora(base, work / "loras" / f"lora-{i:02}", RANK, i) for i in range(count)]
     names = list(made)
     all_of_them = [*made.items(), *(item for some in small.values() for item in some.items())]
@@ -115,27 +107,20 @@ def mix(
         for of, some in small.items():
             row = f"plugin, {SMALL} tenants with the plans of {of}"
             rows[row] = lambda seed, some=some: run(ours.url, list(some), load, seed)
-        for count in ADAPTERS if adapters else ():
+        for count in adapters:
             rows[f"stock vLLM, {count} LoRA of rank {RANK}"] = lambda seed, count=count: run(
                 lora.url, [folder.name for folder in loras[:count]], load, seed
             )
-        found = take_turns(rows, rounds)
+        found = take_turns(rows, options.rounds)
         memory = {"stock vLLM, base only": stock.resident()}
         memory |= {row: ours.resident() for row in rows if row.startswith("plugin")}
         memory |= {row: lora.resident() for row in rows if "LoRA" in row}
     return table(found, memory)
 
 
-def apart(
-    base: Path,
-    work: Path,
-    load: Load,
-    rounds: int,
-    engine: list[str],
-    like: list[Path],
-    adapters: bool,
-) -> dict:
+def apart(options: argparse.Namespace, load: Load, engine: list[str]) -> dict:
     """Rows of the second stage."""
+    base, work = options.base, options.work
     made = tenants(base, work / "tenants", APART)
     merged = {}
     for name, folder in made.items():
@@ -170,7 +155,7 @@ def apart(
             f"plugin, {APART} tenants": lambda seed: run(ours.url, list(made), load, seed),
             f"a process each, {APART} models": lambda seed: run_many(urls, ["m"], load, seed),
         }
-        found |= take_turns(rows, rounds)
+        found |= take_turns(rows, options.rounds)
         memory[f"plugin, {APART} tenants"] = ours.resident()
         memory[f"a process each, {APART} models"] = sum(s.resident() for s in servers)
     return table(found, memory)
@@ -294,16 +279,12 @@ def main() -> None:
     load = Load(options.clients, options.requests, options.tokens, options.tokens)
     engine = options.engine or ["--max-model-len", "1024", "--max-num-seqs", str(options.clients)]
     where = origin()
-    stage = {"mix": mix, "apart": apart}[options.stage]
-    adapters = not options.no_adapters
-    rows = stage(options.base, options.work, load, options.rounds, engine, options.like, adapters)
-    words = ["BASE" if word == str(options.base) else word for word in sys.argv[1:]]
-    command = f"python benchmarks/serving.py {shlex.join(words)}"
+    rows = {"mix": mix, "apart": apart}[options.stage](options, load, engine)
     said = (
         f"{load.clients} clients, {load.requests} requests a turn of {load.prompt} tokens, answers of "
         f"{load.answer}, {options.rounds} turns; vLLM: `{' '.join(engine)}`."
     )
-    result = {"origin": where, "load": said, "command": command, "rows": rows}
+    result = {"origin": where, "load": said, "command": command(options.base), "rows": rows}
     options.output.write_text(json.dumps(result, indent=1))
 
 

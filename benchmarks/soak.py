@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from origin import origin
+from origin import command, origin
 from server import Server, expected_logprobs, tenants
 
 TENANTS, SLOTS, HELD = 40, 12, 20
@@ -250,7 +250,7 @@ def main() -> None:
         f"- {len(soak.wrong)} wrong answers or unexpected errors",
         f"- memory, MiB: {mib[0][0]:.0f} in the second fifth, {mib[0][1]:.0f} in the last ({grown:+.1%})",
         f"- stock vLLM's: {mib[1][0]:.0f} and {mib[1][1]:.0f} ({of_stock:+.1%})",
-        f"\n```bash\npython benchmarks/soak.py BASE {' '.join(sys.argv[2:])}\n```",
+        f"\n```bash\n{command(options.base)}\n```",
     ]
     print("\n".join(lines))
     if options.output:

@@ -21,7 +21,7 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-from origin import origin
+from origin import command, origin
 
 FILES = [
     *(
@@ -74,8 +74,8 @@ def outcomes(
     if not plugin:
         environment["VLLM_PLUGINS"] = ""
     options = ["-vv", "-p", "no:cacheprovider", "--timeout", "300", "--tb", "no", "-rfE"]
-    command = [sys.executable, "-c", RUN, *FILES, *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    tests = [sys.executable, "-c", RUN, *FILES, *options]
+    done = subprocess.run(tests, cwd=folder, env=environment, capture_output=True, text=True)
     found = re.findall(
         r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)", done.stdout, re.MULTILINE
     )
@@ -105,7 +105,7 @@ def main() -> None:
     lines += [f"\nPassed without the plugin and not with it: {', '.join(worse) or 'none'}."]
     reasons = (f"`{reason}` ({count})" for reason, count in why.most_common())
     lines += [f"\nWhat did not pass without it: {', '.join(reasons) or 'nothing'}."]
-    lines += ["\n```bash\npython benchmarks/stock_tests.py\n```"]
+    lines += [f"\n```bash\n{command()}\n```"]
     print("\n".join(lines))
     if options.output:
         options.output.write_text("\n".join(lines) + "\n")

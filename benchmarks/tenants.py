@@ -11,11 +11,11 @@ as a good delta does.
 from __future__ import annotations
 
 import argparse
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from origin import command, origin
 
 import deltacome
 from deltacome.evals.run import evaluate
@@ -24,6 +24,7 @@ from deltacome.evals.run import evaluate
 def main() -> None:
     options = _parse()
     torch.set_num_threads(options.threads)
+    header = _header(options)
     lines = [
         "| tenant | model | exact match % (95 %) | of tuned % | KL task | KL text | bytes on disk "
         "| ratio on disk | nominal |",
@@ -32,7 +33,7 @@ def main() -> None:
     for tenant in options.tenants:
         lines += _rows(tenant, options)
         print("\n".join(lines[-2 - len(options.ratios) :]), flush=True)
-    report = _header(options) + "\n".join(lines) + "\n"
+    report = header + "\n".join(lines) + "\n"
     print(report)
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)
@@ -106,14 +107,11 @@ def _row(
 
 
 def _header(options: argparse.Namespace) -> str:
-    names = " ".join(f"work/{tenant.name}" for tenant in options.tenants)
     return (
         "# Tenants: what a delta keeps\n\n"
-        f"`python benchmarks/tenants.py work/base {names} -o work/tenants`, "
-        f"calibration `{options.calibration}` ({options.samples} rows of up to {options.seq_len} "
-        f"tokens), {options.n} held-out questions, float32, deltas run from packed bytes; "
-        f"deltacome {deltacome.__version__}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads of {platform.machine()}.\n\n"
+        f"`{command()}`, calibration `{options.calibration}` ({options.samples} rows of up to "
+        f"{options.seq_len} tokens), {options.n} held-out questions, float32, deltas run from packed "
+        f"bytes. {origin()} {torch.get_num_threads()} threads.\n\n"
     )
 
 

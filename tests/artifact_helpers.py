@@ -11,8 +11,9 @@ import torch
 from deltacome.arch.checkpoint import Checkpoint, full_digest, sample_digest
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.codec import BandTensors, Factor, Packed, SignTensors
-from deltacome.format.manifest import Manifest, Record, dtype_name
+from deltacome.format.manifest import Manifest, Record
 from deltacome.format.spec import Band
+from deltacome.format.tensors import dtype_name
 from deltacome.format.writer import ArtifactWriter, Unit
 
 PLAN = (Band(16, 1), Band(8, 1), Band(4, 1), Band(3, 2), Band(2, 2), Band(1, 3))

@@ -78,4 +78,9 @@ def sizes(cell: dict[str, Any]) -> list[str]:
     ]
 
 
+def figures(cell: dict[str, Any]) -> list[str]:
+    """Sizes, score, and both KLs."""
+    return [*sizes(cell), score(cell), kl(cell, "task"), kl(cell, "text")]
+
+
 SIZES = ["nominal", "bytes on disk", "ratio"]

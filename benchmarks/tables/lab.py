@@ -19,7 +19,7 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -38,7 +38,7 @@ from deltacome.evals.divergence import by_row, over_rows, question_rows, record,
 from deltacome.evals.models import load_model
 from deltacome.evals.prompts import answer_ids
 from deltacome.evals.run import Exam, shared_tokenizer
-from deltacome.evals.score import exact_match, generate, wilson
+from deltacome.evals.score import generate, score
 from deltacome.evals.tasks import Question, read_questions
 from deltacome.format.folder import write_atomic
 from deltacome.methods.method import Method
@@ -46,6 +46,7 @@ from deltacome.methods.method import Method
 ROOT = Path(__file__).parents[2]
 TENANTS = ROOT / "examples" / "tenants"
 sys.path.insert(0, str(TENANTS))
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 @dataclass(frozen=True)
@@ -373,26 +374,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def provenance(lab: Lab) -> str:
-    """Where the figures come from: commit, versions, machine, size."""
-    import platform
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    made_by = git("status", "--porcelain", "src", "benchmarks", "examples")
-    changed = " with uncommitted changes" if made_by else ""
-    versions = ", ".join(f"{n} {version(n)}" for n in ("deltacome", "torch", "transformers"))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+def settings(lab: Lab) -> str:
+    """What figures depend on besides what `origin` says, and how far the packed runtime was from them."""
     worst = ", ".join(f"{name} {value:.1e}" for name, value in sorted(lab.agreement.items()))
     compared = "Largest relative difference of logits, packed runtime against dense weights"
     return (
-        f"Commit {git('rev-parse', '--short', 'HEAD')}{changed}; {versions}; Python "
-        f"{platform.python_version()}, {torch.get_num_threads()} threads of {device}. "
-        f"Sizes: {asdict(lab.size)}. Seeds: training 0, calibration {list(lab.size.seeds)}."
-        + (f" {compared}: {worst}." if worst else "")
+        f"{torch.get_num_threads()} threads. Sizes: {asdict(lab.size)}. Seeds: training 0, calibration "
+        f"{list(lab.size.seeds)}." + (f" {compared}: {worst}." if worst else "")
     )
 
 
@@ -400,9 +388,12 @@ def _answers(model: Any, exam: Exam) -> dict[str, Any]:
     prompts = [question.prompt for question in exam.questions]
     longest = exam.max_new_tokens
     said = generate(model, exam.tokenizer, prompts, batch_size=64, max_new_tokens=longest)
-    hits = sum(exact_match(s, q.answer) for s, q in zip(said, exam.questions, strict=True))
-    low, high = wilson(hits, len(said))
-    return {"score": hits / len(said), "score_low": low, "score_high": high, "answers": said}
+    return shares(said, exam.questions) | {"answers": said}
+
+
+def shares(said: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:
+    """What `cells.score` shows."""
+    return dict(zip(("score", "score_low", "score_high"), score(said, questions), strict=True))
 
 
 def _restored(artifact: Artifact, base: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

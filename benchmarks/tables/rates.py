@@ -2,6 +2,7 @@
 
 import cells as md
 from lab import Lab
+from rows import RATIO
 
 from deltacome import BitDelta, DeltaCome
 from deltacome.methods.method import Method
@@ -14,7 +15,7 @@ def make(lab: Lab) -> str:
     task, steps = lab.size.side[0], lab.size.distill
     found: list[tuple[str, Method, float | None]] = [("initial scales", BitDelta(), None)]
     found += [(f"rate {r:g}", BitDelta(distill=steps, rate=r), None) for r in RATES]
-    found += [("Delta-CoMe", DeltaCome(), 16.0)]
+    found += [("Delta-CoMe", DeltaCome(), RATIO)]
     cells = {
         name: lab.cell(task, method, ratio)
         for name, method, ratio in found

@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lab import SIZES, Lab, Size, provenance, say
+from lab import SIZES, Lab, Size, say, settings
+from origin import origin
 from transformers.utils import logging
 
 TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
@@ -44,6 +45,7 @@ def main() -> None:
     names = options.tables or TABLES
     if options.size == "small" and not options.tables:
         names, size = HOUR, replace(size, **LESS)
+    where = origin("transformers")
     lab = Lab(options.base, options.work, size, tenants, options.only_kept)
     for name in names:
         started = time.monotonic()
@@ -65,7 +67,7 @@ def main() -> None:
         spent = f"{seconds:.0f} s of work not kept"
         if options.only_kept:
             spent += "; what it lacks of that command's cells was not made (`--only-kept`)"
-        text = f"{section}\n\n`{command}`, {spent}. {provenance(lab)}\n"
+        text = f"{section}\n\n`{command}`, {spent}. {where} {settings(lab)}\n"
         print(text, flush=True)
         _replace_section(options.report, text)
         say(f"{name}: {seconds:.0f} s")

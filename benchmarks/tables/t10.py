@@ -34,8 +34,7 @@ def make(lab: Lab) -> str:
             found[f"base at 16 bits + {name}"] = lab.measure(task, lab.packed(artifact))
             found[f"base at 4 bits + {name}"] = lab.measure(task, lab.packed(artifact, base4))
         for name, cell in found.items():
-            kl = [md.kl(cell, "task"), md.kl(cell, "text")]
-            rows.append([f"{task}: {name}", *md.sizes(cell), md.score(cell), *kl])
+            rows.append([f"{task}: {name}", *md.figures(cell)])
     header = ["", *md.SIZES, "score %", "KL task", "KL text"]
     return "## T10: a 4-bit base under the delta\n\n" + md.table(header, rows)
 

@@ -26,7 +26,6 @@ def make(lab: Lab) -> str:
     for name in lab.size.strategies or STRATEGIES:
         template = STRATEGIES[name]
         cell = lab.cell(task, DeltaCome(parse_template(template)), RATIO)
-        kl = [md.kl(cell, "task"), md.kl(cell, "text")]
-        rows.append([name, f"`{template}`", *md.sizes(cell), md.score(cell), *kl])
+        rows.append([name, f"`{template}`", *md.figures(cell)])
     header = ["strategy", "plan", *md.SIZES, f"{task} %", "KL task", "KL text"]
     return "## T2: precision strategies of Delta-CoMe\n\n" + md.table(header, rows)

@@ -29,8 +29,7 @@ def make(lab: Lab) -> str:
         tuned = lab.measure(task, lab.dense(lab.tenant(task)))
         found = {"full fine-tune": tuned, f"its delta, {name}": delta, f"LoRA of rank {rank}": lora}
         for label, cell in found.items():
-            kl = [md.kl(cell, "task"), md.kl(cell, "text")]
-            rows.append([f"{task}: {label}", *md.sizes(cell), md.score(cell), *kl])
+            rows.append([f"{task}: {label}", *md.figures(cell)])
     header = ["", *md.SIZES, "score %", "KL task", "KL text"]
     note = (
         "A LoRA is another model, not a copy of the fine-tune: its KL to that says how far apart two "

@@ -8,6 +8,7 @@ from rows import RATIO
 
 from deltacome import DeltaCome, PrinMix
 from deltacome.arch.checkpoint import Checkpoint
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.search import sample_linears, search_template
 from deltacome.methods.method import Matrix, Method
@@ -28,8 +29,7 @@ def make(lab: Lab) -> str:
     for name, (method, seconds, tried) in found.items():
         cell = lab.cell(task, method, RATIO)
         plan = method.options().get("template", "by matrix")
-        kl = [md.kl(cell, "task"), md.kl(cell, "text")]
-        rows.append([name, f"`{plan}`", seconds, tried, *md.sizes(cell), md.score(cell), *kl])
+        rows.append([name, f"`{plan}`", seconds, tried, *md.figures(cell)])
     header = ["plan by", "plan", "search s", "tried", *md.SIZES, f"{task} %"]
     note = f"Searches look at the linears of {BLOCKS} blocks; the program plans every matrix by itself."
     return (
@@ -46,9 +46,8 @@ def _searched(lab: Lab, task: str, way: str) -> tuple[str, float, int]:
     key = hash_of(*models, text.name, way, RATIO, BLOCKS, code_hash(DeltaCome()))
 
     def search() -> list:
-        rows = calibration_rows(
-            str(text), tuned, samples=lab.size.rows, seq_len=lab.size.row_tokens, seed=0
-        )
+        asked = Calibration(str(text), lab.size.rows, lab.size.row_tokens, seed=0)
+        rows = calibration_rows(asked, tuned)
         started = time.monotonic()
         linears = sample_linears(Checkpoint(lab.base), Checkpoint(tuned), rows, blocks=BLOCKS)
         result = search_template(linears, RATIO, "greedy" if way == "greedy" else "genetic")

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import cells as md
-from lab import Lab
+from lab import Lab, shares
 from rows import RATIO
 
 from deltacome import Adaptive, BitDelta, DeltaCome, LowRank, PrinMix
 from deltacome.evals.divergence import over_rows
-from deltacome.evals.score import wilson
 from deltacome.evals.tasks import Question
 from deltacome.methods.method import Method
 
@@ -63,10 +62,10 @@ def _halves(
         of = [i for i, kind in enumerate(hidden) if kind == wanted]
         questions = [asked[i] for i in of]
         part, theirs = (c | {"answers": [c["answers"][i] for i in of]} for c in (cell, tuned))
-        right = md.right(part, questions)
-        low, high = wilson(sum(right), len(right))
-        shares = {"score": sum(right) / len(right), "score_low": low, "score_high": high}
         measured = [cell["rows_task"][i] for i in of if i < len(cell["rows_task"])]
-        nats = over_rows(measured)
-        found += [md.score(shares), md.lost_won(part, theirs, questions), md.nats(*nats)]
+        found += [
+            md.score(shares(part["answers"], questions)),
+            md.lost_won(part, theirs, questions),
+        ]
+        found.append(md.nats(*over_rows(measured)))
     return found

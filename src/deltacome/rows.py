@@ -63,6 +63,12 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return ids_BL, valid_BL, seen
 
 
+def row_shares(counts_BL: Tensor) -> Tensor:
+    """What each token that counts weighs, (T,), so that every row weighs 1 in all."""
+    in_row_B1 = counts_BL.sum(1, keepdim=True)
+    return (1.0 / in_row_B1).expand(counts_BL.shape)[counts_BL]
+
+
 def seen_hash(rows: Sequence[Row]) -> str:
     """Of what rows have besides token ids; empty where that is nothing."""
     digest = hashlib.sha256()

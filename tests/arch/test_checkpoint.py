@@ -10,13 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from deltacome.arch.checkpoint import (
-    Checkpoint,
-    check_finite,
-    full_digest,
-    pair_tensors,
-    sample_digest,
-)
+from deltacome.arch.checkpoint import Checkpoint, check_finite, full_digest, sample_digest
+from deltacome.arch.pairing import pair_tensors
 from deltacome.errors import CheckpointError, MismatchError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

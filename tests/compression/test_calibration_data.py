@@ -11,15 +11,14 @@ from tiny_pairs import VOCAB, make_tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltacome.compression import data
+from deltacome.compression import written
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.errors import CalibrationError
 
 
 def rows_of(source, tuned, samples=6, seq_len=16, seed=0, **options):
-    rows = calibration_rows(
-        str(source), tuned, samples=samples, seq_len=seq_len, seed=seed, **options
-    )
+    rows = calibration_rows(Calibration(str(source), samples, seq_len, seed), tuned, **options)
     return [row.ids for row in rows]
 
 
@@ -203,13 +202,13 @@ def test_self_is_written_in_what_this_cpu_is_fast_at(tuned, tmp_path, monkeypatc
     rounded.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tuned).save_pretrained(tmp_path)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    written, ways = data._continue, set()
+    really, ways = written._continue, set()
 
     def note(model, *rest):
         ways.add(model.dtype)
-        return written(model, *rest)
+        return really(model, *rest)
 
-    monkeypatch.setattr(data, "_continue", note)
+    monkeypatch.setattr(written, "_continue", note)
     assert len(rows_of("self", tmp_path)) == 6
     assert ways == {dtype}
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PhiConfig
 from deltacome import skeleton
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import compress
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.search import sample_linears
 from deltacome.format.canary import CANARY_FILE, Canary
@@ -104,7 +105,7 @@ def test_a_saved_buffer_outside_of_blocks(pairs, text, tmp_path, monkeypatch):
     with torch.no_grad():
         said = model(torch.tensor([list(canary.ids)])).logits[0].log_softmax(-1)
     assert canary.distance([float(said[i, id]) for i, id in enumerate(canary.ids[1:])]) < 0.02
-    rows = calibration_rows(text, shifted[1], samples=4, seq_len=16, seed=0)
+    rows = calibration_rows(Calibration(text, 4, 16, 0), shifted[1])
     first = [
         sample_linears(Checkpoint(base), Checkpoint(tuned), rows, blocks=1)[0]
         for base, tuned in (pairs["llama"], shifted)

@@ -4,6 +4,7 @@ import pytest
 from tiny_pairs import make_tokenizer
 
 from deltacome.chats import chat_text
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.evals.prompts import prompt_ids
 
@@ -37,7 +38,7 @@ def test_what_is_said_is_in_the_text(template, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     lines = tmp_path / "c.jsonl"
     lines.write_text('{"prompt": "what is one ", "answer": "one"}\n')
-    (row,) = calibration_rows(str(lines), tmp_path, samples=1, seq_len=99, seed=0)
+    (row,) = calibration_rows(Calibration(str(lines), 1, 99, 0), tmp_path)
     assert tokenizer.decode(row.ids) == SAID
 
 

@@ -21,6 +21,7 @@ from deltacome import (
     merge,
 )
 from deltacome.compression import planning, polish
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import SLOTS, Trained, distill, divergence, squared_distance
 from deltacome.compression.sensitivity import Weights
@@ -155,7 +156,7 @@ def test_a_kept_sweep_serves_no_other_rows(pairs, tmp_path, monkeypatch):
     """What `self` writes depends on the machine, which nothing else tells."""
     folders = []
 
-    def note(run, method, folder, rows, seed):
+    def note(run, method, folder, rows):
         folders.append(folder.name)
         raise KeyboardInterrupt
 
@@ -205,7 +206,7 @@ def test_a_run_killed_while_it_writes_distilled_scales(
 
 def test_distilled_scales_bring_the_logits_closer(pairs, artifacts, text):
     base, tuned = pairs["llama-tied"]
-    rows = calibration_rows(text, tuned, **QUICK, seed=0)
+    rows = calibration_rows(Calibration(text, **QUICK, seed=0), tuned)
     ids = torch.tensor([row.ids for row in rows if len(row) == QUICK["seq_len"]])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
@@ -228,7 +229,7 @@ def test_distillation_finds_scales_that_were_lost(pairs, artifacts, text):
     before = artifacts["bitdelta"]
     names = [n for n, record in before.manifest.records.items() if record.sign_scales]
     signs = {name: before.signs(name) for name in names}
-    rows, weights = calibration_rows(text, tuned, **QUICK, seed=0), weights_of(base)
+    rows, weights = calibration_rows(Calibration(text, **QUICK, seed=0), tuned), weights_of(base)
     halved = {
         name: Trained(Packed(signs=replace(term, scale=term.scale / 2)), partial(weights.get, name))
         for name, term in signs.items()
@@ -260,7 +261,7 @@ def test_distilled_singular_values_bring_the_answers_closer(pairs, artifacts, te
     names = {"adaptive": ("adaptive-start", "adaptive")}.get(
         method, (method, f"{method}-distilled")
     )
-    rows = calibration_rows(text, tuned, **QUICK, seed=0)
+    rows = calibration_rows(Calibration(text, **QUICK, seed=0), tuned)
     ids = torch.tensor([row.ids for row in rows if len(row) == QUICK["seq_len"]])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)

@@ -9,6 +9,7 @@ from tiny_pairs import FAMILIES, text_lines, weights_of, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from deltacome import Artifact, compress, merge
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.capture import Stream
 from deltacome.compression.data import calibration_rows
 from deltacome.format.codec import dense
@@ -50,7 +51,7 @@ def compressed(request, pairs, tmp_path_factory):
 
     with patch.object(Stream, "groups", note):
         artifact = compress(base, tuned, folder / "out", ratio=8, calibration=source, **ROWS)
-    rows = [row.ids for row in calibration_rows(source, tuned, **ROWS)]
+    rows = [row.ids for row in calibration_rows(Calibration(source, **ROWS), tuned)]
     assert len({len(row) for row in rows}) > 3  # so that there is padding
     return Compressed(weights_of(base), weights_of(tuned), (base, tuned), artifact, groups, rows)
 

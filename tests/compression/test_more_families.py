@@ -17,6 +17,7 @@ from tiny_pairs import rewrite, text_lines, weights_of
 from transformers import Glm4MoeConfig
 
 from deltacome import Adaptive, Artifact, DeltaCome, attach, base_for, compress, merge
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import divergence
 from deltacome.errors import UnsupportedError
@@ -127,11 +128,7 @@ def test_singular_values_are_distilled_where_weights_lie_otherwise(name, pairs, 
     options = {"ratio": RATIOS[name], "calibration": str(source), "samples": 6, "seq_len": 16}
     model, dense = load(base), load(tuned)
     ids = torch.tensor(
-        [
-            r.ids
-            for r in calibration_rows(str(source), tuned, samples=6, seq_len=16, seed=0)
-            if len(r) == 16
-        ]
+        [r.ids for r in calibration_rows(Calibration(str(source), 6, 16, 0), tuned) if len(r) == 16]
     )
     found = []
     with torch.no_grad():

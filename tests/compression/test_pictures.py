@@ -19,6 +19,7 @@ from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import pipeline
 from deltacome.compression.answers import answers_from
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.conversations import as_messages
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import _inputs, _picking, _Tuned
@@ -55,7 +56,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(vision, source):
-    return calibration_rows(str(source), vision[1], **QUICK)
+    return calibration_rows(Calibration(str(source), **QUICK), vision[1])
 
 
 def told(row):
@@ -82,7 +83,10 @@ def seeing(request, tmp_path_factory):
 
 def run_of(pair):
     base, tuned = map(Checkpoint, pair)
-    return pipeline._prepare(base, tuned, DeltaCome(), "cpu", torch.float32, lambda said: None)
+    text = Calibration("none", **QUICK)
+    return pipeline._prepare(
+        base, tuned, DeltaCome(), text, "cpu", torch.float32, lambda said: None
+    )
 
 
 def load_block(run, block):
@@ -273,7 +277,9 @@ def test_conversations_are_messages():
 )
 def test_ways_to_give_pictures(vision, source, line):
     folder = Path(source).parent
-    (row,) = calibration_rows(write_jsonl(folder / "way.jsonl", [line]), vision[1], **QUICK)
+    (row,) = calibration_rows(
+        Calibration(write_jsonl(folder / "way.jsonl", [line]), **QUICK), vision[1]
+    )
     red, blue = row.seen["pixel_values"]
     assert float(red[0].mean()) > float(red[2].mean())
     assert float(blue[0].mean()) < float(blue[2].mean())
@@ -305,7 +311,7 @@ def test_ways_to_give_pictures(vision, source, line):
 def test_a_picture_belongs_somewhere(vision, source, line, reason):
     file = write_jsonl(Path(source).parent / "wrong.jsonl", [line])
     with pytest.raises(PictureError, match=rf"wrong\.jsonl:1: {reason}"):
-        calibration_rows(file, vision[1], **QUICK)
+        calibration_rows(Calibration(file, **QUICK), vision[1])
 
 
 def test_what_a_turn_without_words_says_is_the_template_s_matter(source):

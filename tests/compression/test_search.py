@@ -10,6 +10,7 @@ from tiny_pairs import copy_of
 
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import search
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.search import (
     COUNTS,
@@ -27,7 +28,6 @@ from deltacome.errors import (
     MismatchError,
     PlanError,
 )
-from deltacome.methods.bands import Gptq
 from deltacome.methods.template import PRECISIONS, parse_template
 
 BEST = (3, 0, 5)
@@ -51,7 +51,7 @@ def test_greedy_tries_each_width_once():
 @pytest.fixture(scope="module")
 def linears(pairs, text):
     base, tuned = pairs["llama"]
-    rows = calibration_rows(text, tuned, samples=6, seq_len=16, seed=0)
+    rows = calibration_rows(Calibration(text, 6, 16, 0), tuned)
     return sample_linears(Checkpoint(base), Checkpoint(tuned), rows, blocks=2)
 
 
@@ -70,15 +70,15 @@ def test_searches_beat_what_is_set_beforehand(linears):
 
 
 def test_plain_rounding_is_searched_as_it_rounds(linears):
-    linears, fixed, nearest = [linears[3]], parse_template("2:*"), Gptq(nearest=True)
-    rounded = _mean_error(linears, fixed, 8, nearest)
+    linears, fixed = [linears[3]], parse_template("2:*")
+    rounded = _mean_error(linears, fixed, 8, nearest=True)
     assert rounded > 1.05 * _mean_error(linears, fixed, 8)
-    assert search_template(linears, 8, gptq=nearest).tried[str(fixed)] == rounded
+    assert search_template(linears, 8, nearest=True).tried[str(fixed)] == rounded
 
 
 def test_transposed_matrices(text, tmp_path):
     base, tuned = families.make_pair("GPT2LMHeadModel", tmp_path)
-    rows = calibration_rows(text, tuned, samples=6, seq_len=16, seed=0)
+    rows = calibration_rows(Calibration(text, 6, 16, 0), tuned)
     linears = sample_linears(Checkpoint(base), Checkpoint(tuned), rows, blocks=1)
     shapes = {linear.name: tuple(linear.delta_OI.shape) for linear in linears}
     assert shapes["transformer.h.0.attn.c_attn.weight"] == (192, 64)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from deltacome import DeltaCome, compress
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import find_layout
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows
 from deltacome.errors import CalibrationError, UnsupportedError
@@ -145,7 +146,7 @@ def test_exact_deltas_give_the_tuned_model_s_hidden_states(pairs, family, tmp_pa
     )
     errors = [r.error for r in artifact.manifest.records.values() if r.error is not None]
     assert max(errors) < 1e-6
-    rows = [row.ids for row in calibration_rows(source, tuned, **options)]
+    rows = [row.ids for row in calibration_rows(Calibration(source, **options), tuned)]
     expected = dense_hidden(tuned, rows)
     first, *_, canary = streams
     got = hidden_of(first)

@@ -27,7 +27,9 @@ def assert_equal(got, expected):
 
 def test_units_round_trip(tmp_path):
     writer = ArtifactWriter(tmp_path / "out", RUN, resume=False)
-    assert writer.load("one") is None
+    assert not writer.has("one")
+    with pytest.raises(ArtifactError, match="one cannot be read"):
+        writer.load("one")
     for name, unit in zip(("one", "two"), parts(), strict=True):
         writer.save(name, unit)
         rounded = [
@@ -48,8 +50,8 @@ def test_resumed_run_gives_the_same_bytes(tmp_path):
     writer.save("one", one)
     writer.close()
     writer = ArtifactWriter(tmp_path / "out", dict(reversed(RUN.items())), resume=True)
-    assert writer.load("one") is not None
-    assert writer.load("two") is None
+    assert writer.has("one")
+    assert not writer.has("two")
     writer.save("two", two)
     resumed = writer.finish(["one", "two"], golden.manifest())
     names = {file.name for file in straight.iterdir()}
@@ -142,8 +144,8 @@ def test_crash_while_a_unit_is_saved_loses_that_unit_alone(tmp_path, monkeypatch
     monkeypatch.undo()
     writer.close()
     writer = ArtifactWriter(tmp_path / "out", RUN, resume=True)
-    assert writer.load("one") is not None
-    assert writer.load("two") is None
+    assert writer.has("one")
+    assert not writer.has("two")
 
 
 def test_damaged_unit_is_refused(tmp_path):

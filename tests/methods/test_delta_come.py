@@ -9,7 +9,7 @@ from deltacome.format.codec import dense, dequantize, plan_of
 from deltacome.format.spec import Band, bands_nbytes, rank
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.template import PRECISIONS, parse_template
-from deltacome.numerics.gptq import quantize_u, quantize_v
+from deltacome.numerics.gptq import factor_gram, quantize_u, quantize_v
 from deltacome.numerics.gram import relative_error
 from deltacome.numerics.svd import svd
 
@@ -57,11 +57,12 @@ def test_v_is_swept_against_the_inputs_and_u_against_what_v_lets_through():
     start = 0
     for band, made in zip(plan, bands, strict=True):
         part = slice(start, start + band.count)
-        v = quantize_v(v_RI[part] * IN**0.5, gram, band.bits)
+        v = quantize_v(v_RI[part] * IN**0.5, factor_gram(gram), band.bits)
         assert torch.equal(dequantize(*v), made.v.dequantize())
         torch.testing.assert_close(made.s, s_R[part] / (OUT * IN) ** 0.5)
         a_BI = made.s[:, None] * made.v.dequantize()
-        u = quantize_u(u_RO[part] * OUT**0.5, a_BI @ gram @ a_BI.T, band.bits)
+        factor = factor_gram(a_BI @ gram @ a_BI.T)
+        u = quantize_u(u_RO[part] * OUT**0.5, factor, band.bits)
         assert torch.equal(dequantize(*u), made.u.dequantize())
         start += band.count
 

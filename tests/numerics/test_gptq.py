@@ -96,7 +96,7 @@ def textbook_u(u: Tensor, gram: Tensor, bits: int, group: int, act_order: bool) 
 def test_v_takes_the_codes_of_the_textbook(r, n, group, act_order):
     v, gram = draw(r, n, seed=n), correlated_gram(n)
     bits = torch.tensor([8, 4, 3, 2, 1])[torch.arange(r) % 5]
-    got = quantize_v(v, gram, bits, group_size=group, act_order=act_order)
+    got = quantize_v(v, factor_gram(gram, act_order=act_order), bits, group_size=group)
     assert torch.equal(got.codes, textbook_v(v, gram, bits, group, act_order))
     for stored, expected in zip(got[1:], min_max_grid(v, bits, group), strict=True):
         assert torch.equal(stored, expected)
@@ -109,7 +109,7 @@ def test_v_takes_the_codes_of_the_textbook(r, n, group, act_order):
 )
 def test_u_takes_the_codes_of_the_textbook(r, o, bits, group, act_order):
     u, gram = draw(r, o, seed=o), correlated_gram(r)
-    got = quantize_u(u, gram, bits, group_size=group, act_order=act_order)
+    got = quantize_u(u, factor_gram(gram, act_order=act_order), bits, group_size=group)
     assert got.scale.shape == got.zero.shape == (r, -(-o // group))
     assert torch.equal(got.codes, textbook_u(u, gram, bits, group, act_order))
 
@@ -118,9 +118,10 @@ def test_u_takes_the_codes_of_the_textbook(r, o, bits, group, act_order):
 def test_the_block_size_changes_nothing(block, monkeypatch):
     v, gram = draw(6, 200), correlated_gram(200)
     u, small = draw(150, 40), correlated_gram(150)
-    before = quantize_v(v, gram, 2), quantize_u(u, small, 2)
+    factors = factor_gram(gram), factor_gram(small)
+    before = quantize_v(v, factors[0], 2), quantize_u(u, factors[1], 2)
     monkeypatch.setattr(gptq, "BLOCK", block)
-    after = quantize_v(v, gram, 2), quantize_u(u, small, 2)
+    after = quantize_v(v, factors[0], 2), quantize_u(u, factors[1], 2)
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old.codes, new.codes)
 
@@ -128,7 +129,7 @@ def test_the_block_size_changes_nothing(block, monkeypatch):
 def test_no_codes_are_better_than_the_best_of_all_codes():
     n, rows, bits = 5, 60, 2
     v, gram = draw(rows, n), correlated_gram(n, seed=3)
-    got = quantize_v(v, gram, bits)
+    got = quantize_v(v, factor_gram(gram), bits)
     grid = got.scale, got.zero
     every = torch.tensor(list(itertools.product(range(2**bits), repeat=n)), dtype=torch.uint8)
     optimum = torch.stack(
@@ -149,22 +150,23 @@ def test_no_codes_are_better_than_the_best_of_all_codes():
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_correlated_inputs_make_gptq_better_than_rounding(bits):
     v, gram = draw(40, 256), correlated_gram(256)
-    got = quantize_v(v, gram, bits)
+    got = quantize_v(v, factor_gram(gram), bits)
     plain = dequantize(round_to_grid(v, got.scale, got.zero, bits), got.scale, got.zero)
     assert energy(values(got) - v, gram).sum() < 0.6 * energy(plain - v, gram).sum()
 
     u, small = draw(100, 300), correlated_gram(100)
     grid = min_max_grid(u, bits)
     plain = dequantize(round_to_grid(u, *grid, bits), *grid)
-    error = values(quantize_u(u, small, bits)) - u
+    error = values(quantize_u(u, factor_gram(small), bits)) - u
     assert energy(error.T, small).sum() < 0.6 * energy((plain - u).T, small).sum()
 
 
 def test_activation_order_helps_where_inputs_differ_in_loudness():
     v, gram = draw(40, 256), correlated_gram(256)
+    factors = {act_order: factor_gram(gram, act_order=act_order) for act_order in (True, False)}
     loss = {
-        act_order: energy(values(quantize_v(v, gram, 2, act_order=act_order)) - v, gram).sum()
-        for act_order in (True, False)
+        act_order: energy(values(quantize_v(v, factor, 2)) - v, gram).sum()
+        for act_order, factor in factors.items()
     }
     assert loss[True] < loss[False]
 
@@ -174,10 +176,10 @@ def test_activation_order_helps_where_inputs_differ_in_loudness():
 def test_the_identity_gram_gives_plain_rounding(shape, act_order):
     v = draw(*shape)
     bits = torch.tensor([1, 2, 3, 4, 8, 2, 3])[: shape[0]]
-    got = quantize_v(v, 3 * torch.eye(shape[1]), bits, act_order=act_order)
+    got = quantize_v(v, factor_gram(3 * torch.eye(shape[1]), act_order=act_order), bits)
     assert torch.equal(got.codes, round_to_grid(v, got.scale, got.zero, bits))
 
-    got = quantize_u(v, torch.eye(shape[0]), 3, act_order=act_order)
+    got = quantize_u(v, factor_gram(torch.eye(shape[0]), act_order=act_order), 3)
     assert torch.equal(got.codes, round_to_grid(v, *min_max_grid(v, 3), 3))
 
 
@@ -186,19 +188,20 @@ def test_dead_inputs_get_plain_rounding_and_disturb_no_other():
     v, gram = draw(5, 100), torch.zeros(100, 100)
     gram[torch.outer(alive, alive)] = correlated_gram(int(alive.sum())).flatten()
     # One group per column, so that leaving out the dead ones leaves the grids as they are.
-    got = quantize_v(v, gram, 2, group_size=1)
+    got = quantize_v(v, factor_gram(gram), 2, group_size=1)
     plain = round_to_grid(v, got.scale, got.zero, 2, 1)
     assert torch.equal(got.codes[:, ~alive], plain[:, ~alive])
     # The damping is relative to the mean diagonal, which the dead inputs lower.
     share = alive.double().mean().item()
-    living = quantize_v(v[:, alive], gram[alive][:, alive], 2, group_size=1, damping=0.01 * share)
+    factor = factor_gram(gram[alive][:, alive], 0.01 * share)
+    living = quantize_v(v[:, alive], factor, 2, group_size=1)
     assert torch.equal(got.codes[:, alive], living.codes)
 
 
 def test_a_singular_gram_works_through_its_damping():
     v, gram = draw(8, 60), correlated_gram(60, tokens=10)
     assert torch.linalg.matrix_rank(gram) == 10
-    got = quantize_v(v, gram, 3)
+    got = quantize_v(v, factor_gram(gram), 3)
     plain = dequantize(round_to_grid(v, got.scale, got.zero, 3), got.scale, got.zero)
     assert energy(values(got) - v, gram).sum() < 0.2 * energy(plain - v, gram).sum()
 
@@ -206,9 +209,10 @@ def test_a_singular_gram_works_through_its_damping():
 def test_rows_and_bands_do_not_know_of_each_other():
     v, gram = draw(30, 150), correlated_gram(150)
     bits = torch.tensor([8] * 2 + [3] * 8 + [2] * 20)
-    together = quantize_v(v, gram, bits)
+    factor = factor_gram(gram)
+    together = quantize_v(v, factor, bits)
     for band in (slice(0, 2), slice(2, 10), slice(10, 30)):
-        alone = quantize_v(v[band], gram, int(bits[band][0]))
+        alone = quantize_v(v[band], factor, int(bits[band][0]))
         for x, y in zip(together, alone, strict=True):
             assert torch.equal(x[band], y)
 
@@ -216,20 +220,8 @@ def test_rows_and_bands_do_not_know_of_each_other():
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e12, 1e28])
 def test_the_scale_of_the_gram_does_not_matter(scale):
     v, gram = draw(4, 50), correlated_gram(50)
-    assert torch.equal(quantize_v(v, gram, 3).codes, quantize_v(v, gram * scale, 3).codes)
-
-
-def test_a_factor_serves_many_sweeps():
-    v, gram = draw(10, 70), correlated_gram(70)
-    factor = factor_gram(gram)
-    for part in (v[:3], v[3:]):
-        a, b = quantize_v(part, factor, 2), quantize_v(part, gram, 2)
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    plain = quantize_v(v, factor_gram(gram, act_order=False), 2, act_order=False)
-    assert torch.equal(plain.codes, quantize_v(v, gram, 2, act_order=False).codes)
-    for settings in ({"damping": 0.1}, {"act_order": False}):
-        with pytest.raises(MismatchError, match=r"factored with damping=0\.01 and act_order=True"):
-            quantize_v(v, factor, 2, **settings)
+    plain, scaled = (quantize_v(v, factor_gram(gram * factor), 3) for factor in (1, scale))
+    assert torch.equal(plain.codes, scaled.codes)
 
 
 def test_nothing_of_the_caller_is_changed():
@@ -238,26 +230,24 @@ def test_nothing_of_the_caller_is_changed():
     tensors = (v, gram, bits, u, small)
     before = [x.clone() for x in tensors]
     for act_order in (True, False):
-        quantize_v(v, gram, bits, act_order=act_order)
-        quantize_u(u, small, 2, act_order=act_order)
-    factor = factor_gram(gram)
-    ratio = factor.ratio_NN.clone()
-    quantize_v(v, factor, bits)
-    assert torch.equal(factor.ratio_NN, ratio)
+        quantize_u(u, factor_gram(small, act_order=act_order), 2)
+        factor = factor_gram(gram, act_order=act_order)
+        ratio = factor.ratio_NN.clone()
+        quantize_v(v, factor, bits)
+        assert torch.equal(factor.ratio_NN, ratio)
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
 
 
 def test_strides_and_repetition_change_nothing():
-    v, gram = draw(10, 140), correlated_gram(140)
-    expected = quantize_v(v, gram, 2)
+    v, factor = draw(10, 140), factor_gram(correlated_gram(140))
+    expected = quantize_v(v, factor, 2)
     for other in (v.T.contiguous().T, torch.stack([v, v], -1)[..., 1], v):
-        got = quantize_v(other, gram, 2)
+        got = quantize_v(other, factor, 2)
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
         assert all(x.is_contiguous() for x in got)
-    u = draw(10, 30)
+    u, factor = draw(10, 30), factor_gram(correlated_gram(10))
     assert torch.equal(
-        quantize_u(u.T.contiguous().T, correlated_gram(10), 2).codes,
-        quantize_u(u, correlated_gram(10), 2).codes,
+        quantize_u(u.T.contiguous().T, factor, 2).codes, quantize_u(u, factor, 2).codes
     )
 
 
@@ -265,59 +255,57 @@ def test_the_order_breaks_ties_by_position():
     assert factor_gram(torch.eye(50)).order_N.tolist() == list(range(50))
 
 
-@pytest.mark.parametrize(
-    "quantize", [quantize_v, lambda w, gram, bits: quantize_u(w.T, gram, bits)]
-)
 class TestGramsThatCannotBeUsed:
-    def test_zero(self, quantize):
+    def test_zero(self):
         with pytest.raises(CalibrationError, match=r"size 4 .* not all zeros; .* trace is 0"):
-            quantize(draw(3, 4), torch.zeros(4, 4), 2)
+            factor_gram(torch.zeros(4, 4))
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_not_finite(self, quantize, bad):
+    def test_not_finite(self, bad):
         gram = torch.eye(4)
         gram[1, 2] = bad
         with pytest.raises(CalibrationError, match="size 4 holds 1 NaN or Inf"):
-            quantize(draw(3, 4), gram, 2)
+            factor_gram(gram)
 
-    def test_not_positive_definite(self, quantize):
+    def test_not_positive_definite(self):
         gram = torch.eye(4)
         gram[1, 2] = gram[2, 1] = -2
         with pytest.raises(
             CalibrationError, match=r"size 4 is not positive definite .* from 1 to 1.* trace is 4"
         ):
-            quantize(draw(3, 4), gram, 2)
+            factor_gram(gram)
 
-    def test_a_negative_diagonal(self, quantize):
+    def test_a_negative_diagonal(self):
         with pytest.raises(CalibrationError, match="from -1 to 1, its trace is 2"):
-            quantize(draw(3, 4), torch.diag(torch.tensor([1.0, 1, -1, 1])), 2)
+            factor_gram(torch.diag(torch.tensor([1.0, 1, -1, 1])))
 
-    def test_not_square(self, quantize):
+    def test_not_square(self):
         with pytest.raises(CalibrationError, match=r"square, got shape \(3, 4\)"):
-            quantize(draw(3, 4), torch.ones(3, 4), 2)
+            factor_gram(torch.ones(3, 4))
 
-    def test_of_another_size(self, quantize):
-        with pytest.raises(MismatchError, match=r"4 columns .* got 5"):
-            quantize(draw(3, 4), torch.eye(5), 2)
+    def test_of_another_size(self):
+        w, factor = draw(3, 4), factor_gram(torch.eye(5))
+        for quantize, directions in ((quantize_v, w), (quantize_u, w.T)):
+            with pytest.raises(MismatchError, match=r"4 columns .* got 5"):
+                quantize(directions, factor, 2)
 
-    def test_no_damping_for_a_singular_one(self, quantize):
-        if quantize is quantize_v:
-            with pytest.raises(CalibrationError, match="not positive definite after 0 damping"):
-                quantize_v(draw(3, 4), torch.ones(4, 4), 2, damping=0)
+    def test_no_damping_for_a_singular_one(self):
+        with pytest.raises(CalibrationError, match="not positive definite after 0 damping"):
+            factor_gram(torch.ones(4, 4), damping=0)
 
 
 def test_directions_that_are_not_finite_are_refused():
     w = draw(3, 4)
     w[1, 2] = float("nan")
     with pytest.raises(UnsupportedError, match="row 1"):
-        quantize_v(w, torch.eye(4), 2)
+        quantize_v(w, factor_gram(torch.eye(4)), 2)
     with pytest.raises(CalibrationError, match="hold NaN or Inf"):
-        quantize_u(w, torch.eye(3), 2)
+        quantize_u(w, factor_gram(torch.eye(3)), 2)
 
 
 @pytest.mark.parametrize("bits", [0, 5, 16])
 def test_a_width_without_a_grid_is_refused(bits):
     with pytest.raises(PlanError, match=f"got .{bits}"):
-        quantize_v(draw(3, 4), torch.eye(4), bits)
+        quantize_v(draw(3, 4), factor_gram(torch.eye(4)), bits)
     with pytest.raises(PlanError, match=f"got .{bits}"):
-        quantize_u(draw(3, 4), torch.eye(3), bits)
+        quantize_u(draw(3, 4), factor_gram(torch.eye(3)), bits)

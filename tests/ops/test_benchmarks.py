@@ -65,6 +65,12 @@ def test_a_bare_machine_says_what_it_can(monkeypatch, tmp_path):
     assert said.startswith("Commit unknown; deltacome unknown, torch unknown, triton unknown;")
 
 
+def test_a_page_quotes_its_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["some/where/soak.py", "work/base", "-o", "a b.md"])
+    said = imported("origin", monkeypatch).command(Path("work/base"))
+    assert said == "python benchmarks/soak.py BASE -o 'a b.md'"
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the parent runs it")
 def test_gpu_needs_torch_alone():
     """Nothing has to be installed on a machine that has torch and Triton."""

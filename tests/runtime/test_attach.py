@@ -26,7 +26,7 @@ from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.runtime import attach, merge
-from deltacome.runtime.match import check_config
+from deltacome.runtime.configs import check_config
 
 
 def snapshot(model):

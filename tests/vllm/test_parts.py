@@ -39,6 +39,7 @@ from deltacome.ops.slots import BandTable, PlacedBands
 from deltacome.ops.slots import Pool as OpsPool
 from deltacome.vllm import compat, plugin, version
 from deltacome.vllm import manager as manager_module
+from deltacome.vllm.base import Base
 from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.launch import Launch, plan_launch
 from deltacome.vllm.layers import Delta, install
@@ -52,7 +53,7 @@ from deltacome.vllm.settings import Settings
 from deltacome.vllm.shard import common_group, shard_bands, shard_signs
 from deltacome.vllm.share import worker_nbytes
 from deltacome.vllm.step import Step
-from deltacome.vllm.tenant import Base, Tenant, load_tenant
+from deltacome.vllm.tenant import Tenant, load_tenant
 from deltacome.vllm.tokenizers import check_tokenizer
 
 
@@ -112,6 +113,26 @@ def test_another_signature_is_refused_by_name(monkeypatch):
         UnsupportedError, match=r"_load_adapter: expected parameters .* got .*surprise"
     ):
         compat.check()
+
+
+def test_a_method_is_wrapped_once():
+    class Theirs:
+        def add(self, number):
+            return number + 1
+
+        @classmethod
+        def named(cls, times):
+            return times * cls.__name__
+
+    def twice(original, *args, **kwargs):
+        return 2 * original(*args, **kwargs)
+
+    for _ in range(2):  # plugins may be loaded again
+        compat.wrap(Theirs, "add", twice)
+        compat.wrap(Theirs, "named", twice)
+    assert Theirs().add(number=1) == 4
+    assert Theirs.named(1) == "TheirsTheirs"
+    assert list(inspect.signature(Theirs.add).parameters) == ["self", "number"]
 
 
 # --- settings and names --------------------------------------------------------------------------
@@ -420,9 +441,8 @@ def loaded(base, artifact, model=None, without=(), **settings):
         part = Part(name, ((0, rows),), (0, *(columns or [1])))
         if not name.startswith(without):
             places.append(Place(name, nn.Module(), kind, (part,)))
-    read = Base(str(base), None)
     settings = Settings(group_size=32, **settings)
-    return load_tenant(1, str(artifact.path), model, places, read, settings)
+    return load_tenant(1, str(artifact.path), model, places, Base(base), settings)
 
 
 def extended(base, folder, **tensors):
@@ -431,6 +451,18 @@ def extended(base, folder, **tensors):
     weights = weights_of(base) | {name.replace("__", "."): value for name, value in tensors.items()}
     rewrite(folder, {name: w for name, w in weights.items() if w is not None}, dtype=None)
     return folder
+
+
+def test_a_bases_fingerprints_are_read_once(base, tmp_path, monkeypatch):
+    artifacts = [random_artifact(base, tmp_path / name) for name in "ab"]
+    asked, sample = [], Checkpoint.sample
+    monkeypatch.setattr(
+        Checkpoint, "sample", lambda self, name: (asked.append(name), sample(self, name))[1]
+    )
+    read = Base(base)
+    for artifact in artifacts:
+        read.check(artifact)
+    assert sorted(asked) == list(read.tensors)
 
 
 def test_a_tenant(base, tmp_path):

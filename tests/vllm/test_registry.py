@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import re
 from types import SimpleNamespace
 
@@ -163,7 +164,7 @@ def test_a_tenants_name_is_not_an_ordinary_adapters(folders, monkeypatch, tmp_pa
 
         async def ask(name, path):
             request = SimpleNamespace(lora_name=name, lora_path=str(path))
-            return await frontend._check_load(original)(None, request)
+            return await frontend._check_load(original, None, request)
 
         before = figure(metrics.REFUSED)
         for path in ("/srv/typo/does-not-exist", tmp_path):
@@ -183,7 +184,7 @@ def test_a_tenants_name_is_not_an_ordinary_adapters(folders, monkeypatch, tmp_pa
         async def resolved(self, name):
             return name  # an ordinary adapter that vLLM found
 
-        resolve = frontend._resolve(resolved)
+        resolve = functools.partial(frontend._resolve, resolved)
         assert await resolve(None, "other") == "other"
         assert (await resolve(None, "math#3")).error.code == 404
 
@@ -202,9 +203,9 @@ def test_a_worker_gives_a_tenant_to_its_own_path_alone():
 
 def unloading(monkeypatch, tenants):
     """vLLM's registry of names, with what an unload does beside it."""
-    kind = compat.OpenAIServingModels
-    check = frontend._check_unload(kind._check_unload_lora_adapter_request)
-    monkeypatch.setattr(kind, "_check_unload_lora_adapter_request", check)
+    kind, name = compat.OpenAIServingModels, "_check_unload_lora_adapter_request"
+    monkeypatch.setattr(kind, name, getattr(kind, name))  # and puts it back
+    compat.wrap(kind, name, frontend._check_unload)
     monkeypatch.setattr(frontend, "_registry", tenants)
     models = object.__new__(kind)
     vars(models).update(vars(tenants.models))
@@ -260,7 +261,7 @@ def test_templates_are_filled_with_the_tuned_models_tokens(folders, monkeypatch,
         async def original(request, default_template=None, default_template_kwargs=None):
             return default_template_kwargs
 
-        chat = frontend._preprocess_chat(original)
+        chat = functools.partial(frontend._preprocess_chat, original)
         request = SimpleNamespace(model="a")
         assert await chat(request, default_template_kwargs=None) == {"eos_token": "<|im_end|>"}
         own = {"eos_token": "<own>", "x": 1}
@@ -279,7 +280,7 @@ def test_names_of_clients_leave_no_lock(monkeypatch):
         vars(workers.vllm_config).update(additional_config=None)
         monkeypatch.setattr(frontend, "_registry", None)
         monkeypatch.setattr(metrics, "watch", lambda engine: None)
-        frontend._init(lambda *args: None)(models, workers)
+        frontend._init(lambda *args: None, models, workers)
         locks, order = models.lora_resolver_lock, []
 
         async def wait(i):
@@ -309,7 +310,7 @@ def test_a_request_of_sagemakers_route(folders, monkeypatch):
             return type(request).__name__
 
         models = SimpleNamespace(lora_resolver_lock=Locks(), _check_load_lora_adapter_request=check)
-        load = frontend._load(original)
+        load = functools.partial(frontend._load, original)
 
         def asked(path, in_place=False):
             return SimpleNamespace(lora_name="math", lora_path=path, load_inplace=in_place)
@@ -335,7 +336,8 @@ def test_all_but_probes_and_metrics_asks_for_the_key(monkeypatch):
             said.extend([message["status"]] if "status" in message else [])
 
         guard = compat.AuthenticationMiddleware(app, ["secret"])
-        call = frontend._authenticate(compat.AuthenticationMiddleware.__call__)
+        vllms = compat.AuthenticationMiddleware.__call__
+        call = functools.partial(frontend._authenticate, vllms)
 
         async def ask(path, key=None, method="POST", **more):
             headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
@@ -631,7 +633,7 @@ def test_figures_are_of_tenants_that_are_there(folders):
         if stats:
             self.gauge_lora_info.labels(stats).set(iteration)
 
-    record = metrics.with_present_adapters(original)
+    record = functools.partial(metrics.record_present_adapters, original)
     for i in range(3):
         record(logger, f"math#{i}", i)
         record(logger, None)

@@ -397,15 +397,18 @@ def test_graphs_that_were_compiled_without_the_plugin_are_not_found(monkeypatch)
 
 
 def test_a_tenant_that_leaves_a_slot_is_counted_and_an_ordinary_adapter_is_not(monkeypatch):
+    def activate(self, id):
+        self.lora_index_to_id[0] = id
+        return True
+
     theirs = compat.LRUCacheLoRAModelManager
-    monkeypatch.setattr(theirs, "activate_adapter", lambda self, id: True)
+    monkeypatch.setattr(theirs, "activate_adapter", activate)
     manager = object.__new__(ModelManager)
     manager._fill = lambda slot, tenant: None
-    manager.evictions, manager._slot_of = 0, {}
+    manager.evictions, manager.lora_index_to_id = 0, [None]
     manager._registered_adapters = {1: object(), 2: Tenant(2, ""), 3: object()}
     evictions = []
     for id in (1, 2, 3, 3):
-        manager.lora_index_to_id = [id]
         manager.activate_adapter(id)
         evictions.append(manager.evictions)
     assert evictions == [0, 0, 1, 1]

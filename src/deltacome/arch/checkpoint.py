@@ -16,20 +16,18 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltacome.errors import CheckpointError, MismatchError
+from deltacome.errors import CheckpointError
 from deltacome.format.hub import fetch_folder, split_name
-from deltacome.format.manifest import DTYPES, SAFETENSORS_DTYPES
+from deltacome.format.tensors import DTYPES, entry_nbytes, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -63,7 +61,7 @@ class TensorInfo:
             raise CheckpointError(
                 f"{self.file}: a tensor of {self.shape} has a type unknown to torch"
             )
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return entry_nbytes(self.dtype, self.shape)
 
 
 class Checkpoint:
@@ -102,9 +100,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or its bytes are not all there.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.path}: no tensor named {name}")
+        info = self._info(name)
         try:
             with safe_open(info.file, framework="pt") as file:
                 return file.get_tensor(name).clone()
@@ -117,14 +113,13 @@ class Checkpoint:
         Raises:
             CheckpointError: as `read`.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.path}: no tensor named {name}")
+        info = self._info(name)
         if info.dtype not in DTYPES:
             raise CheckpointError(
                 f"{info.file}: {name}: expected one of torch's dtypes, got another"
             )
         dtype, size = DTYPES[info.dtype], DTYPES[info.dtype].itemsize
+        runs = _runs(math.prod(info.shape))
         try:
             with info.file.open("rb", buffering=0) as file:
                 if hasattr(os, "posix_fadvise"):
@@ -132,12 +127,12 @@ class Checkpoint:
                     # memory yet some 300 MB, for 300 kB that are wanted.
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 values = bytearray()
-                for run in _runs(math.prod(info.shape)):
+                for run in runs:
                     file.seek(info.start + size * run.start)
                     values += file.read(size * (run.stop - run.start))
         except OSError as error:
             raise CheckpointError(f"{info.file}: {name} cannot be read: {error}") from error
-        wanted = size * sum(run.stop - run.start for run in _runs(math.prod(info.shape)))
+        wanted = size * sum(run.stop - run.start for run in runs)
         if len(values) != wanted:
             raise CheckpointError(
                 f"{info.file}: {name}: expected {wanted} bytes of sampled values, got {len(values)}"
@@ -148,6 +143,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all weight files."""
         return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: no tensor named {name}")
+        return self.tensors[name]
 
 
 def check_dense(folder: Path) -> None:
@@ -195,17 +195,13 @@ def _list_tensors(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as shard:
-                starts = _starts(file)
-                for name in shard.keys():  # noqa: SIM118
-                    view = shard.get_slice(name)
-                    dtype = SAFETENSORS_DTYPES.get(view.get_dtype() or "", "unknown")
-                    shape = tuple(view.get_shape())
-                    tensors[name] = TensorInfo(file, shape, dtype, starts[name])
+            header, starts = read_header(file), _starts(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file}: truncated or not a safetensors file: {error}"
             ) from error
+        for name, (dtype, shape) in header.items():
+            tensors[name] = TensorInfo(file, shape, dtype, starts[name])
     for name, shard_name in weight_map.items():
         got = tensors[name].file.name if name in tensors else "no shard"
         if got != shard_name:
@@ -301,129 +297,3 @@ def full_digest(tensor: Tensor) -> str:
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A tensor of the tuned checkpoint and the base's tensor that it came from."""
-
-    name: str
-    shape: tuple[int, ...]
-    base_name: str | None
-    base_shape: tuple[int, ...] | None
-
-
-class HasTensors(Protocol):
-    """A checkpoint, or what is known of one without its weights."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-
-def pair_tensors(
-    base: HasTensors,
-    tuned: HasTensors,
-    head: str | None,
-    embedding: str | None,
-    ignored: Callable[[str], bool] = lambda name: False,
-) -> list[Pair]:
-    """Matches every tensor of the tuned checkpoint with the base's.
-
-    Names may differ by a prefix: a vision-language model has its text base under `language_model`.
-
-    Args:
-        base, tuned: the checkpoints.
-        head, embedding: names of the tuned head's and input embedding's weights. Where one side ties
-            them and does not store the head, the head's counterpart is the embedding.
-        ignored: whether a tensor that only the base has says nothing (a table that the model computes).
-
-    Raises:
-        MismatchError: shapes differ in more than the number of rows, or the base has a tensor that
-            the tuned model lacks.
-    """
-    prefixes = _prefixes(base.tensors, tuned.tensors)
-
-    def counterpart(name: str | None) -> str | None:
-        if name is None or name in base.tensors:
-            return name
-        for ours, theirs in prefixes:
-            if name.startswith(ours) and theirs + name[len(ours) :] in base.tensors:
-                return theirs + name[len(ours) :]
-        return None
-
-    pairs = []
-    used = {counterpart(head)}
-    for name, info in tuned.tensors.items():
-        base_name = counterpart(name)
-        if base_name is None and name == head:
-            base_name = counterpart(embedding)
-        shape = base.tensors[base_name].shape if base_name else None
-        if shape is not None and (shape[1:] != info.shape[1:] or len(shape) != len(info.shape)):
-            raise MismatchError(
-                f"{name}: the base has shape {shape}, the tuned model {info.shape}; only the number "
-                "of rows may differ: is this a fine-tune of this base?"
-            )
-        used.add(base_name)
-        pairs.append(Pair(name, info.shape, base_name, shape))
-    missing = sorted(name for name in base.tensors.keys() - used if not ignored(name))
-    if missing:
-        raise MismatchError(
-            f"{tuned.path}: {len(missing)} tensors of the base are missing, the first is {missing[0]}: "
-            "is this a fine-tune of this base?"
-        )
-    return pairs
-
-
-def _prefixes(
-    base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]
-) -> list[tuple[str, str]]:
-    """Changes of prefix, tuned → base, that account for tensors of the base under other names.
-
-    Each is the change that fits the most of the tensors that are left, by name and row shape.
-    """
-    found = []
-    left = {name for name in base if name not in tuned}
-    free = [name for name in tuned if name not in base]
-    while left and free:
-        tails: dict[str, list[str]] = {}
-        for name in left:
-            for tail in _tails(name):
-                tails.setdefault(tail, []).append(name)
-        votes = Counter(
-            change for name in free for change in _changes(name, tails, base, tuned[name].shape)
-        )
-        if not votes:
-            break
-        (ours, theirs), count = votes.most_common(1)[0]
-        rivals = [change[0] for change, n in votes.items() if n == count and change[1] == theirs]
-        if len(rivals) > 1:
-            raise MismatchError(
-                f"tensors of the base below {theirs!r} fit {' and '.join(map(repr, sorted(rivals)))} "
-                "of the tuned model alike"
-            )
-        found.append((ours, theirs))
-        left -= {theirs + name[len(ours) :] for name in free if name.startswith(ours)}
-        free = [name for name in free if not name.startswith(ours)]
-    return found
-
-
-def _tails(name: str) -> Iterator[str]:
-    """Ends of a dotted name, longest first, of two components at least."""
-    parts = name.split(".")
-    return (".".join(parts[cut:]) for cut in range(len(parts) - 1))
-
-
-def _changes(
-    name: str,
-    tails: Mapping[str, list[str]],
-    base: Mapping[str, TensorInfo],
-    shape: tuple[int, ...],
-) -> Iterator[tuple[str, str]]:
-    """Prefixes (ours, theirs) whose change makes a name one of the base that shares its longest end."""
-    tail = next((tail for tail in _tails(name) if tail in tails), "")
-    for other in tails.get(tail, ()):
-        if base[other].shape[1:] == shape[1:]:
-            yield name.removesuffix(tail), other.removesuffix(tail)

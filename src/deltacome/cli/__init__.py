@@ -27,7 +27,7 @@ from deltacome.cli import (
     serve,
     verify,
 )
-from deltacome.cli.printing import stderr
+from deltacome.cli.printing import say, stderr
 from deltacome.errors import DeltaError
 
 EXIT_CODES = (
@@ -83,18 +83,14 @@ def main() -> None:
     except DeltaError as error:
         if _debug:
             raise
-        _say(f"error: {error}")
+        say(f"error: {error}", "red")
         sys.exit(1)
     except Exception as error:
         if _debug:
             raise
-        _say(f"unexpected {type(error).__name__}: {error} (where: deltacome --debug …)")
+        say(f"unexpected {type(error).__name__}: {error} (where: deltacome --debug …)", "red")
         sys.exit(3)
     except SystemExit as leaving:
         if leaving.code == 130:  # typer has turned Ctrl-C into this
-            _say("interrupted")
+            say("interrupted", "red")
         raise
-
-
-def _say(line: str) -> None:
-    stderr.print(line, style="red", markup=False, highlight=False, soft_wrap=True)

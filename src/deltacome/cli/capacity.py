@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deltacome.cli.options import Device, Json
-from deltacome.cli.printing import quiet_libraries, stderr
+from deltacome.cli.printing import quiet_libraries, say
 
 
 def capacity(
@@ -61,5 +61,4 @@ def capacity(
         return
     print("\n".join(f"{key.replace('_', ' ')}: {value:,}" for key, value in result.items()))
     if not found.kv_cache:
-        line = "warning: no KV cache (--kv-gib, --kv-tokens) was counted; a server needs one"
-        stderr.print(line, markup=False, highlight=False, soft_wrap=True)
+        say("warning: no KV cache (--kv-gib, --kv-tokens) was counted; a server needs one")

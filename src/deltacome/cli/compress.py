@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 
 import deltacome
-from deltacome.cli.options import Device, Json
-from deltacome.cli.printing import progress_bars, quiet_libraries, stderr, summary
+from deltacome.cli.options import Base, Device, Json
+from deltacome.cli.printing import progress_bars, quiet_libraries, say, summary
 from deltacome.errors import DeltaError
 
 
 def compress(
-    base: Annotated[str, typer.Argument(help="Base checkpoint: a folder or a Hub repository.")],
+    base: Base,
     tuned: Annotated[str, typer.Argument(help="Full fine-tune of that base.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
     method: Annotated[
@@ -122,17 +122,17 @@ def compress(
     from deltacome.compression.budget import TOLERANCE
 
     start = time.monotonic()
+    text = {"samples": samples, "seq_len": seq_len, "seed": seed}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "workers": workers}
+    options["sweeps"] = sweeps
     if search is not None and ratio is not None:
-        from deltacome.compression.pipeline import check_options, check_output
+        from deltacome.compression.pipeline import check_options
         from deltacome.compression.search import find_template
-        from deltacome.methods.bands import Gptq
+        from deltacome.format.folder import check_output
 
         check_output(output, resume=resume)
-        options = {"device": device, "dtype": dtype, "workers": workers, "sweeps": sweeps}
         source, _, compute = check_options(chosen, calibration, **options)
-        text = {"source": source, "samples": samples, "seq_len": seq_len, "seed": seed}
-        gptq_or_not = Gptq(chosen.damping, nearest=not chosen.gptq)
-        how = {"device": device, "dtype": compute, "gptq": gptq_or_not}
+        how = {"source": source, "device": device, "dtype": compute, "nearest": not chosen.gptq}
         with progress_bars(quiet=as_json) as report:
             found = find_template(base, tuned, ratio, search, **text, **how, progress=report)
         chosen = dataclasses.replace(chosen, template=found.template)
@@ -145,18 +145,13 @@ def compress(
                 method=chosen,
                 ratio=ratio,
                 calibration=calibration,
-                samples=samples,
-                seq_len=seq_len,
-                seed=seed,
-                device=device,
-                dtype=dtype,
                 resume=resume,
-                workers=workers,
-                sweeps=sweeps,
                 progress=report,
+                **text,
+                **options,
             )
     except KeyboardInterrupt:
-        stderr.print("finished blocks are kept, continue with --resume")
+        say("finished blocks are kept, continue with --resume")
         raise
     seconds = time.monotonic() - start
     peak = _peak_rss()

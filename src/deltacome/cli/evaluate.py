@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from deltacome.cli.options import Device, Json, parse_json
-from deltacome.cli.printing import quiet_libraries
+from deltacome.cli.options import Base, Device, Json, parse_json
+from deltacome.cli.printing import quiet_libraries, show
 
 
 def evaluate(
-    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
+    base: Base,
     task: Annotated[
         str | None, typer.Option(help="A reasoning-gym data set, or FILE.jsonl.")
     ] = None,
@@ -68,57 +66,41 @@ def evaluate(
     """Score base, tuned and deltas on held-out questions; compare each with the tuned model."""
     if (task is None) == (lm_eval is None):
         raise typer.BadParameter("give one of --task and --lm-eval", param_hint="--task")
+    common: dict[str, Any] = {"tuned": tuned, "deltas": delta or [], "device": device}
+    common |= {"dtype": dtype, "batch_size": batch_size}
     if lm_eval is not None:
         of_task = {"n": n, "seed": seed, "text": text, "max_new_tokens": max_new_tokens}
         _refuse("--lm-eval", **of_task, task_args=task_args)
         quiet_libraries()
         from deltacome.evals.harness import run_harness
-        from deltacome.evals.report import harness_table
+        from deltacome.evals.report import harness_table as table
 
-        found = run_harness(
+        result = run_harness(
             base,
             [name for name in lm_eval.split(",") if name],
-            tuned=tuned,
-            deltas=delta or [],
             folder=tasks_folder,
             shots=shots,
             limit=limit,
             chat=bool(chat),
             run_code=bool(run_code),
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
+            **common,
         )
-        if as_json:
-            print(json.dumps(found))
-        else:
-            Console(width=None if sys.stdout.isatty() else 120).print(harness_table(found))
-        return
-    assert task is not None
-    of_harness = {"shots": shots, "limit": limit, "chat": chat, "run_code": run_code}
-    _refuse("--task", **of_harness, tasks_folder=tasks_folder)
-    given = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens}
-    args = None if task_args is None else parse_json(task_args, "--task-args")
-    quiet_libraries()
-    from deltacome.evals.report import table
-    from deltacome.evals.run import evaluate
+    else:
+        assert task is not None
+        of_harness = {"shots": shots, "limit": limit, "chat": chat, "run_code": run_code}
+        _refuse("--task", **of_harness, tasks_folder=tasks_folder)
+        given = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens}
+        common |= {key: value for key, value in given.items() if value is not None}
+        args = None if task_args is None else parse_json(task_args, "--task-args")
+        quiet_libraries()
+        from deltacome.evals.report import table
+        from deltacome.evals.run import evaluate
 
-    result = evaluate(
-        base,
-        tuned=tuned,
-        deltas=delta or [],
-        task=task,
-        task_args=args,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        text=text,
-        **{key: value for key, value in given.items() if value is not None},
-    )
+        result = evaluate(base, task=task, task_args=args, text=text, **common)
     if as_json:
         print(json.dumps(result))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(table(result))
+        show(table(result), 120)
 
 
 def _refuse(mode: str, **options: Any) -> None:

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from deltacome.cli.options import Json
+from deltacome.cli.options import Delta, Json
 from deltacome.cli.printing import quiet_libraries
 
 
 def export(
-    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    artifact: Delta,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     to: Annotated[str, typer.Option(help="peft-lora, or dense: a whole checkpoint.")],
     rank: Annotated[
@@ -31,6 +31,7 @@ def export(
 ) -> None:
     """Write a delta for stacks that do not read artifacts: a PEFT LoRA, or the dense model."""
     from deltacome.format.artifact import Artifact
+    from deltacome.format.clip import clip
 
     if to not in ("peft-lora", "dense"):
         raise typer.BadParameter(f"expected peft-lora or dense, got {to!r}", param_hint="--to")
@@ -60,6 +61,6 @@ def export(
     )
     print(
         f"saved whole: {len(said.saved)} modules and biases; left out: "
-        f"{', '.join(said.left_out) or 'nothing'}"
+        f"{', '.join(map(clip, said.left_out)) or 'nothing'}"
     )
     print(f"{said.path}: written")

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from deltacome.cli.options import Device, Json
+from deltacome.cli.options import Base, Device, Json
 from deltacome.cli.printing import quiet_libraries
 
 
 def generate(
-    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
+    base: Base,
     prompt: Annotated[str, typer.Argument(help="One user message.")],
     delta: Annotated[str | None, typer.Option(help="Artifact to run over the base.")] = None,
     image: Annotated[

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from typing import Annotated
 
-import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deltacome.cli.options import Json
-from deltacome.cli.printing import summary
+from deltacome.cli.options import Delta, Json
+from deltacome.cli.printing import show, summary
 
 
-def inspect(
-    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
-    as_json: Json = False,
-) -> None:
+def inspect(artifact: Delta, as_json: Json = False) -> None:
     """Show what an artifact holds, tensor by tensor."""
     from deltacome.format.artifact import Artifact
     from deltacome.format.clip import clip
@@ -36,5 +29,5 @@ def inspect(
         shape = "×".join(map(str, tensor["shape"]))
         name = Text(clip(tensor["name"], 200))  # whatever it holds, it is no markup
         table.add_row(name, shape, tensor["kind"], plan, f"{tensor['bytes']:,}", error)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    show(table, 160)
     print(summary(result))

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from deltacome.cli.options import Json
+from deltacome.cli.options import Base, Delta, Json
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
-    artifact: Annotated[str, typer.Argument(help="Artifact.")],
+    base: Base,
+    artifact: Delta,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the dense checkpoint.")],
     as_json: Json = False,
 ) -> None:

@@ -1,10 +1,12 @@
-"""Options that several commands have, worded and read once."""
+"""Arguments and options that several commands have, worded and read once."""
 
 import json
 from typing import Annotated, Any
 
 import typer
 
+Base = Annotated[str, typer.Argument(help="Base checkpoint: a folder or a Hub repository.")]
+Delta = Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 

@@ -30,6 +30,7 @@ def plan(
     """
     quiet_libraries()
     from deltacome.compression.forecast import RATIOS, forecast
+    from deltacome.format.clip import clip
 
     said = forecast(
         base,
@@ -53,8 +54,8 @@ def plan(
     print(f"  the largest ratio that can be met is about {said.largest_ratio:.1f}")
     for exact in said.exact:
         print(
-            f"stored exactly: {exact.count} tensors, {exact.nbytes:,} bytes, {exact.first} the first: "
-            f"{exact.why}"
+            f"stored exactly: {exact.count} tensors, {exact.nbytes:,} bytes, {clip(exact.first)} the "
+            f"first: {exact.why}"
         )
     print(f"calibration: {said.calibration or 'none'}")
     for phase, nbytes in said.memory.items():

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 stderr = Console(stderr=True)
 
 LINE_SECONDS = 30
 """Between two lines of progress in a log."""
+
+
+def say(text: str, style: str | None = None) -> None:
+    """A message on stderr. Names in it may come from others: no markup, nothing that a terminal obeys."""
+    from deltacome.format.clip import clip
+
+    lines = [clip(line, 20_000) for line in text.split("\n")]  # some list every tensor of a model
+    stderr.print("\n".join(lines), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(table: RenderableType, width: int) -> None:
+    """A table on stdout: as wide as a terminal, elsewhere of so many columns."""
+    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -49,6 +63,8 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[Any], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    from deltacome.format.clip import clip
+
     if not stderr.is_terminal:
         yield _progress_lines()
         return
@@ -60,7 +76,7 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[Any], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Bars(*columns, console=stderr) as bars:
         tasks: dict[str, Any] = {}
@@ -73,7 +89,7 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[Any], None]]:
                 tasks[progress.phase],
                 completed=progress.done,
                 total=progress.total,
-                detail=progress.detail + error,
+                detail=clip(progress.detail + error),
             )
 
         yield report
@@ -94,7 +110,7 @@ def _progress_lines() -> Callable[[Any], None]:
             line += f", {progress.detail}"
         if progress.error is not None:
             line += f", mean error {progress.error:.4g}"
-        stderr.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
     return report
 

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from deltacome.cli.options import Json, parse_json
+from deltacome.cli.options import Delta, Json, parse_json
 
 
 def push(
-    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    artifact: Delta,
     repository: Annotated[str, typer.Argument(help="org/name; created if it is not there.")],
     scores: Annotated[
         list[Path] | None,

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from deltacome.cli.options import Json
+from deltacome.cli.options import Delta, Json
 from deltacome.errors import DeltaError
 
 
 def report(
-    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    artifact: Delta,
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
     scores: Annotated[
         list[Path] | None,
@@ -37,9 +37,8 @@ def report(
         raise DeltaError(
             f"report: needs what it draws with (pip install 'deltacome[report]'): {error}"
         ) from error
-    name = (
-        None if Path(artifact).is_dir() else artifact
-    )  # the cache's folders are called by commits
+    # The cache's folders are called by commits.
+    name = None if Path(artifact).is_dir() else artifact
     opened = Artifact.from_pretrained(artifact)
     write_report(opened, output, name=name, scores=scores or [], png=png)
     if as_json:

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from deltacome.cli.options import Json
-from deltacome.cli.printing import stderr
+from deltacome.cli.options import Base, Json
+from deltacome.cli.printing import say
 
 
 def serve(
     context: typer.Context,
-    base: Annotated[str, typer.Argument(help="Base checkpoint: a folder or a Hub repository.")],
+    base: Base,
     tenant: Annotated[
         list[str] | None, typer.Option("--tenant", help="NAME=ARTIFACT; may be repeated.")
     ] = None,
@@ -67,6 +67,6 @@ def serve(
         print(launch)
     else:
         for line in launch.warnings:
-            stderr.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+            say(f"warning: {line}")
     if not dry_run:
         launch.run()

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from deltacome.cli.options import Json
+from deltacome.cli.options import Delta, Json
 
 
 def verify(
-    artifact: Annotated[str, typer.Argument(help="Artifact: a folder or a Hub repository.")],
+    artifact: Delta,
     base: Annotated[
         str | None, typer.Option(help="Check the fingerprints of this base too.")
     ] = None,

@@ -55,21 +55,23 @@ def compress_units(run: Run, writer: ArtifactWriter, rows: list[Row] | None) -> 
     names = []
     for number, (block, inside) in enumerate(tensors.items()):
         name = f"unit-{number:05}"
-        unit = writer.load(name)
         streamed = stream if block in run.layout.blocks else None
-        if unit is None:
+        if writer.has(name):
+            unit = writer.load(name)
+            if streamed is not None:
+                load_block(run, block, unit)
+        else:
             unit = _compress_block(run, block, inside, streamed)  # and its weights stay loaded
             writer.save(name, unit)
-        elif streamed is not None:
-            load_block(run, block, unit)
         if streamed is not None:
             streamed.advance(block)
             drop_weights(run.layout.blocks[block])
         names.append(name)
         _note(run, unit, Progress("blocks", number + 1, total, block))
     name = f"unit-{len(blocks):05}"
-    unit = writer.load(name)
-    if unit is None:
+    if writer.has(name):
+        unit = writer.load(name)
+    else:
         unit = _compress_outside(run, outside, stream)
         writer.save(name, unit)
     _note(run, unit, Progress("blocks", total, total, "embedding and head"))

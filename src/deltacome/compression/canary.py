@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltacome.compression.capture import Stream, drop_weights
-from deltacome.compression.run import Progress, Run, finished_unit, load_block, restored
+from deltacome.compression.run import Progress, Run, load_block, restored
 from deltacome.errors import UnsupportedError
 from deltacome.format.canary import Canary, canary_ids
 from deltacome.format.writer import ArtifactWriter
@@ -23,7 +23,7 @@ def make_canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | 
     for a model that cannot be run block by block.
     """
     layout, outside = run.layout, {}
-    for unit in (finished_unit(writer, name) for name in names[len(run.layout.blocks) :]):
+    for unit in (writer.load(name) for name in names[len(run.layout.blocks) :]):
         outside |= {record.name: (record, unit.entries) for record in unit.records}
 
     def read(parameter: str) -> Tensor:
@@ -43,7 +43,7 @@ def make_canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | 
         ids = canary_ids(min(embedding.shape[0], (embedding.base_shape or embedding.shape)[0]))
         stream = Stream(*(run.model, layout, read, [Row(ids)]), device=run.device, dtype=run.dtype)
         for number, (block, name) in enumerate(zip(layout.blocks, names, strict=False)):
-            load_block(run, block, finished_unit(writer, name))
+            load_block(run, block, writer.load(name))
             stream.advance(block)
             drop_weights(layout.blocks[block])
             run.report(Progress("canary", number + 1, len(layout.blocks), block))

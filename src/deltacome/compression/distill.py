@@ -30,10 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deltacome.compression.data import row_shares
 from deltacome.errors import CheckpointError
 from deltacome.format.codec import BandTensors, Packed, SignTensors
-from deltacome.rows import Row, alike, collate, model_inputs
+from deltacome.rows import Row, alike, collate, model_inputs, row_shares
 
 SLOTS = 1024
 """Rows times the longest of them in one pass; what a step draws runs in as many as that takes."""

@@ -15,7 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -23,17 +23,18 @@ import torch
 from torch import Tensor
 
 from deltacome.arch.checkpoint import check_dense, check_finite, full_digest
-from deltacome.arch.layout import Layout, find_layout
+from deltacome.arch.layout import Layout
 from deltacome.compression.budget import make_plans
-from deltacome.compression.data import check_length, check_source
+from deltacome.compression.calibration import check_length, check_source
 from deltacome.compression.survey import account, packable, pair_models
 from deltacome.errors import CheckpointError, PlanError
-from deltacome.format.manifest import DTYPES, Manifest, Record
+from deltacome.format.manifest import Manifest, Record
+from deltacome.format.tensors import DTYPES
 from deltacome.methods.delta_come import DeltaCome
-from deltacome.methods.method import Matrix, Terms
+from deltacome.methods.method import Matrix
 from deltacome.numerics.gram import relative_error
-from deltacome.outline import Outline, outline
-from deltacome.skeleton import Target, is_causal, make_skeleton, read_config, targets
+from deltacome.outline import outline
+from deltacome.skeleton import Target, is_causal
 
 RATIOS = (8.0, 16.0, 32.0, 64.0)
 PROBE = 2048
@@ -61,7 +62,7 @@ class Exact:
     first: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Forecast:
     """All of it; bytes and seconds."""
 
@@ -74,11 +75,11 @@ class Forecast:
     exact: list[Exact]
     calibration: str | None
     """None: calibrating is not possible, or was not asked for."""
-    memory: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int]
     """Peak of the process in each phase."""
-    disk: int = 0
+    disk: int
     """Bytes that OUT and what it is made from take together at the end of the run, at the first ratio."""
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
     """By phase; empty without a probe."""
 
 
@@ -124,14 +125,13 @@ def forecast(
                 f"{side.path}: expected weight files: a configuration alone does not say how a "
                 f"checkpoint stores the experts that {side.stacked} stacks; their headers do"
             )
-    model = make_skeleton(read_config(there.path), torch.float32, there.path)
-    layout, where = find_layout(model), targets(model, there.tensors)
+    model, layout, where, _, _, pairs = pair_models(beside, there, torch.float32)
     records, matrices = {}, {}
-    for pair in pair_models(beside, there, model, layout, where).pairs:
+    for pair in pairs:
         target = where[pair.name]
         record = account(pair, there.tensors[pair.name].dtype, layout, target, same=False)
-        if record.base_name is not None:
-            record = _fingerprinted(record)
+        if record.base_name is not None:  # with fingerprints, as a manifest counts too
+            record = replace(record, base_sample="0" * 16, base_digest="0" * 32)
         records[pair.name] = record
         if packable(record, layout, target):
             matrices[pair.name] = Matrix(record.bands_shape, _no_delta)
@@ -139,17 +139,23 @@ def forecast(
         calibration = "none"
     if calibration != "none":
         check_length(seq_len, there.path)
-    said = _sizes(records, matrices, ratios)
-    said.calibration = calibration if calibration != "none" else None
-    said.exact = _exact(records, layout, where)
+    manifest = Manifest("base", None, DeltaCome().options(), {}, records)
+    sizes, largest = _sizes(manifest, matrices, ratios)
     tokens = 0 if calibration == "none" else samples * seq_len
     inside = _blocks(layout, where)
-    said.memory = _memory(records, matrices, inside, tokens, calibration, there)
-    # Units and the artifact made of them are there together; with calibration there are its rows.
-    said.disk = 2 * (said.sizes[0].nbytes or math.ceil(said.tuned_nbytes / said.largest_ratio))
-    if probe:
-        said.seconds = _seconds(records, matrices, inside, tokens, ratios[0])
-    return said
+    return Forecast(
+        tensors=len(records),
+        matrices=len(matrices),
+        tuned_nbytes=manifest.tuned_nbytes(),
+        largest_ratio=largest,
+        sizes=sizes,
+        exact=_exact(records, layout, where),
+        calibration=calibration if calibration != "none" else None,
+        memory=_memory(records, matrices, inside, tokens, calibration),
+        # Units and the artifact made of them are there together; with calibration there are its rows.
+        disk=2 * (sizes[0].nbytes or math.ceil(manifest.tuned_nbytes() / largest)),
+        seconds=_seconds(records, matrices, inside, tokens, ratios[0]) if probe else {},
+    )
 
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -159,33 +165,25 @@ def _no_delta() -> Tensor:
     raise AssertionError("a forecast reads no weights")
 
 
-def _fingerprinted(record: Record) -> Record:
-    """With fingerprints of the right length: a manifest counts as bytes too."""
-    return Record(**{**vars(record), "base_sample": "0" * 16, "base_digest": "0" * 32})
-
-
 def _sizes(
-    records: dict[str, Record], matrices: dict[str, Matrix], ratios: tuple[float, ...]
-) -> Forecast:
-    manifest = Manifest("base", None, DeltaCome().options(), {}, records)
-    sizes, largest = [], 1.0
-    for ratio in ratios:
+    manifest: Manifest, matrices: dict[str, Matrix], ratios: tuple[float, ...]
+) -> tuple[list[Size], float]:
+    """What each ratio means, and about the largest that can be met."""
+
+    def met(ratio: float) -> bool:
         try:
             make_plans(manifest, DeltaCome(), matrices, ratio)
         except PlanError:
-            sizes.append(Size(ratio, None))
-        else:
-            sizes.append(Size(ratio, int(manifest.tuned_nbytes() / ratio)))
+            return False
+        return True
+
+    nbytes = manifest.tuned_nbytes()
+    sizes = [Size(ratio, int(nbytes / ratio) if met(ratio) else None) for ratio in ratios]
     low, high = 0.0, 12.0  # of the base-2 logarithm
     for _ in range(12):
         middle = (low + high) / 2
-        try:
-            make_plans(manifest, DeltaCome(), matrices, 2**middle)
-        except PlanError:
-            high = middle
-        else:
-            low, largest = middle, 2**middle
-    return Forecast(len(records), len(matrices), manifest.tuned_nbytes(), largest, sizes, [], None)
+        low, high = (middle, high) if met(2**middle) else (low, middle)
+    return sizes, 2**low
 
 
 def _exact(records: dict[str, Record], layout: Layout, where: Mapping[str, Target]) -> list[Exact]:
@@ -218,13 +216,10 @@ def _exact(records: dict[str, Record], layout: Layout, where: Mapping[str, Targe
 
 def _blocks(layout: Layout, where: Mapping[str, Target]) -> dict[str, list[str]]:
     """Names of the stored tensors of each block that calibration passes."""
-    found: dict[str, list[str]] = {block: [] for block in layout.blocks}
-    for name, target in where.items():
-        parts = target.parameter.split(".")
-        for end in range(len(parts)):
-            if ".".join(parts[:end]) in found:
-                found[".".join(parts[:end])].append(name)
-    return found
+    return {
+        block: [name for name, target in where.items() if target.parameter.startswith(f"{block}.")]
+        for block in layout.blocks
+    }
 
 
 def _memory(
@@ -233,7 +228,6 @@ def _memory(
     blocks: dict[str, list[str]],
     tokens: int,
     calibration: str,
-    tuned: Outline,
 ) -> dict[str, int]:
     """Peaks, with what the process holds now (libraries above all)."""
     now = psutil.Process().memory_info().rss
@@ -250,8 +244,7 @@ def _memory(
         rest = 4 * (2 * tokens * hidden + sum(entries[name] for name in block)) + 28 * inputs**2
     said["blocks"] = now + rest + max((_working(m.shape) for m in matrices.values()), default=0)
     if calibration == "self":
-        nbytes = sum(math.prod(i.shape) * 4 for i in tuned.tensors.values())
-        said["calibration text (the tuned model writes it)"] = now + nbytes
+        said["calibration text (the tuned model writes it)"] = now + 4 * sum(entries.values())
     return said
 
 
@@ -312,7 +305,8 @@ def measure(side: int, ratio: float = 16.0) -> Rates:
     delta += 0.5 * torch.randn(side, side, generator=generator)
     plan = DeltaCome().planner({"m": Matrix((side, side), _no_delta)})(2 * side * side / ratio)
     start = time.perf_counter()
-    _compress(delta, plan)
+    packed = DeltaCome().compress({"m": delta}, plan, None)
+    relative_error(delta, packed["m"].dense(), None)
     compress = arithmetic((side, side), ratio) / (time.perf_counter() - start)
     weight = delta.to(torch.bfloat16).repeat(4, 1)
     start = time.perf_counter()
@@ -323,11 +317,6 @@ def measure(side: int, ratio: float = 16.0) -> Rates:
     start = time.perf_counter()
     torch.mm(delta, delta)
     return Rates(survey, compress, 2 * side**3 / (time.perf_counter() - start))
-
-
-def _compress(delta: Tensor, plan: Mapping[str, Terms]) -> None:
-    packed = DeltaCome().compress({"m": delta}, plan, None)
-    relative_error(delta, packed["m"].dense(), None)
 
 
 def arithmetic(shape: tuple[int, int], ratio: float) -> float:

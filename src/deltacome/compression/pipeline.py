@@ -12,48 +12,33 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from deltacome.arch.checkpoint import SIDE_FILES, Checkpoint, check_dense
-from deltacome.arch.layout import find_layout
 from deltacome.compression.blocks import compress_side_by_side, compress_units
+from deltacome.compression.calibration import Calibration, calibration_source, check_length
 from deltacome.compression.canary import make_canary
 from deltacome.compression.carried import carried_files, dropped_files
-from deltacome.compression.data import check_length
-from deltacome.compression.planning import (
-    PLANS_FILE,
-    calibration_source,
-    calibration_text,
-    plan_terms,
-    source_identity,
-)
+from deltacome.compression.planning import PLANS_FILE, calibration_text, plan_terms
 from deltacome.compression.polish import distill_terms
 from deltacome.compression.run import Progress, Run
 from deltacome.compression.sensitivity import refuse_unreached
 from deltacome.compression.survey import pair_models, survey
 from deltacome.device import pick_device
-from deltacome.errors import OutputError, PlanError, UnsupportedError
+from deltacome.errors import PlanError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.format.card import model_card
-from deltacome.format.folder import RUN_FILE, partial_of
+from deltacome.format.folder import RUN_FILE
 from deltacome.format.manifest import Manifest
 from deltacome.format.writer import ArtifactWriter, file_infos
 from deltacome.methods.adaptive import Adaptive
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Method, Terms
-from deltacome.rows import Row
-from deltacome.skeleton import (
-    is_causal,
-    make_skeleton,
-    read_config,
-    set_buffers,
-    targets,
-)
+from deltacome.skeleton import is_causal, set_buffers
 
 
 def compress(
@@ -112,24 +97,21 @@ def compress(
     if isinstance(method, type) or not hasattr(method, "default_ratio"):
         raise PlanError(f"method: expected one such as DeltaCome(), got {method!r}")
     ratio = method.default_ratio if ratio == "auto" else ratio
-    calibration, device, compute = check_options(
+    source, device, compute = check_options(
         method, calibration, device=device, dtype=dtype, workers=workers, sweeps=sweeps
     )
-    base_checkpoint, tuned_checkpoint = (
-        Checkpoint(base, base_revision),
-        Checkpoint(tuned, tuned_revision),
-    )
-    if calibration != "none":
-        check_length(seq_len, tuned_checkpoint.path)
+    text = Calibration(source, samples, seq_len, seed)
+    before, after = Checkpoint(base, base_revision), Checkpoint(tuned, tuned_revision)
+    if source != "none":
+        check_length(seq_len, after.path)
     # BLAS splits its sums by thread, so bytes depend on how many there are; a worker has its share.
     threads = max(1, torch.get_num_threads() // workers)
     identity = {
-        "base": _identity(base_checkpoint),
-        "tuned": _identity(tuned_checkpoint),
+        "base": _identity(before),
+        "tuned": _identity(after),
         "method": method.options(),
         "ratio": ratio,
-        "calibration": source_identity(calibration),
-        **_text_options(calibration, samples, seq_len, seed),
+        **text.identity(),
         "device": device,
         "dtype": str(compute),
         "versions": _versions(),
@@ -138,38 +120,8 @@ def compress(
     sweep_folder = None if sweeps is None else Path(sweeps) / _sweep_name(method, identity)
     writer = ArtifactWriter(output, identity, resume=resume)
     try:
-        run = _prepare(base_checkpoint, tuned_checkpoint, method, device, compute, progress)
-        if calibration != "none":
-            _check_streamed(run)
-        carried = carried_files(base_checkpoint.path, tuned_checkpoint.path)
-        carried[CANARY_FILE] = Canary.unknown().to_json()  # as long as the one to come
-        manifest = replace(
-            _manifest(run, calibration, samples, seq_len, seed, threads),
-            files=file_infos(carried),
-            dropped_files=dropped_files(base_checkpoint.path, tuned_checkpoint.path),
-        )
-
-        def text() -> list[Row] | None:
-            if calibration == "none":
-                return None
-            return calibration_text(run, writer, calibration, samples, seq_len, seed)
-
-        run.plans.update(plan_terms(run, writer, manifest, ratio, text, seed, sweep_folder))
-        rows = text()
-        if rows is not None:  # no more than were asked for, with whose digits bytes were counted
-            manifest.provenance["calibration"]["samples"] = len(rows)
-        # What a sweep has measured already is not measured again block by block.
-        streams = method.calibrates and run.weights is None
-        if workers > 1:
-            compress_side_by_side(run, writer, workers)
-        names = compress_units(run, writer, rows if streams else None)
-        if rows is not None and (steps := method.options().get("distill")):
-            distill_terms(run, writer, names, rows, steps, seed)
-        carried.pop(CANARY_FILE)
-        if canary := make_canary(run, writer, names):
-            carried[CANARY_FILE] = canary.to_json()
-        progress(Progress("write", 0, 1))
-        path = writer.finish(names, manifest, carried, lambda a: str(model_card(a)).encode())
+        run = _prepare(before, after, method, text, device, compute, progress)
+        path = _compress(run, writer, ratio, sweep_folder, threads, workers)
     except Exception:  # a fault too, but no interrupt, which is there to be continued
         _forget_if_empty(writer.partial)
         raise
@@ -177,6 +129,38 @@ def compress(
         writer.close()
     progress(Progress("write", 1, 1))
     return Artifact.open(path)
+
+
+def _compress(
+    run: Run,
+    writer: ArtifactWriter,
+    ratio: float | None,
+    sweep_folder: Path | None,
+    threads: int,
+    workers: int,
+) -> Path:
+    """From plans to the folder of the artifact."""
+    if run.calibration.source != "none":
+        _check_streamed(run)
+    carried = carried_files(run.base.path, run.tuned.path)
+    carried[CANARY_FILE] = Canary.unknown().to_json()  # as long as the one to come
+    manifest = _manifest(run, carried, threads)
+    run.plans.update(plan_terms(run, writer, manifest, ratio, sweep_folder))
+    rows = calibration_text(run, writer)
+    if rows is not None:  # no more than were asked for, with whose digits bytes were counted
+        manifest.provenance["calibration"]["samples"] = len(rows)
+    # What a sweep has measured already is not measured again block by block.
+    streams = run.method.calibrates and run.weights is None
+    if workers > 1:
+        compress_side_by_side(run, writer, workers)
+    names = compress_units(run, writer, rows if streams else None)
+    if rows is not None and (steps := run.method.options().get("distill")):
+        distill_terms(run, writer, names, rows, steps)
+    carried.pop(CANARY_FILE)
+    if canary := make_canary(run, writer, names):
+        carried[CANARY_FILE] = canary.to_json()
+    run.report(Progress("write", 0, 1))
+    return writer.finish(names, manifest, carried, lambda a: str(model_card(a)).encode())
 
 
 def check_options(
@@ -206,22 +190,6 @@ def check_options(
     return source, device, compute
 
 
-def check_output(output: str | Path, *, resume: bool) -> None:
-    """Refuses an output before work that comes ahead of `compress`, which asks again under its lock.
-
-    Raises:
-        OutputError: it exists, or an unfinished run lies in its place that is not to be continued.
-    """
-    output = Path(output)
-    if output.exists():
-        raise OutputError(f"{output}: the output exists already; remove it or name another")
-    partial = partial_of(output)
-    if (partial / RUN_FILE).exists() and not resume:
-        raise OutputError(
-            f"{partial}: holds an unfinished run; continue it with --resume or remove it"
-        )
-
-
 def _sweep_name(method: Method, identity: dict[str, Any]) -> str:
     """A name that says all that a sweep depends on; `plan_terms` adds the rows themselves."""
     assert isinstance(method, Adaptive)  # no other has one (`check_options`)
@@ -239,40 +207,31 @@ def _prepare(
     base: Checkpoint,
     tuned: Checkpoint,
     method: Method,
+    calibration: Calibration,
     device: str,
     dtype: torch.dtype,
     report: Callable[[Progress], None],
 ) -> Run:
     for checkpoint in (base, tuned):
         check_dense(checkpoint.path)
-    model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
-    layout = find_layout(model)
-    where = targets(model, tuned.tensors)
-    pairs, names, tied = pair_models(base, tuned, model, layout, where)
-    done = 0
-
-    def on_tensor(name: str) -> None:
-        nonlocal done
-        done += 1
-        report(Progress("survey", done, len(pairs), name))
-
-    records, matrices = survey(base, tuned, pairs, layout, where, on_tensor)
-    set_buffers(model, where, tuned.read)
+    found = pair_models(base, tuned, dtype)
+    records, matrices = survey(base, tuned, found, report)
+    set_buffers(found.model, found.where, tuned.read)
     return Run(
         base,
         tuned,
-        layout,
-        model,
-        where,
-        names,
-        tied,
+        found.layout,
+        found.model,
+        found.where,
+        found.names,
+        found.tied,
         records,
         dict.fromkeys(sorted(matrices), Terms()),
         method,
+        calibration,
         device,
         dtype,
         report,
-        [],
     )
 
 
@@ -297,30 +256,21 @@ def _check_streamed(run: Run) -> None:
         refuse_unreached(_without_inputs(run))  # before text is written and a sweep is run
 
 
-def _manifest(
-    run: Run, calibration: str, samples: int, seq_len: int, seed: int, threads: int
-) -> Manifest:
+def _manifest(run: Run, carried: dict[str, bytes], threads: int) -> Manifest:
     # A place on this machine is nobody's concern; a data set of the Hub is known by its whole name.
-    source = Path(calibration).name if Path(calibration).exists() else calibration
-    said: dict[str, Any] = {"source": source}
-    if text := _text_options(calibration, samples, seq_len, seed):
-        said |= text
-        if unreached := _without_inputs(run):
-            said["matrices_without_inputs"] = len(unreached)
+    text, file = run.calibration, Path(run.calibration.source)
+    said: dict[str, Any] = {"source": file.name if file.exists() else text.source, **text.options()}
+    if text.source != "none" and (unreached := _without_inputs(run)):
+        said["matrices_without_inputs"] = len(unreached)
     return Manifest(
         base_name_or_path=run.base.name_or_path,
         base_revision=run.base.revision,
         method=run.method.options(),
         provenance={"calibration": said, "threads": threads, "versions": _versions()},
         records=run.records,
+        files=file_infos(carried),
+        dropped_files=dropped_files(run.base.path, run.tuned.path),
     )
-
-
-def _text_options(calibration: str, samples: int, seq_len: int, seed: int) -> dict[str, int]:
-    """What chooses rows of calibration text; without any it changes nothing."""
-    if calibration == "none":
-        return {}
-    return {"samples": samples, "seq_len": seq_len, "seed": seed}
 
 
 def _versions() -> dict[str, str]:

@@ -10,7 +10,6 @@ import itertools
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from deltacome.compression.answers import answers_from
 from deltacome.compression.budget import make_plans
-from deltacome.compression.data import calibration_rows, check_source
+from deltacome.compression.data import calibration_rows
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -31,13 +30,13 @@ from deltacome.compression.run import (
     stream_of,
 )
 from deltacome.compression.sensitivity import Weights, keep, sweep
-from deltacome.errors import CalibrationError, PlanError, naming
+from deltacome.errors import CalibrationError, naming
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest
 from deltacome.format.spec import Band
 from deltacome.format.writer import ArtifactWriter
 from deltacome.methods.adaptive import Adaptive
-from deltacome.methods.method import Matrix, Method, Terms
+from deltacome.methods.method import Matrix, Terms
 from deltacome.rows import Row, seen_hash
 from deltacome.skeleton import picture_token
 
@@ -51,8 +50,6 @@ def plan_terms(
     writer: ArtifactWriter,
     manifest: Manifest,
     ratio: float | None,
-    text: Callable[[], list[Row] | None],
-    seed: int,
     sweep_folder: Path | None,
 ) -> dict[str, Terms]:
     """Plans, kept beside the units: a resumed run need not measure what they were made from."""
@@ -60,14 +57,14 @@ def plan_terms(
     method = run.method
     if isinstance(method, Adaptive) and not file.exists():
         _check_least(run, manifest, ratio)
-    if isinstance(method, Adaptive) and (rows := text()) is not None:
+    if isinstance(method, Adaptive) and (rows := calibration_text(run, writer)) is not None:
         if sweep_folder:  # other machines write other rows, and a file only names its pictures
             sweep_folder = sweep_folder.with_name(f"{sweep_folder.name}-{_rows_hash(rows)}")
         run.weights = sweep_folder or writer.partial / "sweep"
         if not run.weights.exists():
             for killed in writer.partial.glob("sweep.*"):  # of this run, and as large as a model
                 shutil.rmtree(killed)
-            _sweep(run, method, run.weights, rows, seed)
+            _sweep(run, method, run.weights, rows)
     if not file.exists():
 
         def matrix(name: str) -> Matrix:
@@ -100,7 +97,7 @@ def _check_least(run: Run, manifest: Manifest, ratio: float | None) -> None:
     make_plans(manifest, run.method, least, ratio)
 
 
-def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row], seed: int) -> None:
+def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row]) -> None:
     """Measures what an error in each matrix costs, by a sweep through the tuned model.
 
     Raises:
@@ -111,7 +108,7 @@ def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row], seed: int)
     weights = sweep(
         stream_of(run, rows, batch_tokens=SWEEP_TOKENS),
         lambda block: put_tensors(run, block, run.where, run.tuned.read),
-        seed=seed,
+        seed=run.calibration.seed,
         diagonal=method.diagonal,
         tied=run.tied,
         first=answers_from(run.tuned.path),
@@ -129,18 +126,16 @@ def _by_tensor(run: Run, found: dict[str, Weights]) -> dict[str, Weights]:
     return by
 
 
-def calibration_text(
-    run: Run, writer: ArtifactWriter, source: str, samples: int, seq_len: int, seed: int
-) -> list[Row]:
-    """Calibration rows, kept beside the units so that a resumed run has the same."""
+def calibration_text(run: Run, writer: ArtifactWriter) -> list[Row] | None:
+    """Calibration rows, kept beside the units so that a resumed run has the same; None: no text."""
+    asked, source = run.calibration, run.calibration.source
+    if source == "none":
+        return None
 
     def make() -> dict[str, Tensor]:
         rows = calibration_rows(
-            source,
+            asked,
             run.tuned.path,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
             device=run.device,
             on_step=lambda done, total: run.report(Progress("calibration", done, total)),
         )
@@ -151,9 +146,9 @@ def calibration_text(
                 f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
                 f"but {embedding} has {size} rows"
             )
-        if len(rows) < samples:
+        if len(rows) < asked.samples:
             warnings.warn(
-                f"calibration {source}: it gives {len(rows)} of {samples} rows", stacklevel=2
+                f"calibration {source}: it gives {len(rows)} of {asked.samples} rows", stacklevel=2
             )
         if picture_token(run.model) is not None and not any(row.seen for row in rows):
             warnings.warn(
@@ -177,32 +172,3 @@ def calibration_text(
 def _rows_hash(rows: list[Row]) -> str:
     content = f"{[row.ids for row in rows]} {seen_hash(rows)}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def calibration_source(method: Method, source: str | None) -> str:
-    """Where rows come from, by default whence the method needs them.
-
-    Raises:
-        PlanError: the method's options look at no text, or need some.
-        CalibrationError: there is no such file.
-    """
-    distill, name = bool(method.options().get("distill")), method.options()["name"]
-    wants_text = method.calibrates or distill
-    if source is None:
-        return "self" if wants_text else "none"
-    if source != "none" and not wants_text:
-        raise PlanError(f"calibration: {name} with these options looks at no text, got {source!r}")
-    if source == "none" and distill:
-        raise PlanError(
-            f"calibration: {name} needs text to distil its scalars on, got none: distill 0 goes without"
-        )
-    if source not in ("self", "none"):
-        check_source(source)
-    return source
-
-
-def source_identity(calibration: str) -> str:
-    file = Path(calibration)
-    if not file.is_file():
-        return calibration
-    return f"{calibration} {hashlib.sha256(file.read_bytes()).hexdigest()}"

@@ -29,10 +29,10 @@ from deltacome.rows import Row
 
 
 def distill_terms(
-    run: Run, writer: ArtifactWriter, names: list[str], rows: list[Row], steps: int, seed: int
+    run: Run, writer: ArtifactWriter, names: list[str], rows: list[Row], steps: int
 ) -> None:
     """Replaces the scalars of all terms; found once, so that a run cut off while writing them goes on."""
-    units = {name: unit for name in names if (unit := writer.load(name)) is not None}
+    units = {name: writer.load(name) for name in names}
     records = {r.name: r for unit in units.values() for r in unit.records if r.packed}
     if not records:
         return  # nothing was changed, or nothing pays for its bytes
@@ -57,7 +57,7 @@ def distill_terms(
             terms,
             rows,
             steps=steps,
-            seed=seed,
+            seed=run.calibration.seed,
             device=run.device,
             on_step=lambda done, total: run.report(Progress("distill", done, total)),
             **how,

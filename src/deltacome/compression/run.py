@@ -7,7 +7,7 @@ Base and unit together give back a tensor as the finished artifact will.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.arch.layout import Layout
+from deltacome.compression.calibration import Calibration
 from deltacome.compression.capture import Stream
 from deltacome.compression.sensitivity import Weights, measured
 from deltacome.errors import ArtifactError
 from deltacome.format.codec import Packed, read_bands, read_signs
-from deltacome.format.folder import disk_errors, sync
+from deltacome.format.folder import atomic, disk_errors
 from deltacome.format.manifest import Record
-from deltacome.format.writer import ArtifactWriter, Unit
+from deltacome.format.writer import Unit
 from deltacome.methods.method import Method, Terms
 from deltacome.rows import Row
 from deltacome.skeleton import Target, set_part
@@ -59,10 +60,11 @@ class Run:
     records: dict[str, Record]
     plans: dict[str, Terms]
     method: Method
+    calibration: Calibration
     device: str
     dtype: torch.dtype
     report: Callable[[Progress], None]
-    errors: list[float]
+    errors: list[float] = field(default_factory=list)
     weights: Path | None = None
     """Folder of what `sensitivity.keep` kept, where the method asked for it."""
 
@@ -79,15 +81,12 @@ def stream_of(run: Run, rows: list[Row], **options: int) -> Stream:
 
 def measured_weights(run: Run, name: str) -> Weights | None:
     """What a sweep measured of a matrix, or None where the method asked for none."""
-    return run.weights and of_common_rows(run, name, measured(run.weights, name))
-
-
-def of_common_rows(run: Run, name: str, weights: Weights) -> Weights:
-    """Weights for the rows that base and tuned have in common: vocabularies grow."""
-    outputs = weights.outputs
-    if outputs.ndim == 1:
+    if run.weights is None:
+        return None
+    inputs, outputs = measured(run.weights, name)
+    if outputs.ndim == 1:  # of more rows than the base has, where a vocabulary grew
         outputs = outputs[: run.records[name].bands_shape[0]]
-    return Weights(weights.inputs.to(run.device), outputs.to(run.device))
+    return Weights(inputs.to(run.device), outputs.to(run.device))
 
 
 def load_block(run: Run, block: str, unit: Unit) -> None:
@@ -151,13 +150,6 @@ def stored_terms(record: Record, entries: dict[str, Tensor]) -> Packed:
     return Packed(bands, signs)
 
 
-def finished_unit(writer: ArtifactWriter, name: str) -> Unit:
-    """A unit that is known to be there."""
-    unit = writer.load(name)
-    assert unit is not None, name
-    return unit
-
-
 def made_once(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors that an interrupted run made already, or makes now and keeps beside the units.
 
@@ -165,11 +157,9 @@ def made_once(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Te
         ArtifactError: what is kept cannot be read.
     """
     if not file.exists():
-        tensors, temporary = make(), file.with_suffix(".tmp")
-        with disk_errors(file):
+        tensors = make()
+        with disk_errors(file), atomic(file) as temporary:
             save_file(tensors, temporary)
-            sync(temporary)
-            temporary.replace(file)
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:

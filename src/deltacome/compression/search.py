@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from deltacome.arch.checkpoint import Checkpoint, check_dense
-from deltacome.arch.layout import find_layout
+from deltacome.compression.calibration import Calibration, check_length
 from deltacome.compression.capture import Stream, drop_weights
-from deltacome.compression.data import calibration_rows, check_length
+from deltacome.compression.data import calibration_rows
 from deltacome.compression.run import Progress
 from deltacome.compression.survey import pair_models
 from deltacome.device import pick_device
@@ -36,10 +36,10 @@ from deltacome.format.codec import dense
 from deltacome.format.spec import rank
 from deltacome.methods.bands import Gptq, scaled_svd
 from deltacome.methods.template import Template
-from deltacome.numerics.gptq import GramFactor, factor_gram
+from deltacome.numerics.gptq import GramFactor
 from deltacome.numerics.gram import relative_error
 from deltacome.rows import Row
-from deltacome.skeleton import make_skeleton, read_config, set_buffers, set_weight, targets
+from deltacome.skeleton import set_buffers, set_weight
 
 Way = Literal["greedy", "genetic"]
 WIDTHS = (8, 4, 3)
@@ -48,7 +48,6 @@ COUNTS = (None, *(Fraction(1, 1 << power) for power in range(9, 2, -1)))
 Genes = tuple[int, ...]
 """An index into COUNTS for each of WIDTHS."""
 
-PLAIN = Gptq()
 POPULATION, GENERATIONS, MUTATION = 12, 8, 0.3
 MOST = {
     "greedy": len(WIDTHS) * len(COUNTS),
@@ -67,7 +66,7 @@ class Linear:
     delta_OI: Tensor
     triple: tuple[Tensor, Tensor, Tensor]
     gram_II: Tensor
-    factor: GramFactor
+    factor: GramFactor | None
 
 
 @dataclass
@@ -97,9 +96,7 @@ def sample_linears(
         MismatchError: the two do not belong together.
         UnsupportedError: linears that are stacked in one parameter.
     """
-    model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
-    layout, where = find_layout(model), targets(model, tuned.tensors)
-    pairs, stored, _ = pair_models(base, tuned, model, layout, where)
+    model, layout, where, stored, _, pairs = pair_models(base, tuned, dtype)
     before = {pair.name: pair.base_name for pair in pairs}
 
     def read(parameter: str) -> Tensor:
@@ -123,7 +120,7 @@ def sample_linears(
         for group in stream.groups(name) if name in chosen else ():
             gram_II = stream.gram(name, group[0])
             with naming([stored[f"{linear}.weight"] for linear in group]):
-                factor = factor_gram(gram_II)
+                factor = Gptq().factor(gram_II)
             for linear in group:
                 weight = stored[f"{linear}.weight"]
                 delta_OI = delta_of(weight, f"{linear}.weight" in layout.transposed)
@@ -144,7 +141,7 @@ def search_template(
     ratio: float,
     way: Way = "greedy",
     seed: int = 0,
-    gptq: Gptq = PLAIN,
+    nearest: bool = False,
     progress: Report = lambda progress: None,
 ) -> Search:
     """The template of least mean error among those tried, each matrix at `ratio` of its own bytes."""
@@ -154,7 +151,7 @@ def search_template(
     def cost(genes: Genes) -> float:
         template = _template(genes)
         if str(template) not in tried:
-            error = tried[str(template)] = _mean_error(linears, template, ratio, gptq)
+            error = tried[str(template)] = _mean_error(linears, template, ratio, nearest)
             progress(Progress("search", len(tried), most, str(template), error))
         return tried[str(template)]
 
@@ -191,9 +188,9 @@ def _template(genes: Genes) -> Template:
 
 
 def _mean_error(
-    linears: list[Linear], template: Template, ratio: float, gptq: Gptq = PLAIN
+    linears: list[Linear], template: Template, ratio: float, nearest: bool = False
 ) -> float:
-    errors = []
+    gptq, errors = Gptq(nearest=nearest), []
     for linear in linears:
         out_size, in_size = linear.delta_OI.shape
         plan = template.fill((out_size, in_size), 2 * out_size * in_size / ratio)
@@ -221,12 +218,12 @@ def find_template(
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     blocks: int = 3,
-    gptq: Gptq = PLAIN,
+    nearest: bool = False,
     progress: Report = lambda progress: None,
 ) -> Search:
     """A template for two checkpoints; calibration text as in `compress`, `dtype` that of its passes.
 
-    `gptq` says how codes are to be chosen: what is best for GPTQ need not be for plain rounding.
+    `nearest` rounds codes to nearest: what is best for GPTQ need not be for plain rounding.
     `progress` is called as in `compress`, of phases `calibration`, `blocks` and `search`.
 
     Raises:
@@ -240,15 +237,12 @@ def find_template(
         check_dense(checkpoint.path)
     check_length(seq_len, after.path)
     rows = calibration_rows(
-        source,
+        Calibration(source, samples, seq_len, seed),
         after.path,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
         device=device,
         on_step=lambda done, total: progress(Progress("calibration", done, total)),
     )
     linears = sample_linears(
         before, after, rows, blocks=blocks, device=device, dtype=dtype, progress=progress
     )
-    return search_template(linears, ratio, way, seed, gptq, progress)
+    return search_template(linears, ratio, way, seed, nearest, progress)

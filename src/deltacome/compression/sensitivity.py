@@ -44,10 +44,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltacome.arch.layout import linears_of
+from deltacome.compression.answers import First
 from deltacome.compression.capture import Batch, Stream, drop_weights
-from deltacome.compression.data import row_shares
 from deltacome.errors import UnsupportedError
 from deltacome.numerics.gram import Gram
+from deltacome.rows import row_shares
 
 ANSWER = 30.0
 """Weight of an answer's row relative to a row of text (left out in `benchmarks/tables/ablation.py`)."""
@@ -132,7 +133,7 @@ def sweep(
     seed: int,
     diagonal: bool,
     tied: bool,
-    first: Callable[[list[int]], int] = lambda row: 0,
+    first: First = lambda row: 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Weights]]:
     """Weights of the embedding and the head, then of each block's linears, the last block first.
@@ -166,9 +167,7 @@ def sweep(
     yield _outside(stream, head, entered[0], gradients, tied)
 
 
-def _head(
-    stream: Stream, seed: int, tied: bool, first: Callable[[list[int]], int]
-) -> tuple[Weights, list[Tensor]]:
+def _head(stream: Stream, seed: int, tied: bool, first: First) -> tuple[Weights, list[Tensor]]:
     """Weights of the head, and the gradient at the last block's output of each batch."""
     sums, gradients = _Sums(str(stream.layout.head), diagonal=True), []
     draw = torch.Generator(device=stream.device).manual_seed(seed)
@@ -211,7 +210,7 @@ def _root(p_TV: Tensor, draw: torch.Generator) -> Tensor:
     return r_TV - p_TV * r_TV.sum(-1, keepdim=True)
 
 
-def _counting(batch: Batch, first: Callable[[list[int]], int]) -> tuple[Tensor, Tensor]:
+def _counting(batch: Batch, first: First) -> tuple[Tensor, Tensor]:
     """Positions of a batch whose predictions count, bool (B, L), and what each row weighs, (B, 1).
 
     What follows a part of a picture is mostly another one, which no model is asked to say.

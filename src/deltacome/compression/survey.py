@@ -8,26 +8,29 @@ size is known before the first byte is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
-from deltacome.arch.checkpoint import (
-    Checkpoint,
-    HasTensors,
-    Pair,
-    check_finite,
-    full_digest,
-    pair_tensors,
-    sample_digest,
-)
-from deltacome.arch.layout import Layout
+from deltacome.arch.checkpoint import Checkpoint, check_finite, full_digest, sample_digest
+from deltacome.arch.layout import Layout, find_layout
+from deltacome.arch.pairing import HasTensors, Pair, pair_tensors
+from deltacome.compression.run import Progress
 from deltacome.errors import MismatchError
-from deltacome.format.manifest import DTYPES, Record, dtype_name
-from deltacome.skeleton import Target, check_names, ignored, parameter_names
+from deltacome.format.manifest import Record
+from deltacome.format.tensors import DTYPES, dtype_name
+from deltacome.skeleton import (
+    Target,
+    check_names,
+    ignored,
+    make_skeleton,
+    parameter_names,
+    read_config,
+    targets,
+)
 
 CHUNK = 1024
 """Rows that are compared at a time."""
@@ -36,31 +39,32 @@ CHUNK = 1024
 class Paired(NamedTuple):
     """A tuned checkpoint in its model, tensor by tensor, and the base's beside it."""
 
-    pairs: list[Pair]
+    model: PreTrainedModel
+    """Without weights."""
+    layout: Layout
+    where: dict[str, Target]
+    """Where each tensor of the tuned checkpoint goes in the model."""
     names: dict[str, str]
     """`skeleton.parameter_names`."""
     tied: bool
-    """Whether the tuned model's head is its embedding."""
+    """Whether the head is the input embedding."""
+    pairs: list[Pair]
 
 
-def pair_models(
-    base: HasTensors,
-    tuned: HasTensors,
-    model: nn.Module,
-    layout: Layout,
-    where: Mapping[str, Target],
-) -> Paired:
+def pair_models(base: HasTensors, tuned: HasTensors, dtype: torch.dtype) -> Paired:
     """Pairs what two checkpoints hold, as far as names and shapes say.
 
     Args:
         base, tuned: what is compared.
-        model: the tuned model's skeleton.
-        layout: of the model.
-        where: each tensor of the tuned checkpoint in it.
+        dtype: of the model's passes (`make_skeleton`).
 
     Raises:
-        MismatchError: the tuned checkpoint is not of this model, or the base not of its kind.
+        CheckpointError: there is no model of the tuned checkpoint's configuration.
+        MismatchError: the tuned checkpoint is not of its model, or the base not of its kind.
+        UnsupportedError: as `targets`.
     """
+    model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
+    layout, where = find_layout(model), targets(model, tuned.tensors)
     check_names(model, {name: info.shape for name, info in tuned.tensors.items()}, where)
     names = parameter_names(model, where)
     head, embedding = (names.get(name or "") for name in (layout.head, layout.embedding))
@@ -71,24 +75,18 @@ def pair_models(
         *(base, tuned, layout.head if tied else head, embedding),
         ignored=lambda name: ignored(model, name),
     )
-    return Paired(pairs, names, tied)
+    return Paired(model, layout, where, names, tied, pairs)
 
 
 def survey(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    pairs: Iterable[Pair],
-    layout: Layout,
-    where: Mapping[str, Target],
-    on_tensor: Callable[[str], None],
+    base: Checkpoint, tuned: Checkpoint, found: Paired, report: Callable[[Progress], None]
 ) -> tuple[dict[str, Record], set[str]]:
     """Reads every pair once.
 
     Args:
-        base, tuned, pairs: what is compared.
-        layout: of the tuned model.
-        where: each tensor of the tuned checkpoint in it.
-        on_tensor: called with the name of each tensor that was read.
+        base, tuned: what is compared.
+        found: how they are paired.
+        report: called after each tensor.
 
     Returns:
         Records without plans (what is the same as the base, which rows will be exact), and the
@@ -100,27 +98,27 @@ def survey(
     """
     records, matrices = {}, set()
     far: list[str] = []
-    for pair in pairs:
-        tuned_tensor = tuned.read(pair.name)
+    for done, pair in enumerate(found.pairs, 1):
+        target, tuned_tensor = found.where[pair.name], tuned.read(pair.name)
         check_finite(pair.name, tuned_tensor, "tuned model")
         base_tensor, same, distance = None, False, 0.0
         if pair.base_name is not None:
             base_tensor = base.read(pair.base_name)
             check_finite(pair.base_name, base_tensor, "base")
             same, distance = _compare(base_tensor, tuned_tensor)
-        record = account(pair, dtype_name(tuned_tensor.dtype), layout, where[pair.name], same)
+        record = account(pair, dtype_name(tuned_tensor.dtype), found.layout, target, same)
         if base_tensor is not None:
             record = replace(
                 record,
                 base_sample=sample_digest(base_tensor),
                 base_digest=full_digest(base_tensor),
             )
-            if packable(record, layout, where[pair.name]) and not same:
+            if packable(record, found.layout, target) and not same:
                 matrices.add(pair.name)
                 if distance > 1:
                     far.append(pair.name)
         records[pair.name] = record
-        on_tensor(pair.name)
+        report(Progress("survey", done, len(found.pairs), pair.name))
     if far and len(far) > len(matrices) / 2:
         raise MismatchError(
             f"{tuned.path}: in {len(far)} of {len(matrices)} changed matrices, {far[0]} the first, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ import torch
 from deltacome.device import pick_device
 from deltacome.errors import DeltaError
 from deltacome.evals.models import load_model, tuned_by
-from deltacome.evals.run import account, names, shared_tokenizer
+from deltacome.evals.run import account, free_memory, names, shared_tokenizer
 from deltacome.format.artifact import opened
 
 Figures = dict[str, dict[str, float]]
@@ -110,7 +109,7 @@ def run_harness(
         model = load_model(tuned, device, dtype)
         models.append({"name": "tuned", "results": figures(model)})
         del model
-        gc.collect()
+        free_memory()
     model = load_model(base, device, dtype)
     models.insert(0, {"name": "base", "results": figures(model)})
     for name, artifact in zip(names(deltas), artifacts, strict=True):

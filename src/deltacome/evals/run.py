@@ -91,7 +91,7 @@ def evaluate(
         references = tuple(record(model, r, batch_size=batch_size) for r in rows)
         exam = replace(exam, references=references)
         del model
-        _free()
+        free_memory()
 
     model = load_model(base, device, dtype)
     of_base = {"name": "base", **scores(model, exam), **kls(model, exam)}
@@ -255,7 +255,8 @@ def _prompting(tokenizer: Any) -> tuple[Any, Any]:
     return tokenizer.get_vocab(), tokenizer.chat_template
 
 
-def _free() -> None:
+def free_memory() -> None:
+    """After a model has gone: what torch would keep for the next one is needed for it now."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

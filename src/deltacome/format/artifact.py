@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelHubMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from deltacome.errors import ArtifactError, OutputError
 from deltacome.format.canary import CANARY_FILE
 from deltacome.format.card import MARK, model_card
 from deltacome.format.codec import BandTensors, Packed, SignTensors, read_bands, read_signs
+from deltacome.format.fields import parse_json
 from deltacome.format.folder import new_folder
 from deltacome.format.hub import FILES, fetch_folder, hub_errors
 from deltacome.format.manifest import (
     MANIFEST_FILE,
     MAX_CARRIED_BYTES,
-    SAFETENSORS_DTYPES,
     FileInfo,
     Manifest,
-    parse_json,
 )
 from deltacome.format.spec import ALIGN
+from deltacome.format.tensors import open_shard, read_header
 
 INDEX_FILE = "delta.safetensors.index.json"
 CARD_FILE = "README.md"
@@ -344,7 +344,7 @@ class Artifact(ModelHubMixin):
     def _read(self, key: str) -> Tensor:
         file = self.path / self._where[key]
         try:
-            with _open(file) as shard:
+            with open_shard(file) as shard:
                 return shard.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{file}: {key} cannot be read: {error}") from error
@@ -401,12 +401,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
 
 
-def _open(file: Path) -> safe_open:
-    """A shard, not mapped into memory: to read a mapped file that was truncated kills the process, and
-    what was checked would change with the file."""
-    return safe_open(file, framework="pt", backend="pread")
-
-
 def _check_file(folder: Path, name: str, info: FileInfo) -> None:
     file = folder / name
     if not file.is_file():
@@ -422,7 +416,7 @@ def _check_entries(folder: Path, manifest: Manifest, digest: str) -> dict[str, s
         expected |= record.entries(manifest.group_size)
     where = {}
     for name in manifest.shards:
-        for key, got in _header(folder / name):
+        for key, got in _header(folder / name).items():
             if key in where:
                 raise ArtifactError(f"{folder}: {key} is in both {where[key]} and {name}")
             if expected.get(key) != got:
@@ -451,16 +445,11 @@ def _check_entries(folder: Path, manifest: Manifest, digest: str) -> dict[str, s
     return where
 
 
-def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """Entries of a safetensors file: key, (torch dtype name, shape)."""
+def _header(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
-        with _open(file) as shard:
-            for key in shard.keys():  # noqa: SIM118
-                view = shard.get_slice(key)
-                dtype = SAFETENSORS_DTYPES.get(view.get_dtype() or "", "unknown")
-                yield key, (dtype, tuple(view.get_shape()))
+        return read_header(shard)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{file}: not a whole safetensors file: {error}") from error
+        raise ArtifactError(f"{shard}: not a whole safetensors file: {error}") from error
 
 
 def file_sha256(file: Path) -> str:

@@ -175,11 +175,7 @@ class BandTensors:
 
 def dense(bands: Sequence[BandTensors]) -> Tensor:
     """float32 (O, I): the delta that a bands term stands for."""
-    first, *rest = bands
-    total_OI = first.dense()
-    for band in rest:
-        total_OI += band.dense()
-    return total_OI
+    return Packed(bands).dense()
 
 
 def write_bands(bands: Sequence[BandTensors]) -> Tensor:
@@ -313,11 +309,10 @@ class Packed:
 
     def dense(self) -> Tensor:
         """float32 (O, I): the delta that the terms stand for together."""
-        if self.signs is None:
-            return dense(self.bands)
-        total_OI = self.signs.dense()
-        for band in self.bands:
-            total_OI += band.dense()
+        first, *rest = self.bands if self.signs is None else (self.signs, *self.bands)
+        total_OI = first.dense()
+        for term in rest:
+            total_OI += term.dense()
         return total_OI
 
     def blobs(self) -> dict[str, Tensor]:

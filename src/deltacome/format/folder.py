@@ -27,13 +27,28 @@ def partial_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
-def claim(output: Path) -> IO[str]:
+def check_output(output: Path, *, resume: bool = False) -> None:
+    """Refuses an output ahead of work that comes before `claim`, which asks again under its lock.
+
+    Raises:
+        OutputError: it exists, or an unfinished compression that is not to be continued lies there.
+    """
+    if output.exists():
+        raise OutputError(f"{output}: the output exists already; remove it or name another")
+    partial = partial_of(output)
+    if not resume and (partial / RUN_FILE).exists():
+        raise OutputError(
+            f"{partial}: holds an unfinished run of compress; continue it with --resume or remove it"
+        )
+
+
+def claim(output: Path, *, resume: bool = False) -> IO[str]:
     """Makes the partial folder of an output and locks it, until the stream that is returned is closed.
 
     Raises:
-        OutputError: the output exists, cannot be written, or another process is at it.
+        OutputError: as `check_output`, or it cannot be written, or another process is at it.
     """
-    _refuse_existing(output)
+    check_output(output, resume=True)  # a run that lies there may be another process's: see below
     partial = partial_of(output)
     file = partial / "lock"
     if partial.exists() and not file.exists() and any(partial.iterdir()):
@@ -54,9 +69,13 @@ def claim(output: Path) -> IO[str]:
     except OSError as error:  # some network file systems have no locks
         stream.close()
         raise OutputError(f"{file}: cannot be locked: {error}") from error
-    if output.exists():
-        release(output, stream)
-        _refuse_existing(output)
+    try:
+        check_output(output, resume=resume)
+    except OutputError:
+        if output.exists():  # since it was looked for above
+            release(output, stream)
+        stream.close()
+        raise
     return stream
 
 
@@ -67,8 +86,8 @@ def release(output: Path, stream: IO[str]) -> None:
 
 
 def publish(finished: Path, output: Path) -> None:
-    """Moves a finished folder out of the partial one into its place, all bytes on disk first."""
-    for file in finished.iterdir():
+    """Moves a folder, or a file, out of the partial folder into its place, all bytes on disk first."""
+    for file in finished.iterdir() if finished.is_dir() else ():
         # safetensors writes files that only their owner may read; the lock is like any other file.
         shutil.copymode(partial_of(output) / "lock", file)
         sync(file)
@@ -78,8 +97,8 @@ def publish(finished: Path, output: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write files into, which becomes `output` when the block ends.
+def new_file(output: Path) -> Iterator[Path]:
+    """A file to write, which becomes `output` when the block ends.
 
     If it ends with an error nothing is left. What a killed process left is thrown away.
 
@@ -87,13 +106,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         OutputError: the output exists, cannot be written, is being written by another process, or an
             unfinished compression lies in its place.
     """
-    stream, partial = claim(output), partial_of(output)
-    _refuse_unfinished(partial, stream)
+    stream, finished = claim(output), partial_of(output) / "final"
     try:
         with disk_errors(output):
-            finished = partial / "final"
             shutil.rmtree(finished, ignore_errors=True)
-            finished.mkdir()
             yield finished
             publish(finished, output)
     finally:
@@ -101,23 +117,15 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(output: Path) -> Iterator[Path]:
-    """A file to write, which becomes `output` when the block ends; otherwise as `new_folder`.
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write files into; otherwise as `new_file`.
 
     Raises:
-        OutputError: as `new_folder`.
+        OutputError: as `new_file`.
     """
-    stream, partial = claim(output), partial_of(output)
-    _refuse_unfinished(partial, stream)
-    try:
-        with disk_errors(output):
-            finished = partial / "final"
-            yield finished
-            sync(finished)
-            os.replace(finished, output)
-            sync(output.parent)
-    finally:
-        release(output, stream)
+    with new_file(output) as folder:
+        folder.mkdir()
+        yield folder
 
 
 @contextlib.contextmanager
@@ -133,12 +141,19 @@ def disk_errors(path: Path, hint: str = "") -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written: {error}{hint}") from error
 
 
-def write_atomic(file: Path, text: str) -> None:
-    """Writes a small text file so that it is there as a whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def atomic(file: Path) -> Iterator[Path]:
+    """A file to write in the place of another, which is there as a whole or not at all."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    yield temporary
     sync(temporary)
     os.replace(temporary, file)
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Writes a small text file so that it is there as a whole or not at all."""
+    with atomic(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
@@ -148,16 +163,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _refuse_unfinished(partial: Path, stream: IO[str]) -> None:
-    if (partial / RUN_FILE).exists():
-        stream.close()
-        raise OutputError(
-            f"{partial}: holds an unfinished run of compress; continue it with --resume or remove it"
-        )
-
-
-def _refuse_existing(output: Path) -> None:
-    if output.exists():
-        raise OutputError(f"{output}: the output exists already; remove it or name another")

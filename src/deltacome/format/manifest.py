@@ -11,14 +11,25 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from deltacome.errors import ArtifactError, PlanError
-from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, codes_nbytes, rank, sign_sections
+from deltacome.errors import ArtifactError
+from deltacome.format.fields import (
+    Fields,
+    choice,
+    integer,
+    is_text,
+    mapping,
+    number,
+    optional,
+    parse_json,
+    string,
+    strings,
+    true,
+)
+from deltacome.format.spec import GROUP, Band, Plan, bands_nbytes, codes_nbytes, rank, signs_nbytes
+from deltacome.format.tensors import DTYPES, entry_nbytes
 
 SCHEMA = 1
 MANIFEST_FILE = "delta_config.json"
@@ -30,29 +41,6 @@ CARRIED_NAME = re.compile(
 )
 """Names of files that may go along with the weights: data, in the folder itself, and nothing that a
 loader takes for a model, an adapter or code."""
-DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
-        *("int64", "int32", "int16", "int8", "uint8", "bool"),
-    )
-}
-
-SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "BOOL": "bool",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-}
-"""How the headers of safetensors files call them."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +93,11 @@ class Record:
         return self.exact_rows is not None and self.exact_rows[0] == 0
 
     @property
+    def grown(self) -> bool:
+        """Whether the tuned value is the base's rows, with or without a delta, and then more."""
+        return self.exact_rows is not None and not self.replaced
+
+    @property
     def bands_shape(self) -> tuple[int, int]:
         """(out, in) of what bands and signs cover: the rows that base and tuned have in common."""
         assert self.base_shape is not None
@@ -124,7 +117,7 @@ class Record:
         if self.plan:
             nbytes["bands"] = bands_nbytes(self.bands_shape, self.plan, group)
         if self.sign_scales:
-            nbytes["signs"] = sign_sections(self.bands_shape, self.sign_scales)[2]
+            nbytes["signs"] = signs_nbytes(self.bands_shape, self.sign_scales)
         return nbytes
 
     def entries(self, group: int = GROUP) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -151,11 +144,6 @@ class Record:
     def tuned_nbytes(self) -> int:
         """Bytes of the tuned tensor as if at 16 bit."""
         return 2 * math.prod(self.shape)
-
-
-def entry_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of one safetensors entry."""
-    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -226,31 +214,31 @@ class Manifest:
             ArtifactError: not JSON, a newer schema, a missing or unknown field, a value of the
                 wrong type or out of range; the message names the field.
         """
-        document = parse_json(text, MANIFEST_FILE)
-        schema = _take(document, "schema", _integer(1, MAX_DIM))
+        document = Fields(parse_json(text, MANIFEST_FILE), f"{MANIFEST_FILE}: the document")
+        schema = document.take("schema", integer(1, MAX_DIM))
         if schema != SCHEMA:
             raise ArtifactError(
                 f"{MANIFEST_FILE}: schema: expected {SCHEMA}, got {schema}; "
                 "a newer deltacome wrote this artifact, upgrade to read it"
             )
-        base = _take(document, "base", _dict)
+        base = Fields(document.take("base", mapping), f"{MANIFEST_FILE}: base")
         manifest = cls(
-            base_name_or_path=_take(base, "name_or_path", _string),
-            base_revision=_take(base, "revision", _optional(_string)),
-            method=_take(document, "method", _dict),
-            group_size=_take(document, "group_size", _integer(1, 1 << 20)),
-            provenance=_take(document, "provenance", _dict),
+            base_name_or_path=base.take("name_or_path", string),
+            base_revision=base.take("revision", optional(string)),
+            method=document.take("method", mapping),
+            group_size=document.take("group_size", integer(1, 1 << 20)),
+            provenance=document.take("provenance", mapping),
             files=_files(document, "files", CARRIED_NAME, MAX_CARRIED_BYTES),
-            dropped_files=_take(document, "dropped_files", _strings, default=()),
+            dropped_files=document.take("dropped_files", strings, default=()),
             shards=_files(document, "shards", SHARD_NAME, 1 << 50),
             records={
                 name: record_from_json(name, value)
-                for name, value in _take(document, "tensors", _dict).items()
+                for name, value in document.take("tensors", mapping).items()
             },
         )
-        _take(manifest.method, "name", _string, keep=True)
-        _no_more(base, "base")
-        _no_more(document, "the document")
+        Fields(manifest.method, f"{MANIFEST_FILE}: method").take("name", string)
+        base.end()
+        document.end()
         return manifest
 
 
@@ -287,32 +275,27 @@ def record_from_json(name: str, value: Any) -> Record:
     Raises:
         ArtifactError: the value is not a consistent record.
     """
-    where = f"tensors[{name!r:.200}]"
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected an object, got {value!r:.80}")
-    if name == "__metadata__" or not _is_text(name):
-        raise ArtifactError(
-            f"{MANIFEST_FILE}: {where}: no tensor of a safetensors file has this name"
-        )
-    value = dict(value)
-    kind = _take(value, "kind", _string, where)
-    shape = _take(value, "shape", _shape, where)
-    has_base = "base_digest" in value
+    where = f"{MANIFEST_FILE}: tensors[{name!r:.200}]"
+    fields = Fields(value, where)
+    if name == "__metadata__" or not is_text(name):
+        raise ArtifactError(f"{where}: no tensor of a safetensors file has this name")
+    kind, shape = fields.take("kind", string), fields.take("shape", _shape)
+    has_base = "base_digest" in fields
     record = Record(
         name=name,
         shape=shape,
-        dtype=_take(value, "dtype", _choice(DTYPES), where),
-        base_name=_take(value, "base_name", _string, where, default=name) if has_base else None,
-        base_shape=_take(value, "base_shape", _shape, where, default=shape) if has_base else None,
-        base_sample=_take(value, "base_sample", _string, where) if has_base else None,
-        base_digest=_take(value, "base_digest", _string, where) if has_base else None,
-        plan=_take(value, "plan", _plan, where, default=()),
-        sign_scales=_take(value, "sign_scales", _integer(1, MAX_DIM), where, default=None),
-        exact_rows=_take(value, "exact_rows", _rows, where, default=None),
-        error=_take(value, "error", _number, where, default=None),
-        transposed=_take(value, "transposed", _true, where, default=False),
+        dtype=fields.take("dtype", choice(DTYPES)),
+        base_name=fields.take("base_name", string, default=name) if has_base else None,
+        base_shape=fields.take("base_shape", _shape, default=shape) if has_base else None,
+        base_sample=fields.take("base_sample", string) if has_base else None,
+        base_digest=fields.take("base_digest", string) if has_base else None,
+        plan=fields.take("plan", _plan, default=()),
+        sign_scales=fields.take("sign_scales", integer(1, MAX_DIM), default=None),
+        exact_rows=fields.take("exact_rows", _rows, default=None),
+        error=fields.take("error", number, default=None),
+        transposed=fields.take("transposed", true, default=False),
     )
-    _no_more(value, where)
+    fields.end()
     _check_record(record, kind, where)
     return record
 
@@ -321,7 +304,7 @@ def _check_record(record: Record, kind: str, where: str) -> None:
     """What a record says must fit together: every row of the tensor has exactly one account."""
 
     def refuse(expected: str, got: Any) -> None:
-        raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected {expected}, got {got}")
+        raise ArtifactError(f"{where}: expected {expected}, got {got}")
 
     if kind != record.kind:
         refuse(f"kind {record.kind!r} (from its terms)", repr(kind))
@@ -349,133 +332,10 @@ def _check_record(record: Record, kind: str, where: str) -> None:
         refuse(f"exact_rows [{covered}, {rows})", f"[{start}, {stop})")
 
 
-# --- strict JSON ---------------------------------------------------------------------------------
-
-_MISSING = object()
-Check = Callable[[Any], Any]
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """One JSON object, read strictly.
-
-    Raises:
-        ArtifactError: not JSON, not an object, a key that appears twice, a number that is not finite.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        document = dict(pairs)
-        if len(document) != len(pairs):
-            raise ArtifactError(f"{where}: a key appears twice in one object")
-        return document
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):  # NaN, Infinity, and 1e999
-            raise ArtifactError(f"{where}: expected finite numbers, got {number:.80}")
-        return float(number)
-
-    try:
-        document = json.loads(
-            text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite
-        )
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{where}: expected an object, got {type(document).__name__}")
-    return document
-
-
-def _take(
-    value: dict[str, Any],
-    key: str,
-    check: Check,
-    where: str = "the document",
-    default: Any = _MISSING,
-    keep: bool = False,
-) -> Any:
-    """Removes `key` from `value` and checks it, so that what is left over is unknown."""
-    if key not in value:
-        if default is _MISSING:
-            raise ArtifactError(f"{MANIFEST_FILE}: {where}: {key!r} is missing")
-        return default
-    item = value[key] if keep else value.pop(key)
-    try:
-        return check(item)
-    except (TypeError, ValueError, OverflowError, PlanError) as error:
-        raise ArtifactError(
-            f"{MANIFEST_FILE}: {where}: {key}: {error}, got {item!r:.80}"
-        ) from error
-
-
-def _no_more(value: dict[str, Any], where: str) -> None:
-    if value:
-        raise ArtifactError(f"{MANIFEST_FILE}: {where}: unknown fields {sorted(value)[:5]}")
-
-
-def _string(item: Any) -> str:
-    if not isinstance(item, str) or not _is_text(item):
-        raise TypeError("expected a string")
-    return item
-
-
-def _strings(item: Any) -> tuple[str, ...]:
-    if not isinstance(item, list):
-        raise TypeError("expected a list of strings")
-    return tuple(_string(entry) for entry in item)
-
-
-def _is_text(item: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON can spell half of a surrogate pair."""
-    try:
-        item.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _dict(item: Any) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise TypeError("expected an object")
-    return dict(item)
-
-
-def _integer(low: int, high: int) -> Check:
-    def check(item: Any) -> int:
-        if type(item) is not int or not low <= item <= high:
-            raise ValueError(f"expected an integer in [{low}, {high}]")
-        return item
-
-    return check
-
-
-def _number(item: Any) -> float:
-    if type(item) not in (int, float) or not 0 <= item < float("inf"):
-        raise ValueError("expected a finite number ≥ 0")
-    return float(item)
-
-
-def _true(item: Any) -> bool:
-    if item is not True:
-        raise ValueError("expected true")
-    return True
-
-
-def _choice(allowed: dict[str, Any]) -> Check:
-    def check(item: Any) -> str:
-        if not isinstance(item, str) or item not in allowed:
-            raise ValueError(f"expected one of {sorted(allowed)}")
-        return item
-
-    return check
-
-
-def _optional(check: Check) -> Check:
-    return lambda item: None if item is None else check(item)
-
-
 def _shape(item: Any) -> tuple[int, ...]:
     if not isinstance(item, list) or len(item) > 8:
         raise TypeError("expected a list of at most 8 sizes")
-    shape = tuple(_integer(0, MAX_DIM)(size) for size in item)
+    shape = tuple(integer(0, MAX_DIM)(size) for size in item)
     if math.prod(shape) > MAX_DIM:  # torch.Size.numel() would overflow on a hostile shape
         raise ValueError(f"expected at most {MAX_DIM} entries")
     return shape
@@ -484,7 +344,7 @@ def _shape(item: Any) -> tuple[int, ...]:
 def _rows(item: Any) -> tuple[int, int]:
     if not isinstance(item, list) or len(item) != 2:
         raise TypeError("expected [start, stop]")
-    start, stop = (_integer(0, MAX_DIM)(row) for row in item)
+    start, stop = (integer(0, MAX_DIM)(row) for row in item)
     return start, stop
 
 
@@ -495,33 +355,24 @@ def _plan(item: Any) -> Plan:
     for band in item:
         if not isinstance(band, list) or len(band) != 2:
             raise TypeError("expected bands [bits, count]")
-        bands.append(Band(_integer(1, 16)(band[0]), _integer(1, MAX_DIM)(band[1])))
+        bands.append(Band(integer(1, 16)(band[0]), integer(1, MAX_DIM)(band[1])))
     return tuple(bands)
 
 
-def _files(
-    document: dict[str, Any], key: str, pattern: re.Pattern[str], limit: int
-) -> dict[str, FileInfo]:
+def _files(document: Fields, key: str, pattern: re.Pattern[str], limit: int) -> dict[str, FileInfo]:
     """Sizes and checksums by name; the pattern keeps a manifest from naming files elsewhere."""
     files = {}
-    for name, item in _take(document, key, _dict).items():
-        where = f"{key}[{name!r:.200}]"
+    for name, item in document.take(key, mapping).items():
+        where = f"{MANIFEST_FILE}: {key}[{name!r:.200}]"
         if not pattern.fullmatch(name):
-            raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected a name like {pattern.pattern}")
-        if not isinstance(item, dict):
-            raise ArtifactError(f"{MANIFEST_FILE}: {where}: expected an object, got {item!r:.80}")
-        item = dict(item)
+            raise ArtifactError(f"{where}: expected a name like {pattern.pattern}")
+        fields = Fields(item, where)
         files[name] = FileInfo(
-            _take(item, "bytes", _integer(0, limit), where), _take(item, "sha256", _string, where)
+            fields.take("bytes", integer(0, limit)), fields.take("sha256", string)
         )
-        _no_more(item, where)
+        fields.end()
     return files
 
 
 def _files_to_json(files: dict[str, FileInfo]) -> dict[str, Any]:
     return {name: {"bytes": f.nbytes, "sha256": f.sha256} for name, f in sorted(files.items())}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for `torch.bfloat16`."""
-    return str(dtype).removeprefix("torch.")

@@ -72,6 +72,11 @@ class Section:
     nbytes: int
 
 
+def aligned(nbytes: int) -> int:
+    """Bytes up to the next multiple of `ALIGN`."""
+    return -(-nbytes // ALIGN) * ALIGN
+
+
 _ITEM_BYTES = {"int32": 4, "float32": 4, "float16": 2, "uint8": 1}
 
 
@@ -115,13 +120,16 @@ def band_sections(
         for name, dtype, section_shape in specs:
             nbytes = math.prod(section_shape) * _ITEM_BYTES[dtype]
             sections.append(Section(name, dtype, section_shape, offset, nbytes))
-            offset += -(-nbytes // ALIGN) * ALIGN
+            offset += aligned(nbytes)
         bands.append(sections)
     return bands, offset
 
 
 def bands_nbytes(shape: tuple[int, int], plan: Plan, group: int = GROUP) -> int:
-    """Bytes on disk of a bands term, everything counted (codes, scales, zero points, padding)."""
+    """Bytes on disk of a bands term, everything counted (codes, scales, zero points, padding).
+
+    A multiple of `ALIGN`, as those of a signs term are: terms need no room between them.
+    """
     return sum(_band_nbytes(*shape, band, group) for band in plan)
 
 
@@ -155,6 +163,10 @@ def sign_sections(shape: tuple[int, int], scales: int) -> tuple[int, int, int]:
     out_size, in_size = shape
     if scales not in (1, out_size):
         raise PlanError(f"signs of shape {shape}: expected 1 or {out_size} scales, got {scales}")
-    words = out_size * math.ceil(in_size / BLOCK) * BLOCK // 8
-    at = math.ceil(words / ALIGN) * ALIGN
-    return 0, at, at + math.ceil(4 * scales / ALIGN) * ALIGN
+    at = aligned(out_size * math.ceil(in_size / BLOCK) * BLOCK // 8)
+    return 0, at, at + aligned(4 * scales)
+
+
+def signs_nbytes(shape: tuple[int, int], scales: int | None) -> int:
+    """Bytes on disk of a signs term, everything counted; without scales there is none."""
+    return sign_sections(shape, scales)[2] if scales else 0

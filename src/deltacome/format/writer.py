@@ -11,27 +11,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltacome.errors import ArtifactError, OutputError
 from deltacome.format.artifact import CARD_FILE, INDEX_FILE, Artifact, file_sha256
 from deltacome.format.folder import (
     RUN_FILE,
+    atomic,
     claim,
     disk_errors,
     partial_of,
     publish,
     release,
-    sync,
     write_atomic,
 )
 from deltacome.format.manifest import (
@@ -39,10 +38,10 @@ from deltacome.format.manifest import (
     FileInfo,
     Manifest,
     Record,
-    entry_nbytes,
     record_from_json,
     record_to_json,
 )
+from deltacome.format.tensors import entry_nbytes
 
 T = TypeVar("T")
 
@@ -74,16 +73,11 @@ class ArtifactWriter:
 
     def __init__(self, output: str | Path, identity: dict[str, Any], *, resume: bool) -> None:
         self.output = Path(output)
-        self._lock = claim(self.output)
+        self._lock = claim(self.output, resume=resume)
         self.partial = partial_of(self.output)
         file = self.partial / RUN_FILE
         try:
             if file.exists():
-                if not resume:
-                    raise OutputError(
-                        f"{self.partial}: holds an unfinished run; "
-                        "continue it with --resume or remove it"
-                    )
                 _check_identity(file, identity)
             with disk_errors(self.partial):
                 write_atomic(file, json.dumps(identity, indent=1, sort_keys=True))
@@ -91,16 +85,20 @@ class ArtifactWriter:
             self.close()
             raise
 
-    def load(self, name: str) -> Unit | None:
-        """A unit that an earlier run finished, or None."""
-        records_file = self.partial / f"{name}.json"
-        if not records_file.exists():
-            return None
+    def has(self, name: str) -> bool:
+        """Whether a unit is finished, in this run or in an earlier one."""
+        return (self.partial / f"{name}.json").exists()
+
+    def load(self, name: str) -> Unit:
+        """A finished unit.
+
+        Raises:
+            ArtifactError: it is not there, or cannot be read.
+        """
         try:
-            values = json.loads(records_file.read_text())
+            values = json.loads((self.partial / f"{name}.json").read_text())
             records = tuple(record_from_json(key, value) for key, value in values.items())
-            with safe_open(self.partial / f"{name}.safetensors", framework="pt") as file:
-                entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            entries = load_file(self.partial / f"{name}.safetensors")
         except (SafetensorError, OSError, ValueError) as error:
             raise ArtifactError(
                 f"{self.partial}: {name} cannot be read: {error}; remove the folder to start anew"
@@ -110,10 +108,6 @@ class ArtifactWriter:
     def save(self, name: str, unit: Unit) -> None:
         """Stores a finished unit."""
         save_unit(self.partial, name, unit)
-
-    def has(self, name: str) -> bool:
-        """Whether a unit is there."""
-        return (self.partial / f"{name}.json").exists()
 
     def finish(
         self,
@@ -134,11 +128,7 @@ class ArtifactWriter:
         with disk_errors(self.partial, STAYS):
             shutil.rmtree(final, ignore_errors=True)
             final.mkdir()
-            records = {}
-            for name in names:
-                unit_records = json.loads((self.partial / f"{name}.json").read_text())
-                records |= {key: record_from_json(key, v) for key, v in unit_records.items()}
-            shards, weight_map = self._write_shards(final, names)
+            records, shards, weight_map = self._write_shards(final, names)
             for name, content in files.items():
                 (final / name).write_bytes(content)
             manifest = dataclasses.replace(
@@ -160,22 +150,23 @@ class ArtifactWriter:
 
     def _write_shards(
         self, final: Path, names: list[str]
-    ) -> tuple[dict[str, FileInfo], dict[str, str]]:
+    ) -> tuple[dict[str, Record], dict[str, FileInfo], dict[str, str]]:
+        """Gives the records, the shards' sizes and checksums, and which shard has which entry."""
         files = ((name, self.partial / f"{name}.safetensors") for name in names)
         groups = list(grouped(((name, f.stat().st_size) for name, f in files), MAX_SHARD_BYTES))
-        weight_map, shards = {}, {}
+        records, shards, weight_map = {}, {}, {}
         for number, group in enumerate(groups, 1):
             shard = f"delta-{number:05}-of-{len(groups):05}.safetensors"
             entries: dict[str, Tensor] = {}
             for name in group:
                 unit = self.load(name)
-                assert unit is not None, name
+                records |= {record.name: record for record in unit.records}
                 entries |= unit.entries
             save_file(entries, final / shard, metadata={"format": "deltacome"})
             weight_map |= dict.fromkeys(sorted(entries), shard)
             file = final / shard
             shards[shard] = FileInfo(file.stat().st_size, file_sha256(file))
-        return shards, weight_map
+        return records, shards, weight_map
 
 
 def save_unit(partial: Path, name: str, unit: Unit) -> None:
@@ -190,10 +181,8 @@ def save_unit(partial: Path, name: str, unit: Unit) -> None:
         OutputError: it cannot be written.
     """
     with disk_errors(partial, STAYS):
-        temporary = partial / f"{name}.safetensors.tmp"
-        save_file({key: t.contiguous() for key, t in unit.entries.items()}, temporary)
-        sync(temporary)
-        os.replace(temporary, partial / f"{name}.safetensors")
+        with atomic(partial / f"{name}.safetensors") as file:
+            save_file({key: t.contiguous() for key, t in unit.entries.items()}, file)
         text = json.dumps({record.name: record_to_json(record) for record in unit.records})
         write_atomic(partial / f"{name}.json", text)
 

@@ -23,7 +23,7 @@ Legend: O out, I in, R directions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from deltacome.format.spec import Band, bands_nbytes
 from deltacome.methods.bands import factor_of
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms
 from deltacome.numerics.allocate import allocate
-from deltacome.numerics.gptq import Quantized, quantize_v, round_nearest
+from deltacome.numerics.gptq import Quantized, factor_gram, quantize_v, round_nearest
 from deltacome.numerics.refit import refit_u
 from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 
@@ -75,12 +75,7 @@ class Adaptive:
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
-        return {
-            "name": "adaptive",
-            "damping": self.damping,
-            "distill": self.distill,
-            "diagonal": self.diagonal,
-        }
+        return {"name": "adaptive", **asdict(self)}
 
     def spectrum(self, delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
         """σ² of a matrix's directions, in proportion to the KL that each is worth: float32 (R,)."""
@@ -154,7 +149,7 @@ class Adaptive:
 
     def _quantize(self, vectors_RN: Tensor, bits_R: Tensor, gram_NN: Tensor | None) -> Quantized:
         if gram_NN is not None:
-            return quantize_v(vectors_RN, gram_NN, bits_R, damping=self.damping)
+            return quantize_v(vectors_RN, factor_gram(gram_NN, self.damping), bits_R)
         return round_nearest(vectors_RN, bits_R)
 
 

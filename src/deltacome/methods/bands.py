@@ -23,6 +23,7 @@ from deltacome.format.spec import Plan
 from deltacome.numerics.gptq import (
     GramFactor,
     Quantized,
+    factor_gram,
     quantize_u,
     quantize_v,
     round_nearest,
@@ -42,21 +43,22 @@ class Gptq:
     damping: float = 0.01
     nearest: bool = False
 
-    def v_factors(
-        self, groups: list[tuple[Tensor, Plan]], gram_II: Tensor | GramFactor | None
-    ) -> list[list[Factor]]:
-        """V of all bands of linears with one input: (v_RI, plan) of each → its factors by band.
+    def factor(self, gram_II: Tensor | None) -> GramFactor | None:
+        """What V is to be rounded against; None: to nearest."""
+        return None if gram_II is None or self.nearest else factor_gram(gram_II, self.damping)
 
-        Instead of the gram its factor will do, for those who quantise against it many times.
-        """
+    def v_factors(
+        self, groups: list[tuple[Tensor, Plan]], factor: GramFactor | None
+    ) -> list[list[Factor]]:
+        """V of all bands of linears with one input: (v_RI, plan) of each → its factors by band."""
         v_RI = torch.cat([v for v, _ in groups])
         bits = [band.bits for _, plan in groups for band in plan for _ in range(band.count)]
         # Rows of 16-bit bands ride along at 8 bits and are not used: float16 needs no grid.
         bits_R = torch.tensor(bits, device=v_RI.device).clamp(max=8)
-        if gram_II is None or self.nearest:
+        if factor is None or self.nearest:
             quantized = round_nearest(v_RI, bits_R)
         else:
-            quantized = quantize_v(v_RI, gram_II, bits_R, damping=self.damping)
+            quantized = quantize_v(v_RI, factor, bits_R)
         factors = []
         start = 0
         for _, plan in groups:
@@ -95,7 +97,7 @@ class Gptq:
         if not float(gram_BB.diagonal().sum()) > 0:
             # Nothing passes this band: its singular values are 0.
             return round_nearest(u_BO, bits)
-        return quantize_u(u_BO, gram_BB, bits, damping=self.damping)
+        return quantize_u(u_BO, factor_gram(gram_BB, self.damping), bits)
 
 
 def scaled_svd(delta_OI: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:

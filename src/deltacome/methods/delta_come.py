@@ -12,7 +12,7 @@ others here, the head's against the gram of its own inputs, is an extension.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -47,13 +47,7 @@ class DeltaCome:
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
-        return {
-            "name": "delta-come",
-            "template": str(self.template),
-            "damping": self.damping,
-            "gptq": self.gptq,
-            "distill": self.distill,
-        }
+        return {"name": "delta-come", **asdict(self), "template": str(self.template)}
 
     @property
     def default_ratio(self) -> float | None:
@@ -75,7 +69,8 @@ class DeltaCome:
         gptq = Gptq(self.damping, nearest=not self.gptq)
         plan = {name: plans[name].bands for name in deltas}
         triples = {name: scaled_svd(delta, rank(plan[name])) for name, delta in deltas.items()}
-        factors = gptq.v_factors([(triples[name][2], plan[name]) for name in deltas], gram_II)
+        groups = [(triples[name][2], plan[name]) for name in deltas]
+        factors = gptq.v_factors(groups, gptq.factor(gram_II))
         packed = {}
         for name, v in zip(deltas, factors, strict=True):
             u_RO, s_R, _ = triples[name]

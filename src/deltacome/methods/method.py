@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from deltacome.format.codec import Packed
-from deltacome.format.spec import Plan, bands_nbytes, sign_sections
+from deltacome.format.spec import Plan, bands_nbytes, signs_nbytes
 
 Shape = tuple[int, int]
 
@@ -31,8 +31,7 @@ class Terms:
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes on disk of the terms of a matrix (out, in)."""
-        signs = sign_sections(shape, self.sign_scales)[2] if self.sign_scales else 0
-        return signs + (bands_nbytes(shape, self.bands) if self.bands else 0)
+        return bands_nbytes(shape, self.bands) + signs_nbytes(shape, self.sign_scales)
 
 
 @dataclass(frozen=True)

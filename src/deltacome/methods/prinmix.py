@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -59,12 +59,7 @@ class PrinMix:
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
-        return {
-            "name": "prinmix",
-            "damping": self.damping,
-            "refit": self.refit,
-            "distill": self.distill,
-        }
+        return {"name": "prinmix", **asdict(self)}
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
         """Measures what each direction of each matrix costs at each width: an SVD of all deltas."""
@@ -95,7 +90,8 @@ class PrinMix:
         gptq = Gptq(self.damping)
         plan = {name: plans[name].bands for name in deltas}
         triples = {name: scaled_svd(delta, rank(plan[name])) for name, delta in deltas.items()}
-        factors = gptq.v_factors([(triples[name][2], plan[name]) for name in deltas], gram_II)
+        groups = [(triples[name][2], plan[name]) for name in deltas]
+        factors = gptq.v_factors(groups, gptq.factor(gram_II))
         packed = {}
         for name, v in zip(deltas, factors, strict=True):
             u_RO, s_R, _ = triples[name]

@@ -8,6 +8,7 @@ directions at 3 bits of 4096 are `1/128`), or `*`: as many as fit.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -48,8 +49,9 @@ class Template:
         full = self._full(shape)
         if not self.has_hole:
             return full
-        keep = _largest(lambda n: bands_nbytes(shape, _clip(full, n)) <= nbytes, rank(full))
-        return _clip(full, keep)
+        counts = range(1, rank(full) + 1)
+        fitting = bisect_right(counts, nbytes, key=lambda n: bands_nbytes(shape, _clip(full, n)))
+        return _clip(full, fitting)
 
     def grow(self, shape: Shape, plan: Plan) -> Plan | None:
         """The plan with one more direction at its end, or None if the rank is full."""
@@ -122,15 +124,3 @@ def _clip(bands: Plan, directions: int) -> Plan:
         if count > 0:
             clipped.append(Band(band.bits, count))
     return tuple(clipped)
-
-
-def _largest(fits, limit: int) -> int:
-    """The largest n ≤ limit with fits(n), for a monotone `fits`; −1 if there is none."""
-    low, high = -1, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -62,8 +62,6 @@ class GramFactor:
     """float32, [j, k] = R_kj / R_jj for k < j in the order of the sweep (nothing else is read)."""
     order_N: Tensor
     """int64, the column that is swept at each place."""
-    damping: float
-    act_order: bool
 
 
 def factor_gram(gram_NN: Tensor, damping: float = 0.01, act_order: bool = True) -> GramFactor:
@@ -91,7 +89,7 @@ def factor_gram(gram_NN: Tensor, damping: float = 0.01, act_order: bool = True) 
             f"the pivot {info.item()} from the end of the order is not positive; {_facts(diag_N)}"
         )
     ratio_NN = (l_NN / l_NN.diagonal()).T.flip(0, 1)
-    return GramFactor(ratio_NN.float().contiguous(), order_N, damping, act_order)
+    return GramFactor(ratio_NN.float().contiguous(), order_N)
 
 
 def round_nearest(w_RN: Tensor, bits: Tensor | int) -> Quantized:
@@ -104,25 +102,19 @@ def round_nearest(w_RN: Tensor, bits: Tensor | int) -> Quantized:
 
 
 def quantize_v(
-    v_RI: Tensor,
-    gram_II: Tensor | GramFactor,
-    bits_R: Tensor | int,
-    *,
-    group_size: int = GROUP,
-    damping: float = 0.01,
-    act_order: bool = True,
+    v_RI: Tensor, factor: GramFactor, bits_R: Tensor | int, *, group_size: int = GROUP
 ) -> Quantized:
     """Quantises directions over the inputs of a layer: minimises Σ_r e_r C e_rᵀ, e = V̂ − V.
 
     Rows are independent, so all bands, and all layers that share the input, go through one sweep:
-    concatenate their directions and give each row its width. `gram_II` is the gram of the inputs,
-    or `factor_gram` of it. Groups are static: scales come from the original values, so groups stay
-    contiguous in the input whatever the order of the sweep.
+    concatenate their directions and give each row its width. `factor` is that of the inputs' gram C.
+    Groups are static: scales come from the original values, so groups stay contiguous in the input
+    whatever the order of the sweep.
 
     Returns codes (R, I), scale and zero (R, G). With C = I this is plain rounding. Raises
-    `CalibrationError` for a gram that cannot be used, and what `min_max_grid` raises.
+    `MismatchError` for a gram of another size, `CalibrationError` for directions that are not finite
+    or an error that overflows, and what `min_max_grid` raises.
     """
-    factor = _factor(gram_II, v_RI.shape[1], damping, act_order)
     v_RI = v_RI.float()
     scale_RG, zero_RG = min_max_grid(v_RI, bits_R, group_size)
     step_GR = scale_RG.float().T.contiguous()
@@ -137,24 +129,17 @@ def quantize_v(
 
 
 def quantize_u(
-    u_RO: Tensor,
-    gram_RR: Tensor | GramFactor,
-    bits: int,
-    *,
-    group_size: int = GROUP,
-    damping: float = 0.01,
-    act_order: bool = True,
+    u_RO: Tensor, factor: GramFactor, bits: int, *, group_size: int = GROUP
 ) -> Quantized:
     """Quantises directions over the outputs of a layer: minimises tr(E G Eᵀ), E = (Û − U)ᵀ.
 
-    `u_RO` is (r, out); `gram_RR` is the gram of what Û multiplies, `(S V̂ᵀ) C (S V̂ᵀ)ᵀ`, or its
-    `factor_gram`. Here the columns of the sweep are the directions and groups run along the
-    outputs within a direction, so the grid of a direction is made when its turn comes, from values
-    that already hold the errors of the directions before it.
+    `u_RO` is (r, out); `factor` is that of the gram of what Û multiplies, `(S V̂ᵀ) C (S V̂ᵀ)ᵀ`. Here
+    the columns of the sweep are the directions and groups run along the outputs within a direction,
+    so the grid of a direction is made when its turn comes, from values that already hold the errors
+    of the directions before it.
 
     Returns codes (R, O), scale and zero (R, G). Raises as `quantize_v` does.
     """
-    factor = _factor(gram_RR, u_RO.shape[0], damping, act_order)
     r, o = u_RO.shape
     shape = (r, -(-o // group_size))
     scale_RG = torch.ones(shape, dtype=torch.float16, device=u_RO.device)
@@ -176,6 +161,10 @@ def _sweep(w_NR: Tensor, factor: GramFactor, grid: Grid) -> Tensor:
 
     Returns codes uint8 (N, R), columns back in their own order.
     """
+    if len(factor.order_N) != len(w_NR):
+        raise MismatchError(
+            f"{len(w_NR)} columns need a gram of that size, got {len(factor.order_N)}"
+        )
     w_NR = w_NR[factor.order_N].contiguous()  # a copy, as an index makes one
     if not torch.isfinite(w_NR).all():
         raise CalibrationError("the directions to quantise hold NaN or Inf")
@@ -197,21 +186,6 @@ def _sweep(w_NR: Tensor, factor: GramFactor, grid: Grid) -> Tensor:
     codes_back_NR = torch.empty_like(codes_NR)
     codes_back_NR[factor.order_N] = codes_NR
     return codes_back_NR
-
-
-def _factor(gram: Tensor | GramFactor, columns: int, damping: float, act_order: bool) -> GramFactor:
-    """A gram is factored; a factor must be one of the same settings."""
-    size = len(gram.order_N) if isinstance(gram, GramFactor) else gram.shape[-1]
-    if size != columns:
-        raise MismatchError(f"{columns} columns need a gram of that size, got {size}")
-    if not isinstance(gram, GramFactor):
-        return factor_gram(gram, damping, act_order)
-    if (gram.damping, gram.act_order) != (damping, act_order):
-        raise MismatchError(
-            f"damping={damping:g} and act_order={act_order} were asked for, but the gram was "
-            f"factored with damping={gram.damping:g} and act_order={gram.act_order}"
-        )
-    return gram
 
 
 def _check_gram(gram_NN: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from deltacome.format.spec import (
     ALIGN,
     GROUP,
     Plan,
+    aligned,
     band_sections,
     format_plan,
     rank,
@@ -73,7 +74,7 @@ class Pool:
             raise PlanError(
                 f"slot pool: expected at least one slot, got {slots} of {slot_bytes} bytes"
             )
-        nbytes = _aligned(slot_bytes)
+        nbytes = aligned(slot_bytes)
         self.blobs_SN = torch.zeros(slots, nbytes, dtype=torch.uint8, device=device)
 
     def load(self, slot: int, offset: int, blob: Tensor) -> None:
@@ -113,7 +114,7 @@ def arrange(sizes: Mapping[Name, int]) -> tuple[dict[Name, int], int]:
     offsets, end = {}, 0
     for name, nbytes in sizes.items():
         offsets[name] = end
-        end += _aligned(nbytes)
+        end += aligned(nbytes)
     return offsets, end
 
 
@@ -298,10 +299,6 @@ def check_slot(slot: int, slots: int) -> None:
     """Raises MismatchError unless there is such a slot."""
     if not 0 <= slot < slots:
         raise MismatchError(f"slot pool: expected a slot in [0, {slots}), got {slot}")
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
 
 
 def _factor(side: str, bits: int, offsets: Mapping[str, int]) -> list[int]:

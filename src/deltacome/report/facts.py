@@ -18,8 +18,9 @@ import numpy as np
 
 from deltacome.errors import ArtifactError
 from deltacome.format.artifact import INDEX_FILE, Artifact
-from deltacome.format.manifest import MANIFEST_FILE, Record, entry_nbytes
+from deltacome.format.manifest import MANIFEST_FILE, Record
 from deltacome.format.spec import band_sections
+from deltacome.format.tensors import entry_nbytes
 
 CODES = ("16", "8", "4", "3", "2", "1", "signs")
 """Kinds of bytes that are codes: the width of a band, or the signs of a matrix."""
@@ -85,6 +86,11 @@ class Facts:
         return self.tuned_nbytes / self.bytes_on_disk
 
     @property
+    def codes(self) -> list[str]:
+        """Kinds of codes that there are, the widest first."""
+        return [kind for kind in CODES if any(place.nbytes[kind] for place in self.places)]
+
+    @property
     def depths(self) -> list[int]:
         """All depths at which there are matrices."""
         return sorted({place.depth for place in self.places if place.depth is not None})
@@ -126,18 +132,18 @@ def gather(artifact: Artifact) -> Facts:
     """
     artifact.check_bytes()
     manifest = artifact.manifest
-    total: Counter[str] = Counter()
     members: dict[tuple[str, int | None], list[Record]] = {}
     for record in manifest.records.values():
-        total += packed_kinds(record, manifest.group_size)
-        if record.exact_rows:
-            total["exact"] += entry_nbytes(record.dtype, record.exact_shape)
         if record.packed or (record.error is not None and covered(record)):
             members.setdefault(place_of(record.name), []).append(record)
+    order = sorted(members, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
+    places = [_place(artifact, key, members[key]) for key in order]
+    total: Counter[str] = sum((place.nbytes for place in places), Counter())
+    exact = [record for record in manifest.records.values() if record.exact_rows]
+    total["exact"] = sum(entry_nbytes(record.dtype, record.exact_shape) for record in exact)
     total["headers"] = sum(shard.nbytes for shard in manifest.shards.values()) - total.total()
     names = (MANIFEST_FILE, INDEX_FILE)
     total["manifest"] = sum((artifact.path / name).stat().st_size for name in names)
-    order = sorted(members, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
     return Facts(
         digest=artifact.digest,
         method=manifest.method,
@@ -147,7 +153,7 @@ def gather(artifact: Artifact) -> Facts:
         nominal_ratio=manifest.nominal_ratio(),
         beside_nbytes=sum(file.nbytes for file in manifest.files.values()),
         tensors=Counter(record.held for record in manifest.records.values()),
-        places=[_place(artifact, key, members[key]) for key in order],
+        places=places,
     )
 
 

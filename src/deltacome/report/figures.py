@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -76,6 +77,9 @@ def draw(what: Callable[..., Figure], wide: bool, *subject: Any) -> Figure:
         "grid.color": LIGHT["line"],
         "grid.linewidth": 0.7,
         "figure.facecolor": LIGHT["paper"],
+        "figure.labelsize": "medium",
+        "xtick.minor.size": 0,
+        "ytick.minor.size": 0,
         "legend.frameon": False,
         "text.parse_math": False,
     }
@@ -112,26 +116,22 @@ def bytes_by_kind(wide: bool, facts: Facts) -> Figure:
         nbytes = facts.nbytes[kind]
         colour = kind_colour(kind)
         step = width * nbytes / facts.bytes_on_disk
-        axes.add_patch(
-            Rectangle(
-                (left, 118), step, 38, fc=colour, ec=LIGHT["paper"], lw=0.8 if step > 3 else 0
-            )
-        )
+        edge = 0.8 if step > 3 else 0
+        axes.add_patch(Rectangle((left, 118), step, 38, fc=colour, ec=LIGHT["paper"], lw=edge))
         left += step
         x, y = width / columns * (index // rows), 176 + 24 * (index % rows)
         right = x + width / columns - (36 if index // rows < columns - 1 else 0)
         axes.add_patch(Rectangle((x, y), 13, 13, color=colour, lw=0))
         axes.text(x + 20, y + 11, KIND_WORDS[kind])
         axes.text(right - 62, y + 11, size(nbytes), ha="right")
-        axes.text(
-            right, y + 11, share(nbytes / facts.bytes_on_disk), ha="right", color=LIGHT["muted"]
-        )
+        part = share(nbytes / facts.bytes_on_disk)
+        axes.text(right, y + 11, part, ha="right", color=LIGHT["muted"])
     return figure
 
 
 def widths(wide: bool, facts: Facts) -> Figure:
     """Bits on disk a weight, stacked by width: a panel for each projection, depth to the right."""
-    kinds = [kind for kind in CODES if any(place.nbytes[kind] for place in facts.places)]
+    kinds = facts.codes
     figure, panels = _panels(wide, facts, 172 if wide else 142)
     for projection, axes in panels.items():
         places = _places(facts, projection)
@@ -150,7 +150,7 @@ def widths(wide: bool, facts: Facts) -> Figure:
     words = {kind: KIND_WORDS[kind] for kind in kinds} | {"rest": "scales, the rest"}
     patches = [Patch(color=kind_colour(kind), label=word, lw=0) for kind, word in words.items()]
     _legend(figure, patches, 6 if wide else 3)
-    figure.supylabel("bits on disk a weight", color=LIGHT["muted"], fontsize="medium")
+    figure.supylabel("bits on disk a weight", color=LIGHT["muted"])
     return figure
 
 
@@ -168,37 +168,32 @@ def errors(wide: bool, facts: Facts) -> Figure:
     look: dict[str, Any] = {"cmap": ListedColormap(shades), "edgecolors": LIGHT["paper"]}
     look |= {"norm": BoundaryNorm(bounds, len(shades)), "lw": 1.2 if len(depths) < 50 else 0.5}
     labels = [clip(name, 28 if wide else 20) for name in short_names(names).values()]
-    at = np.arange(len(depths))
+    at, edges = np.arange(len(depths)), np.arange(len(depths) + 1) - 0.5
+    sides = np.arange(len(names) + 1) - 0.5
     if wide:
         figure = _figure(wide, 190 + 26 * len(names))
         bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=(80, 26 * len(names)))
         bars.bar(at, known.mean(0), 0.78, color=LIGHT["accent"], lw=0)
         bars.set_ylabel("mean")
-        cells.pcolormesh(
-            np.append(at, len(at)) - 0.5, np.arange(len(names) + 1) - 0.5, known, **look
-        )
+        cells.pcolormesh(edges, sides, known, **look)
         cells.set_yticks(range(len(names)), labels, color=LIGHT["ink"])
         cells.set_xlabel("layer")
-        depth_axis = cells.xaxis
     else:
         figure = _figure(wide, 170 + int(min(max(440 / len(depths), 5), 26) * len(depths)))
         cells, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
         bars.barh(at, known.mean(0), 0.78, color=LIGHT["accent"], lw=0)
         bars.set_xlabel("mean")
         bars.xaxis.set_major_locator(MaxNLocator(2))
-        edges = np.append(at, len(at)) - 0.5
-        cells.pcolormesh(np.arange(len(names) + 1) - 0.5, edges, known.T, **look)
+        cells.pcolormesh(sides, edges, known.T, **look)
         cells.set_xticks(range(len(names)), labels, rotation=90, color=LIGHT["ink"])
         cells.set_ylabel("layer")
-        depth_axis = cells.yaxis
     cells.invert_yaxis()
     cells.grid(visible=False)
     bars.grid(axis="x" if wide else "y", visible=False)
     for axes in (cells, bars):
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    depth_axis.set_major_locator(MaxNLocator(16, integer=True, min_n_ticks=1))
-    depth_axis.set_major_formatter(FuncFormatter(lambda x, _: _depth_name(depths, x)))
+    _name_depths(cells.xaxis if wide else cells.yaxis, depths, 16)
     words = [f"{number(low)} to {number(high)}" for low, high in pairwise(bounds)]
     words[0] = f"up to {number(bounds[1])}"
     patches = [Patch(color=c, label=word, lw=0) for c, word in zip(shades, words, strict=True)]
@@ -233,14 +228,11 @@ def spectra(wide: bool, facts: Facts) -> Figure:
         )
         axes.xaxis.set_major_locator(LogLocator(10, numticks=6))
         axes.yaxis.set_major_locator(LogLocator(10, (1.0,) if high / low > 100 else (1, 2, 5)))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-            axis.set_minor_formatter(NullFormatter())
-        axes.tick_params(which="minor", length=0)
+        _plain_numbers(axes.xaxis, axes.yaxis)
         if projection is None and shown:
             axes.legend(loc="lower left", handlelength=1.4, borderaxespad=0.1)
-    figure.supxlabel("direction", color=LIGHT["muted"], fontsize="medium")
-    figure.supylabel("size of the direction", color=LIGHT["muted"], fontsize="medium")
+    figure.supxlabel("direction", color=LIGHT["muted"])
+    figure.supylabel("size of the direction", color=LIGHT["muted"])
     named = sorted({depths[round(x)] for x in np.linspace(0, len(depths) - 1, 5)}) if depths else []
     lines = [Line2D([], [], color=colours[steps[d]], lw=3, label=f"layer {d}") for d in named]
     _legend(figure, lines, 5 if wide else 3)
@@ -249,29 +241,26 @@ def spectra(wide: bool, facts: Facts) -> Figure:
 
 def scores(wide: bool, exams: Sequence[Exam], facts: Facts) -> Figure:
     """Score, and KL where there is one, against the ratio: a row for each task."""
-    rows = [(e, kind) for e in exams for kind in ("score", "kl") if kind == "score" or _has_kl(e)]
+    drawn = {True: (_draw_scores, _draw_kl), False: (_draw_scores,)}
+    rows = [(exam, what) for exam in exams for what in drawn[_has_kl(exam)]]
     methods = list(dict.fromkeys(m.method for e in exams for m in e.deltas))
     if wide:
         figure = _figure(wide, 60 + 270 * len(exams))
         grid = figure.subplots(len(exams), 2, squeeze=False)
-        places = [grid[exams.index(exam), int(kind == "kl")] for exam, kind in rows]
+        places = [grid[exams.index(exam), int(what is _draw_kl)] for exam, what in rows]
         for axes in set(grid.flat) - set(places):
             axes.set_axis_off()
     else:
         figure = _figure(wide, 70 + 220 * len(rows))
         places = list(figure.subplots(len(rows), 1, squeeze=False).flat)
-    for axes, (exam, kind) in zip(places, rows, strict=True):
-        _draw_scores(axes, exam, methods, facts) if kind == "score" else _draw_kl(
-            axes, exam, methods, facts
-        )
+    for axes, (exam, what) in zip(places, rows, strict=True):
+        what(axes, exam, methods, facts)
         ratios = sorted({m.ratio for m in exam.deltas if m.ratio}) or [1.0]
         axes.set(xscale="log", xlim=(ratios[0] / 1.35, ratios[-1] * 1.35), xlabel="ratio on disk")
-        ticks = [
-            tick for tick in 2.0 ** np.arange(-4, 16) if 0.9 * ratios[0] <= tick <= 1.1 * ratios[-1]
-        ]
-        axes.set_xticks(ticks or ratios[:1], [number(tick) for tick in ticks or ratios[:1]])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(which="minor", length=0)
+        low, high = 0.9 * ratios[0], 1.1 * ratios[-1]
+        ticks = [x for x in 2.0 ** np.arange(-4, 16) if low <= x <= high] or ratios[:1]
+        _plain_numbers(axes.xaxis)
+        axes.set_xticks(ticks, map(number, ticks))
     handles = [
         Line2D([], [], color=c, marker=marker, lw=1.2, label=clip(method or "–", 20))
         for method, (c, marker) in _looks(methods).items()
@@ -302,10 +291,10 @@ def _draw_scores(axes: Axes, exam: Exam, methods: Sequence[str | None], facts: F
     for method, (colour, marker) in _looks(methods).items():
         found = [m for m in exam.deltas if m.method == method and m.score is not None]
         x, y = _ratios(found), np.array([scale * (m.score or 0) for m in found])
-        ends = [(m.low, m.score) for m in found], [(m.score, m.high) for m in found]
-        reach = [[scale * _between(*pair) for pair in pairs] for pairs in ends]
+        below = [scale * _between(m.low, m.score) for m in found]
+        above = [scale * _between(m.score, m.high) for m in found]
         look: dict[str, Any] = {"color": colour, "marker": marker, "elinewidth": 1, "capsize": 3}
-        axes.errorbar(x, y, yerr=reach, lw=1.2, **look)
+        axes.errorbar(x, y, yerr=[below, above], lw=1.2, **look)
         _ring(axes, found, y, facts)
     if exam.percent:
         axes.set_ylim(0, max(5.0, 1.04 * axes.get_ylim()[1]))
@@ -328,8 +317,7 @@ def _draw_kl(axes: Axes, exam: Exam, methods: Sequence[str | None], facts: Facts
             _ring(axes, found, y, facts)
     axes.set_yscale("log")
     axes.margins(y=0.16)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axes.yaxis)
     axes.plot([], [], "o-", color=LIGHT["muted"], label="on the task")
     axes.plot([], [], "o:", color=LIGHT["muted"], mfc=LIGHT["paper"], label="on general text")
     axes.legend(loc="best", fontsize="small")
@@ -398,13 +386,25 @@ def _positions(facts: Facts, places: Sequence[Place]) -> list[int]:
     return [where[place.depth] for place in places if place.depth is not None]
 
 
-def _depth_name(depths: Sequence[int], position: float) -> str:
-    whole = round(position)
-    return str(depths[whole]) if whole == position and 0 <= whole < len(depths) else ""
+def _name_depths(axis: Axis, depths: Sequence[int], most: int) -> None:
+    """So many at most, of those that lie side by side along an axis."""
+
+    def name(position: float, _: object) -> str:
+        whole = round(position)
+        return str(depths[whole]) if whole == position and 0 <= whole < len(depths) else ""
+
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+    axis.set_major_formatter(FuncFormatter(name))
+
+
+def _plain_numbers(*axes: Axis) -> None:
+    """0.01 and not a power, and only at the larger ticks of a logarithmic scale."""
+    for axis in axes:
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _depth_ticks(axes: Axes, facts: Facts, projection: str | None, wide: bool) -> None:
-    depths = facts.depths
     if projection is None:
         names = [p.projection.rpartition(".")[2] for p in facts.outside[:BESIDE]]
         few = len(names) <= (2 if wide else 1)
@@ -412,9 +412,8 @@ def _depth_ticks(axes: Axes, facts: Facts, projection: str | None, wide: bool) -
         axes.set_xticks(range(len(names)), [clip(name, 14) for name in names], **turn)
         axes.set_xlim(-0.8, len(names) - 0.2)
         return
-    axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 4, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _depth_name(depths, x)))
-    axes.set_xlim(-0.8, len(depths) - 0.2)
+    _name_depths(axes.xaxis, facts.depths, 5 if wide else 4)
+    axes.set_xlim(-0.8, len(facts.depths) - 0.2)
 
 
 def _bytes_of(place: Place, kind: str) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from deltacome.errors import DeltaError, OutputError
+from deltacome.errors import DeltaError
 from deltacome.format.artifact import Artifact, opened
 from deltacome.format.clip import clip
-from deltacome.format.folder import new_file, new_folder
+from deltacome.format.folder import check_output, new_file, new_folder
 from deltacome.report.colours import COLOURS
 from deltacome.report.facts import Facts, gather
 from deltacome.report.figures import draw
@@ -52,8 +52,8 @@ def write_report(
     output, png = Path(output), None if png is None else Path(png)
     files = [Path(score) for score in scores]
     for path in (output, png):
-        if path is not None and path.exists():
-            raise OutputError(f"{path}: the output exists already; remove it or name another")
+        if path is not None:
+            check_output(path)
     exams = read_scores(files)
     if files and not any(exam.deltas for exam in exams):
         raise DeltaError(f"{files[0]}: expected scores of a delta, got those of dense models alone")

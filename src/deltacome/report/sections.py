@@ -49,15 +49,8 @@ def sections(facts: Facts, exams: Sequence[Exam]) -> list[Section]:
 
 def _bytes(facts: Facts) -> Section:
     codes = sum(facts.nbytes[kind] for kind in CODES) / facts.bytes_on_disk
-    rows = [
-        (
-            KIND_WORDS[kind],
-            f"{facts.nbytes[kind]:,}",
-            share(facts.nbytes[kind] / facts.bytes_on_disk),
-        )
-        for kind in KINDS
-        if facts.nbytes[kind]
-    ]
+    there = {kind: facts.nbytes[kind] for kind in KINDS if facts.nbytes[kind]}
+    rows = [(KIND_WORDS[k], f"{n:,}", share(n / facts.bytes_on_disk)) for k, n in there.items()]
     return Section(
         "bytes",
         "Bytes by kind",
@@ -73,12 +66,12 @@ def _bytes(facts: Facts) -> Section:
 
 
 def _widths(facts: Facts) -> Section:
-    kinds = [kind for kind in CODES if any(place.nbytes[kind] for place in facts.places)]
+    kinds = [kind for kind in facts.codes if kind != "signs"]
     names = _names(facts)
     rows = [
         (
             *_where(names, place),
-            *(f"{place.directions[k]:,}" for k in kinds if k != "signs"),
+            *(f"{place.directions[k]:,}" for k in kinds),
             f"{place.nbytes.total():,}",
             f"{place.bits:.3f}",
         )
@@ -92,7 +85,7 @@ def _widths(facts: Facts) -> Section:
             f"From {least.bits:.2f} bits a weight ({_name(names, least)}) to {most.bits:.2f} "
             f"({_name(names, most)})."
         )
-    header = ("matrix", "layer", *(f"directions of {k} bits" for k in kinds if k != "signs"))
+    header = ("matrix", "layer", *(f"directions of {k} bits" for k in kinds))
     return Section(
         "widths",
         "Where the bits went",

@@ -12,7 +12,7 @@ from deltacome.errors import ArtifactError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.runtime.choice import Choice
 from deltacome.runtime.experts import install_experts
-from deltacome.runtime.match import Place, vocabulary_configs
+from deltacome.runtime.match import Place
 from deltacome.runtime.modules import (
     embedding_scale,
     own_forward,
@@ -44,9 +44,7 @@ def install_alone(
             experts.setdefault(id(place.module), []).append(place)
     for mine in experts.values():
         if any(place.record.kind != "same" for place in mine):
-            install_experts(
-                *(stack, mine[0].module, mine, lambda p: terms.packed([p]), choice, impl)
-            )
+            install_experts(stack, mine, terms, choice, impl)
     places = [place for place in places if place.target.expert is None]
     scales = [_scale(place) for place in places]
     values: dict[tuple[str, int], Tensor] = {}
@@ -98,7 +96,7 @@ def _patch(
 ) -> None:
     module: Any = place.module
     packed = terms.packed([place])
-    added = terms.exact(0, place) if place.grown else None
+    added = terms.exact(0, place) if place.record.grown else None
     if isinstance(module, nn.Embedding):
         rows = place.live.shape[0]
         forward = tuned_embedding(own_forward(module), packed, added, rows, scale, choice, impl)
@@ -114,11 +112,25 @@ def _resize(stack: contextlib.ExitStack, model: nn.Module, places: Sequence[Plac
             continue
         before, after = place.live.shape[0], place.record.shape[0]
         owner: Any
-        for owner in (place.module, *vocabulary_configs(model)):
+        for owner in (place.module, *_vocabulary_configs(model)):
             for name in ("num_embeddings", "out_features", "vocab_size"):
                 if getattr(owner, name, None) == before:
                     stack.callback(setattr, owner, name, before)
                     setattr(owner, name, after)
+
+
+def _vocabulary_configs(model: nn.Module) -> list[Any]:
+    """Every configuration and module of the model that states the size of a vocabulary."""
+    owners: dict[int, Any] = {}
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            if isinstance(getattr(owner, "vocab_size", None), int):
+                owners[id(owner)] = owner
+            if owner is not module and hasattr(owner, "get_text_config"):
+                text = owner.get_text_config()  # type: ignore
+                if isinstance(getattr(text, "vocab_size", None), int):
+                    owners[id(text)] = text
+    return list(owners.values())
 
 
 def _set_generation_config(

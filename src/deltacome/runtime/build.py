@@ -16,7 +16,8 @@ from deltacome.arch.checkpoint import Checkpoint
 from deltacome.device import pick_dtype
 from deltacome.errors import ArtifactError, MismatchError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
-from deltacome.format.manifest import DTYPES, Record
+from deltacome.format.manifest import Record
+from deltacome.format.tensors import DTYPES
 from deltacome.skeleton import check_names, make_skeleton, parse_config, set_part, targets
 
 

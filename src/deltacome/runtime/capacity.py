@@ -1,8 +1,8 @@
 """How many tenants fit on a device beside their base and a KV cache.
 
-What a tenant takes is what its slot takes: packed terms, each at a multiple of 16 bytes, the tables that
-say where they lie, and what is stored exactly, in float32. `allocate` takes the memory for real and
-measures it, since arithmetic about memory is worth little until something has been allocated.
+What a tenant takes is what its slot takes: packed terms, the tables that say where they lie, and what is
+stored exactly, in float32. `allocate` takes the memory for real and measures it, since arithmetic about
+memory is worth little until something has been allocated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from deltacome.errors import MismatchError, PlanError
 from deltacome.format.artifact import Artifact, opened
 from deltacome.format.manifest import Record
-from deltacome.format.spec import ALIGN
+from deltacome.format.spec import aligned
 from deltacome.ops.slots import FIELDS, SIGN_FIELDS, Pool
 from deltacome.outline import outline
 from deltacome.skeleton import read_config
@@ -92,7 +92,7 @@ def capacity(
         if not ratio > 0:
             raise PlanError(f"ratio: expected a number above 0, got {ratio}")
         entries = sum(math.prod(info.shape) for info in shapes.tensors.values())
-        slot, beside = math.ceil(2 * entries / ratio / ALIGN) * ALIGN, 0
+        slot, beside = aligned(math.ceil(2 * entries / ratio)), 0
     else:
         slot, beside = max(map(slot_nbytes, artifacts)), max(map(beside_nbytes, artifacts))
         if not slot + beside:
@@ -121,11 +121,8 @@ def capacity(
 def slot_nbytes(artifact: Artifact) -> int:
     """Bytes of an artifact's packed terms, as a slot holds them."""
     group = artifact.manifest.group_size
-    return sum(
-        math.ceil(nbytes / ALIGN) * ALIGN
-        for record in artifact.manifest.records.values()
-        for nbytes in record.packed_nbytes(group).values()
-    )
+    records = artifact.manifest.records.values()
+    return sum(sum(record.packed_nbytes(group).values()) for record in records)
 
 
 def beside_nbytes(artifact: Artifact) -> int:

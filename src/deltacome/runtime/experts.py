@@ -20,6 +20,7 @@ from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.runtime.choice import Choice
 from deltacome.runtime.match import Place
 from deltacome.runtime.modules import Tables, set_forward
+from deltacome.runtime.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,14 @@ class Expert:
 
 
 def install_experts(
-    stack: contextlib.ExitStack,
-    module: nn.Module,
-    places: Sequence[Place],
-    packed: Callable[[Place], Tables | None],
-    choice: Choice,
-    impl: str,
+    stack: contextlib.ExitStack, places: Sequence[Place], terms: Terms, choice: Choice, impl: str
 ) -> None:
     """Lets a module of experts run with deltas, until the stack unwinds.
 
     Args:
         stack: undoes each change.
-        module: the experts.
-        places: of all its stored matrices.
-        packed: gives the tables of a place.
+        places: of all stored matrices of the module.
+        terms: of the artifact.
         choice: the tenants of the rows.
         impl: implementation of the ops.
 
@@ -66,6 +61,7 @@ def install_experts(
         UnsupportedError: a matrix is stored exactly.
         MismatchError: some expert's matrix is missing.
     """
+    module = places[0].module
     found: dict[str, dict[tuple[int, int], Place]] = {}
     for place in places:
         if place.record.exact_rows:
@@ -79,11 +75,10 @@ def install_experts(
                 f"{places[0].record.name}: expected {parts} matrices for each of {count} experts, got "
                 f"{len(matrices)}"
             )
+        stored = [[matrices[expert, part] for part in range(parts)] for expert in range(count)]
         rows = [
-            Expert(
-                [(matrices[e, i].live, packed(matrices[e, i])) for i in range(parts)], choice, impl
-            )
-            for e in range(count)
+            Expert([(place.live, terms.packed([place])) for place in mine], choice, impl)
+            for mine in stored
         ]
         # An attribute of the instance hides the parameter, which stays where it is.
         vars(module)[attr] = rows

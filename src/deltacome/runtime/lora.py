@@ -132,9 +132,9 @@ class _Export:
         for name, record in self.artifact.manifest.records.items():
             if record.kind == "same":
                 continue
-            grown = record.exact_rows is not None and not record.replaced
-            if self.where[name].expert is not None or grown or record.shape != record.base_shape:
-                what = "an expert's matrix" if self.where[name].expert is not None else "added rows"
+            stacked = self.where[name].expert is not None
+            if stacked or record.grown or record.shape != record.base_shape:
+                what = "an expert's matrix" if stacked else "added rows"
                 raise UnsupportedError(
                     f"{name}: {'a new tensor' if record.base_shape is None else what}, which no LoRA "
                     "adapter holds: export it with --to dense"

@@ -19,26 +19,8 @@ from deltacome.arch.bypassed import bypassed
 from deltacome.arch.checkpoint import sample_digest
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.manifest import Manifest, Record
+from deltacome.runtime.configs import Config, check_config
 from deltacome.skeleton import Target, ignored, targets
-
-Config = dict[str, Any]
-
-HARMLESS = {
-    # Names, bookkeeping, and what only loading or training reads.
-    *("_name_or_path", "transformers_version", "architectures", "model_type", "auto_map"),
-    *("dtype", "torch_dtype", "quantization_config", "_attn_implementation", "pretraining_tp"),
-    *("task_specific_params", "id2label", "label2id", "num_labels", "problem_type"),
-    *("initializer_range", "attention_dropout", "hidden_dropout", "dropout"),
-    *("embd_pdrop", "resid_pdrop", "attn_pdrop"),
-    # What is returned, not what is computed.
-    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
-    # Attaching takes care of these.
-    *("vocab_size", "tie_word_embeddings"),
-}
-"""Fields of a configuration that may differ while base and tuned model compute the same."""
-MAX_COUNT = 1 << 16
-"""Up to which a count of a tuned configuration is read even if the base's is smaller."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +43,9 @@ class Place:
         return not self.quantized and self.record.shape[:1] != tuple(self.live.shape[:1])
 
     @property
-    def grown(self) -> bool:
-        """Whether the tuned value is the base's rows, with or without a delta, and then more."""
-        return self.record.exact_rows is not None and not self.record.replaced
-
-    @property
     def patched(self) -> bool:
         """Whether the module has to compute something else than with the base's tensor alone."""
-        return self.record.packed or self.grown
+        return self.record.packed or self.record.grown
 
 
 def match(
@@ -93,11 +70,11 @@ def match(
         UnsupportedError: a configuration that changes what the model computes, or a module that
             cannot run from packed codes.
     """
-    check_config(model, tuned_config)
+    tuned = check_config(model, tuned_config)
     where = targets(model, manifest.records)
     whole = {t.parameter: manifest.records[n] for n, t in where.items() if t.expert is None}
     stacked = {t.parameter for t in where.values() if t.expert is not None}
-    places = list(_pair(model, whole, stacked, tuned_config))
+    places = list(_pair(model, whole, stacked, tuned))
     places += _stacks(model, manifest.records, where)
     found = {place.record.name for place in places}
     if quantized_base:
@@ -124,7 +101,7 @@ def match(
 
 
 def _pair(
-    model: nn.Module, records: dict[str, Record], stacked: set[str], tuned_config: Config | None
+    model: nn.Module, records: dict[str, Record], stacked: set[str], tuned: Any
 ) -> Iterator[Place]:
     """Places of tensors that are a whole parameter or buffer.
 
@@ -132,13 +109,13 @@ def _pair(
         model: holds the base's weights.
         records: by the parameter that they are about.
         stacked: parameters of many tensors, which are left out here.
-        tuned_config: of the tuned model.
+        tuned: configuration of the tuned model, if known.
     """
     places = _places(model)
     names_of = defaultdict(list)
     for (_, _, tensor), names in places:
         names_of[id(tensor)] += names
-    head = _untied_head(model, records, tuned_config)
+    head = _untied_head(model, records, tuned)
     unknown = []
     for (module, attr, tensor), names in places:
         known = next((n for n in names + names_of[id(tensor)] if n in records), None)
@@ -217,14 +194,13 @@ def _places(model: nn.Module) -> list[tuple[tuple[nn.Module, str, Tensor], list[
 
 
 def _untied_head(
-    model: nn.Module, records: dict[str, Record], tuned_config: Config | None
+    model: nn.Module, records: dict[str, Record], tuned: Any
 ) -> tuple[Tensor, Tensor, str] | None:
     """(head, embedding, the embedding's record) if only the tuned model ties the two.
 
     The head is then the tuned embedding, and the base's own head is not used at all.
     """
-    config = _parsed(model, tuned_config)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
+    if not getattr(tuned, "tie_word_embeddings", False):
         return None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore
     if head is None or head.weight is embedding.weight:
@@ -304,109 +280,5 @@ def check_module(place: Place) -> None:
             f"{place.name}: expected the weight of a linear layer or an embedding, got "
             f"{place.attr} ({place.live.dtype}) of {kind.__module__}.{kind.__qualname__}{hint}"
         )
-    if place.grown and isinstance(module, nn.Linear) and module.bias is not None:
+    if place.record.grown and isinstance(module, nn.Linear) and module.bias is not None:
         raise UnsupportedError(f"{place.name}: rows added to a linear layer with a bias")
-
-
-def check_config(model: nn.Module, tuned_config: Config | None) -> Any:
-    """Checks that base and tuned model run the same code: attaching changes weights only.
-
-    Returns:
-        The tuned configuration as an object, without what is harmless; None if none is known.
-
-    Raises:
-        UnsupportedError: names the field, the tuned model's value and the base's.
-    """
-    tuned = _parsed(model, tuned_config)
-    if tuned is not None:
-        _compare(_plain(tuned), _plain(model.config), "")  # type: ignore
-    return tuned
-
-
-def _parsed(model: nn.Module, tuned_config: Config | None) -> Any:
-    """The tuned configuration as this transformers reads it, defaults filled in as the base's."""
-    config = getattr(model, "config", None)
-    if tuned_config is None or not hasattr(config, "to_dict"):
-        return None
-    if tuned_config.get("model_type", config.model_type) != config.model_type:  # type: ignore
-        raise UnsupportedError(
-            f"model_type: the tuned model has {tuned_config['model_type']!r:.100}, the base "
-            f"{config.model_type!r}"  # type: ignore
-        )
-    _check_counts(tuned_config, config, "")
-    try:
-        return type(config).from_dict(_telling(tuned_config))  # type: ignore
-    except Exception as error:  # runs through a library's code: any kind may come
-        raise UnsupportedError(f"tuned_config.json: not a model configuration: {error}") from error
-
-
-def _telling(document: Config) -> Config:
-    """A parsed `config.json`, parts of it too, without what is harmless: of a number of labels a
-    configuration's class makes a list of their names. What decides on a class or on a head stays."""
-    return {
-        key: _telling(value) if isinstance(value, dict) else value
-        for key, value in document.items()
-        if key not in HARMLESS - {"model_type", "vocab_size", "tie_word_embeddings"}
-    }
-
-
-def _check_counts(tuned: Config, base: Any, where: str) -> None:
-    """Refuses counts far from the base's before anything makes lists as long (of layers, say).
-
-    Args:
-        tuned: a parsed `config.json`, or a part of it.
-        base: the configuration that it is to be like.
-        where: of which part.
-    """
-    parts = getattr(base, "sub_configs", {})
-    text = base.get_text_config(decoder=True) if hasattr(base, "get_text_config") else base
-    for key, ours in tuned.items():
-        theirs = getattr(base, key, getattr(text, key, None))  # its fields may lie one level up
-        if key in parts and isinstance(ours, dict) and theirs is not None:
-            _check_counts(ours, theirs, f"{where}{key}.")
-        elif (key in parts and ours and theirs is None) or (
-            isinstance(ours, int)
-            and isinstance(theirs, int)
-            and key not in HARMLESS | {"max_position_embeddings"}
-            and ours > max(theirs, MAX_COUNT)
-        ):
-            raise _differs(where + key, ours, theirs)
-
-
-def _plain(config: Any) -> Config:
-    return {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
-
-
-def _compare(tuned: Config, base: Config, where: str) -> None:
-    rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
-    for key in sorted(tuned.keys() | base.keys()):
-        ours, theirs = tuned.get(key), base.get(key)
-        if ours == theirs or key in HARMLESS:
-            continue
-        if key == "max_position_embeddings" and rope.get("rope_type", "default") == "default":
-            continue  # a limit that plain rotary embeddings do not compute with
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            _compare(ours, theirs, f"{where}{key}.")
-            continue
-        raise _differs(where + key, ours, theirs)
-
-
-def _differs(key: str, ours: Any, theirs: Any) -> UnsupportedError:
-    return UnsupportedError(
-        f"{key}: the tuned model has {ours!r:.500}, the base {theirs!r:.500}; attaching changes weights, "
-        "not the model's code: set it on the base's configuration, or merge"
-    )
-
-
-def vocabulary_configs(model: nn.Module) -> list[Any]:
-    """Every configuration and module of the model that states the size of a vocabulary."""
-    owners: dict[int, Any] = {}
-    for module in model.modules():
-        for owner in (module, getattr(module, "config", None)):
-            if isinstance(getattr(owner, "vocab_size", None), int):
-                owners[id(owner)] = owner
-            if owner is not module and hasattr(owner, "get_text_config"):
-                text = owner.get_text_config()  # type: ignore
-                if isinstance(getattr(text, "vocab_size", None), int):
-                    owners[id(text)] = text
-    return list(owners.values())

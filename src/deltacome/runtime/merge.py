@@ -24,8 +24,9 @@ from deltacome.arch.checkpoint import (
 from deltacome.errors import ArtifactError, MismatchError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.format.folder import new_folder, write_atomic
-from deltacome.format.manifest import DTYPES, Record, entry_nbytes
+from deltacome.format.manifest import Record
 from deltacome.format.side_files import write_side_files
+from deltacome.format.tensors import DTYPES, entry_nbytes
 from deltacome.format.writer import grouped
 
 MAX_SHARD_BYTES = 2 * 10**9

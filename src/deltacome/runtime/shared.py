@@ -85,7 +85,7 @@ def _refuse(path: Path, place: Place) -> None:
     why = None
     if place.target.expert is not None:
         why = "experts" if place.record.kind != "same" else None
-    elif place.resized or place.grown:
+    elif place.resized or place.record.grown:
         why = "a vocabulary of another size than the base's"
     elif not place.quantized and place.live is not getattr(place.module, place.attr):
         why = "a head that is the embedding, and the base's is not"

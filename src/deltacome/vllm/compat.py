@@ -7,7 +7,9 @@ one whose functions have other parameters than those that the hooks were written
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -190,9 +192,8 @@ def renamer(model: nn.Module) -> Any:
     return lambda name: mapper._map_name(name)
 
 
-def ties_head(model: nn.Module) -> bool:
-    """Whether the head uses the embedding's weight."""
-    config: Any = model.config
+def ties_head(config: Any) -> bool:
+    """Whether the head of a model of this configuration uses the embedding's weight."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return bool(getattr(text, "tie_word_embeddings", False))
 
@@ -214,6 +215,28 @@ def encoders(model: nn.Module) -> tuple[str, ...]:
         mapping: Any = model.get_mm_mapping()  # pyright: ignore[reportCallIssue]
         prefixes += [*mapping.tower_model, *mapping.connector, *mapping.generator]
     return tuple(prefixes)
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Lets calls of a class's method go to a wrapper, which gets the method before their arguments.
+
+    Once: where this wrapped it before, it stays as it is.
+    """
+    held = inspect.getattr_static(owner, name)
+    original = held.__func__ if isinstance(held, classmethod) else held
+    if hasattr(original, "_deltacome"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped._deltacome = True  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(owner, name, classmethod(wrapped) if isinstance(held, classmethod) else wrapped)
+
+
+signature = functools.cache(inspect.signature)
+"""Of a method that is wrapped; found once, as that takes longer than a call."""
 
 
 async def ask_workers(engine: Any, method: str, *args: Any) -> list[Any]:

@@ -8,8 +8,6 @@ everything that is no tenant passes through them untouched.
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from http import HTTPStatus
@@ -30,6 +28,8 @@ from deltacome.vllm.registry import MARK, Registry
 from deltacome.vllm.request import has_digest, is_artifact
 from deltacome.vllm.settings import Settings
 
+Original = Callable[..., Any]
+"""A method of vLLM, which `compat.wrap` gives to what stands in its place."""
 _registry: Registry | None = None
 """That of this process: an API server has one."""
 OPEN = ("/health", "/ping", "/metrics", "/version")
@@ -37,10 +37,7 @@ OPEN = ("/health", "/ping", "/metrics", "/version")
 
 
 def install() -> None:
-    """Wraps classes of the API server, once."""
-    if hasattr(compat.OpenAIServingModels, "_deltacome"):
-        return
-    compat.OpenAIServingModels._deltacome = True  # pyright: ignore[reportAttributeAccessIssue]
+    """Wraps methods of the API server, once."""
     for owner, name, wrapper in (
         (compat.OpenAIServingModels, "__init__", _init),
         (compat.OpenAIServingModels, "load_lora_adapter", _load),
@@ -49,134 +46,113 @@ def install() -> None:
         (compat.OpenAIServingModels, "resolve_lora", _resolve),
         (compat.OnlineRenderer, "preprocess_chat", _preprocess_chat),
         (compat.AuthenticationMiddleware, "__call__", _authenticate),
-        (compat.PrometheusStatLogger, "record", metrics.with_present_adapters),
+        (compat.PrometheusStatLogger, "record", metrics.record_present_adapters),
         *((request, "to_sampling_params", _sampling) for request in compat.REQUESTS),
     ):
-        original = getattr(owner, name)
-        setattr(owner, name, functools.wraps(original)(wrapper(original)))
+        compat.wrap(owner, name, wrapper)
 
 
-def _init(original: Callable[..., None]) -> Callable[..., None]:
-    def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
-        global _registry
-        original(self, engine_client, *args, **kwargs)
-        # Some servers and tests have a client without an engine, and then without tenants.
-        config = getattr(engine_client, "vllm_config", None)
-        if config is None or config.lora_config is None:
-            return
-        settings = Settings.parse(config.additional_config)
-        self.lora_resolver_lock = Locks()
-        self._finder = None
-        if settings.tenants is not None:
-            if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-                raise UnsupportedError(
-                    "deltacome: finding tenants by name needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-                )
-            self._finder = Finder(settings.tenants)
-        _registry = Registry(self, engine_client, settings)
-        engine_client.generate = _with_tenant(engine_client.generate, _registry)
-        engine_client.encode = _with_tenant(engine_client.encode, _registry)
-        metrics.watch(engine_client)
-
-    return init
+def _init(original: Original, self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+    global _registry
+    original(self, engine_client, *args, **kwargs)
+    # Some servers and tests have a client without an engine, and then without tenants.
+    config = getattr(engine_client, "vllm_config", None)
+    if config is None or config.lora_config is None:
+        return
+    settings = Settings.parse(config.additional_config)
+    self.lora_resolver_lock = Locks()
+    self._finder = None
+    if settings.tenants is not None:
+        if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            raise UnsupportedError(
+                "deltacome: finding tenants by name needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            )
+        self._finder = Finder(settings.tenants)
+    _registry = Registry(self, engine_client, settings)
+    engine_client.generate = _with_tenant(engine_client.generate, _registry)
+    engine_client.encode = _with_tenant(engine_client.encode, _registry)
+    metrics.watch(engine_client)
 
 
-def _load(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        if _registry is None:
-            return await original(self, request, base_model_name)
+async def _load(
+    original: Original, self: Any, request: Any, base_model_name: str | None = None
+) -> Any:
+    if _registry is None:
+        return await original(self, request, base_model_name)
+    try:
+        folder = await asyncio.to_thread(hub_artifact, request.lora_path or "")
+        # That of SageMaker's route, /adapters, is no such object.
+        request = compat.LoadLoRAAdapterRequest(**vars(request) | {"lora_path": folder})
+    except (DeltaError, OSError, ValueError) as error:
+        return _refusal(request.lora_name, error, "lora_path")
+    if not is_artifact(folder):
+        return await original(self, request, base_model_name)
+    async with self.lora_resolver_lock[request.lora_name]:
+        if error := await self._check_load_lora_adapter_request(request):
+            return error
         try:
-            folder = await asyncio.to_thread(hub_artifact, request.lora_path or "")
-            # That of SageMaker's route, /adapters, is no such object.
-            asked = vars(request) | {"lora_path": folder}
-            request = compat.LoadLoRAAdapterRequest(**asked)
-        except (DeltaError, OSError, ValueError) as error:
+            await _registry.load(request.lora_name, folder)
+        except DeltaError as error:
             return _refusal(request.lora_name, error, "lora_path")
-        if not is_artifact(folder):
-            return await original(self, request, base_model_name)
-        async with self.lora_resolver_lock[request.lora_name]:
-            if error := await self._check_load_lora_adapter_request(request):
-                return error
-            try:
-                await _registry.load(request.lora_name, folder)
-            except DeltaError as error:
-                return _refusal(request.lora_name, error, "lora_path")
-        return f"Success: tenant '{request.lora_name}' added successfully."
-
-    return load
+    return f"Success: tenant '{request.lora_name}' added successfully."
 
 
-def _check_load(original: Callable[..., Any]) -> Callable[..., Any]:
+async def _check_load(original: Original, self: Any, request: Any) -> Any:
     """Before anything is loaded, of either kind, and while its name is locked: vLLM gives what it loads
     in place the number of what had the name, and a tenant's number is its weights'."""
-
-    async def check(self: Any, request: Any) -> Any:
-        error = await original(self, request)
-        if error or _registry is None:
-            return error
-        name, path = request.lora_name, request.lora_path
-        if MARK in name:
-            reason = f"{name}: expected a name without {MARK!r}, which tenants have in the engine"
-            return _refusal(name, MismatchError(reason), "lora_name")
-        if _registry.named(name) and not is_artifact(path):
-            reason = (
-                f"{path}: expected an artifact ({MANIFEST_FILE}), found none: {name} is a tenant; "
-                "unload it to give its name to an ordinary adapter"
-            )
-            return _refusal(name, ArtifactError(reason), "lora_path")
-        return None
-
-    return check
+    error = await original(self, request)
+    if error or _registry is None:
+        return error
+    name, path = request.lora_name, request.lora_path
+    if MARK in name:
+        reason = f"{name}: expected a name without {MARK!r}, which tenants have in the engine"
+        return _refusal(name, MismatchError(reason), "lora_name")
+    if _registry.named(name) and not is_artifact(path):
+        reason = (
+            f"{path}: expected an artifact ({MANIFEST_FILE}), found none: {name} is a tenant; "
+            "unload it to give its name to an ordinary adapter"
+        )
+        return _refusal(name, ArtifactError(reason), "lora_path")
+    return None
 
 
-def _check_unload(original: Callable[..., Any]) -> Callable[..., Any]:
+async def _check_unload(original: Original, self: Any, request: Any) -> Any:
     """Where an unload has the lock of its name, and takes the name away at once if nothing is wrong.
     Before, what has the name may be replaced by a load that has the lock."""
-
-    async def check(self: Any, request: Any) -> Any:
-        error = await original(self, request)
-        if error is None and _registry is not None:
-            _registry.unload(self.lora_requests[request.lora_name])
-        return error
-
-    return check
+    error = await original(self, request)
+    if error is None and _registry is not None:
+        _registry.unload(self.lora_requests[request.lora_name])
+    return error
 
 
-def _resolve(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def resolve(self: Any, lora_name: str) -> Any:
-        if _registry is not None and MARK in lora_name:
-            reason = f"The model `{lora_name}` does not exist: a name has no {MARK!r}."
-            return create_error_response(reason, "NotFoundError", HTTPStatus.NOT_FOUND, "model")
-        finder: Finder | None = getattr(self, "_finder", None)
-        if finder is None or _registry is None:
-            return await original(self, lora_name)
-        async with self.lora_resolver_lock[lora_name]:
-            if lora_name in self.lora_requests:
-                return self.lora_requests[lora_name]
-            try:
-                folder = await finder.find(lora_name)
-                if folder is not None:
-                    return (await _registry.load(lora_name, str(folder), finder)).request
-            except DeltaError as error:
-                return _refusal(lora_name, error, "model")
+async def _resolve(original: Original, self: Any, lora_name: str) -> Any:
+    if _registry is not None and MARK in lora_name:
+        reason = f"The model `{lora_name}` does not exist: a name has no {MARK!r}."
+        return create_error_response(reason, "NotFoundError", HTTPStatus.NOT_FOUND, "model")
+    finder: Finder | None = getattr(self, "_finder", None)
+    if finder is None or _registry is None:
         return await original(self, lora_name)
+    async with self.lora_resolver_lock[lora_name]:
+        if lora_name in self.lora_requests:
+            return self.lora_requests[lora_name]
+        try:
+            folder = await finder.find(lora_name)
+            if folder is not None:
+                return (await _registry.load(lora_name, str(folder), finder)).request
+        except DeltaError as error:
+            return _refusal(lora_name, error, "model")
+    return await original(self, lora_name)
 
-    return resolve
 
-
-def _authenticate(original: Callable[..., Any]) -> Callable[..., Any]:
+def _authenticate(original: Original, self: Any, scope: Any, receive: Any, send: Any) -> Any:
     """vLLM asks for the key where a path begins with /v1 and the like alone. Tenants are loaded, unloaded
     and asked at other paths too, and what is added may be anywhere."""
-
-    def call(self: Any, scope: Any, receive: Any, send: Any) -> Any:
-        if _registry is not None and scope["type"] in ("http", "websocket"):
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            asks = path not in OPEN and scope.get("method") != "OPTIONS"
-            if asks and not self.verify_token(Headers(scope=scope)):
-                return JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
-        return original(self, scope, receive, send)
-
-    return call
+    if _registry is not None and scope["type"] in ("http", "websocket"):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        asks = path not in OPEN and scope.get("method") != "OPTIONS"
+        if asks and not self.verify_token(Headers(scope=scope)):
+            return JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+    return original(self, scope, receive, send)
 
 
 def _refusal(name: str, error: Exception, parameter: str) -> Any:
@@ -210,32 +186,24 @@ def _with_tenant(generate: Callable[..., Any], registry: Registry) -> Callable[.
     return generating
 
 
-def _preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    async def preprocess_chat(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        name = getattr(call.arguments["request"], "model", None)
-        entry = _registry.named(name) if _registry is not None else None
-        if entry is not None:
-            if entry.manners.template is not None:
-                call.arguments["default_template"] = entry.manners.template
-            # Else a template gets the base's, whose tokenizer fills it.
-            given = call.arguments.get("default_template_kwargs") or {}
-            call.arguments["default_template_kwargs"] = entry.manners.special | given
-        return await original(*call.args, **call.kwargs)
-
-    return preprocess_chat
+async def _preprocess_chat(original: Original, *args: Any, **kwargs: Any) -> Any:
+    call = compat.signature(original).bind(*args, **kwargs)
+    name = getattr(call.arguments["request"], "model", None)
+    entry = _registry.named(name) if _registry is not None else None
+    if entry is not None:
+        if entry.manners.template is not None:
+            call.arguments["default_template"] = entry.manners.template
+        # Else a template gets the base's, whose tokenizer fills it.
+        given = call.arguments.get("default_template_kwargs") or {}
+        call.arguments["default_template_kwargs"] = entry.manners.special | given
+    return await original(*call.args, **call.kwargs)
 
 
-def _sampling(original: Callable[..., Any]) -> Callable[..., Any]:
-    def to_sampling_params(self: Any, max_tokens: int, defaults: dict[str, Any]) -> Any:
-        entry = _registry.named(self.model) if _registry is not None else None
-        own = None if entry is None else entry.manners.sampling
-        # With `--generation-config vllm` no model's own defaults count.
-        if own is not None and _registry.models.model_config.generation_config == "auto":  # pyright: ignore
-            kept = {name: value for name, value in defaults.items() if name not in SAMPLING}
-            defaults = kept | own
-        return original(self, max_tokens, defaults)
-
-    return to_sampling_params
+def _sampling(original: Original, self: Any, max_tokens: int, defaults: dict[str, Any]) -> Any:
+    entry = _registry.named(self.model) if _registry is not None else None
+    own = None if entry is None else entry.manners.sampling
+    # With `--generation-config vllm` no model's own defaults count.
+    if own is not None and _registry.models.model_config.generation_config == "auto":  # pyright: ignore
+        kept = {name: value for name, value in defaults.items() if name not in SAMPLING}
+        defaults = kept | own
+    return original(self, max_tokens, defaults)

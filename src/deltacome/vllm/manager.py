@@ -23,6 +23,7 @@ from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.ops.impls import check_impl, fastest
 from deltacome.ops.slots import Pool
 from deltacome.vllm import compat
+from deltacome.vllm.base import Base
 from deltacome.vllm.layers import Delta, NormDelta, install
 from deltacome.vllm.mends import mend_heads, one_more_slot
 from deltacome.vllm.places import Place, find_places
@@ -30,7 +31,7 @@ from deltacome.vllm.refuse import refuse_heads, refuse_impl, refuse_options
 from deltacome.vllm.request import artifact_path, content_path, has_digest
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step
-from deltacome.vllm.tenant import Base, Tenant, check_room, load_tenant
+from deltacome.vllm.tenant import Tenant, check_room, load_tenant
 
 
 class ModelManager(compat.LRUCacheLoRAModelManager):
@@ -55,7 +56,6 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         check_impl("vLLM", impl)
         refuse_impl(impl, device, self.vllm_config.model_config)
         self.evictions = 0
-        self._slot_of: dict[int, int] = {}
         nbytes = self.settings.slot_bytes or default_slot_bytes(
             places, self.vllm_config.parallel_config.tensor_parallel_size
         )
@@ -95,14 +95,12 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Moves an adapter into a slot; a move that fails leaves the slot free."""
+        before = [id for id in self.lora_index_to_id if id]
         if not super().activate_adapter(lora_id):
             return False
+        left = [id for id in before if id not in self.lora_index_to_id]
+        self.evictions += sum(isinstance(self._registered_adapters.get(id), Tenant) for id in left)
         slot = self.lora_index_to_id.index(lora_id)
-        before = next((id for id, s in self._slot_of.items() if s == slot), None)
-        if before is not None:
-            del self._slot_of[before]
-            left = self._registered_adapters.get(before)
-            self.evictions += before != lora_id and isinstance(left, Tenant)
         adapter = self._registered_adapters[lora_id]
         try:
             self._fill(slot, adapter if isinstance(adapter, Tenant) else None)
@@ -110,7 +108,6 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             self._active_adapters.pop(lora_id, None)
             self._deactivate_adapter(lora_id)
             raise
-        self._slot_of[lora_id] = slot
         return True
 
     def _fill(self, slot: int, tenant: Tenant | None) -> None:

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,39 +63,23 @@ def _mend(module: Any) -> None:
 
 def install() -> None:
     """Lets stages of a pipeline make room, and models with tenants alone be compiled."""
-    original = compat.GPUModelRunner.sync_and_gather_intermediate_tensors
-    if not hasattr(original, "_deltacome"):
-        mended = _with_room(original)
-        mended._deltacome = True  # pyright: ignore[reportFunctionMemberAccess]
-        compat.GPUModelRunner.sync_and_gather_intermediate_tensors = mended
-    check = compat.CpuPlatform.check_and_update_config.__func__
-    if not hasattr(check, "_deltacome"):
-        compiled = _compiled(check)
-        compiled._deltacome = True  # pyright: ignore[reportFunctionMemberAccess]
-        compat.CpuPlatform.check_and_update_config = classmethod(compiled)  # pyright: ignore
+    compat.wrap(compat.GPUModelRunner, "sync_and_gather_intermediate_tensors", _with_room)
+    compat.wrap(compat.CpuPlatform, "check_and_update_config", _compiled)
 
 
-def _compiled(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def check(cls: type, vllm_config: Any) -> None:
-        adapters = vllm_config.lora_config
-        if not Settings.parse(vllm_config.additional_config).lora:
-            vllm_config.lora_config = None
-        try:
-            original(cls, vllm_config)
-        finally:
-            vllm_config.lora_config = adapters
-
-    return check
+def _compiled(original: Callable[..., None], cls: type, vllm_config: Any) -> None:
+    adapters = vllm_config.lora_config
+    if not Settings.parse(vllm_config.additional_config).lora:
+        vllm_config.lora_config = None
+    try:
+        original(cls, vllm_config)
+    finally:
+        vllm_config.lora_config = adapters
 
 
-def _with_room(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def gather(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.intermediate_tensors is None:
-            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
-                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
-            )
-        return original(self, *args, **kwargs)
-
-    return gather
+def _with_room(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if self.intermediate_tensors is None:
+        self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+            batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+        )
+    return original(self, *args, **kwargs)

@@ -101,17 +101,15 @@ async def counted(outputs: Any, name: str, params: Any) -> AsyncGenerator[Any, N
             yield output
 
 
-def with_present_adapters(original: Callable[..., None]) -> Callable[..., None]:
+def record_present_adapters(
+    original: Callable[..., None], self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any
+) -> None:
     """vLLM's `record`, with the gauge of adapters that run and wait kept to those of now. It would keep a
     line for each list that there ever was, and a tenant has another name in the engine with each load."""
-
-    def record(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
-        gauge = self.gauge_lora_info
-        if scheduler_stats is not None and isinstance(gauge, Gauge):  # Ray's is another
-            gauge.clear()
-        original(self, scheduler_stats, *args, **kwargs)
-
-    return record
+    gauge = self.gauge_lora_info
+    if scheduler_stats is not None and isinstance(gauge, Gauge):  # Ray's is another
+        gauge.clear()
+    original(self, scheduler_stats, *args, **kwargs)
 
 
 def watch(engine_client: Any) -> None:

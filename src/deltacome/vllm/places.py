@@ -13,7 +13,7 @@ whose rows are requests.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -50,7 +50,7 @@ class Place:
     kind: str
     """`linear`, `embedding` (which may be the head too), `head` or `norm`."""
     parts: tuple[Part, ...]
-    tied: bool = field(default=False)
+    tied: bool = False
     """A head that uses the embedding's weight."""
 
     def group(self, group_size: int) -> int:
@@ -80,7 +80,7 @@ def find_places(model: nn.Module) -> list[Place]:
             if place.kind == "embedding":
                 embeddings.append(place)
     for place in places:
-        if place.kind == "head" and compat.ties_head(model):
+        if place.kind == "head" and compat.ties_head(model.config):
             place.parts, place.tied = _tied_to(place, embeddings).parts, True
     return places
 

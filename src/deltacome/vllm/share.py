@@ -17,7 +17,7 @@ from typing import Any
 
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import Record
-from deltacome.format.spec import BLOCK, bands_nbytes, sign_sections
+from deltacome.format.spec import BLOCK, bands_nbytes, signs_nbytes
 from deltacome.runtime.capacity import slot_nbytes
 
 LAYER = re.compile(r"(.*?)\.\d+\.")
@@ -67,10 +67,8 @@ def _nbytes(record: Record, group: int, config: Any, tensor: int) -> int:
             rows = min(rows, mine)
         elif way == "rowwise":
             columns = math.ceil(columns / tensor)
-    nbytes = bands_nbytes((rows, columns), record.plan, group)
-    if record.sign_scales:
-        nbytes += sign_sections((rows, columns), min(record.sign_scales, rows))[2]
-    return nbytes
+    scales = record.sign_scales and min(record.sign_scales, rows)
+    return bands_nbytes((rows, columns), record.plan, group) + signs_nbytes((rows, columns), scales)
 
 
 def _way(record: Record, text: Any) -> str | None:

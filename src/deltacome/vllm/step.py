@@ -100,6 +100,11 @@ class Step:
             rows.set(new)
             set_unused(rows.all.slot_T, self.idle)
 
+    @property
+    def skipped(self) -> bool:
+        """Whether layers may leave out their deltas: `idle`, and no compiler sees that they do."""
+        return not torch.compiler.is_compiling() and self.idle
+
     def tokens(self, count: int) -> Rows:
         """The rows of a layer's input."""
         return self._tokens.get(count)

@@ -10,25 +10,24 @@ that it fits into a slot. What does not fit is refused with the list of tensors 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.codec import read_bands, read_signs
 from deltacome.format.manifest import Record
-from deltacome.format.spec import ALIGN, bands_nbytes, sign_sections
+from deltacome.format.spec import bands_nbytes, signs_nbytes
 from deltacome.ops.slots import PlacedBands, PlacedSigns
-from deltacome.runtime.match import check_config
+from deltacome.runtime.configs import check_config
 from deltacome.vllm import compat
+from deltacome.vllm.base import Base
 from deltacome.vllm.image import new_image
-from deltacome.vllm.places import Place, encoder_prefixes, missing_prefixes
+from deltacome.vllm.places import Part, Place, encoder_prefixes, missing_prefixes
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.shard import shard_bands, shard_signs
 from deltacome.vllm.tokenizers import check_tokenizer
@@ -61,6 +60,12 @@ class Tenant:
     modules_to_save: dict[str, Any] = field(default_factory=dict)
     is_3d_lora_weight: bool = False
 
+    def put(self, key: Hashable, blob: Tensor) -> None:
+        """Adds a packed term, behind the others."""
+        self.offsets[key] = self.nbytes
+        self.chunks.append((self.nbytes, blob))
+        self.nbytes += blob.numel()
+
     def gather(self, device: torch.device) -> None:
         """Copies the packed terms into one piece of memory, which a device's slot takes in one copy.
 
@@ -82,40 +87,26 @@ class Tenant:
         return False
 
 
-class Base:
-    """The checkpoint that deltas were taken against, read for its fingerprints."""
+@dataclass(frozen=True)
+class Piece:
+    """What an artifact has of a tensor, and a place of it in this worker's model."""
 
-    def __init__(self, name_or_path: str, revision: str | None) -> None:
-        self.checkpoint = Checkpoint(name_or_path, revision)
-        self._samples: dict[str, str] = {}
+    record: Record
+    place: Place
+    index: int
+    """Of the tensor among the parts of the place."""
+    attribute: str
+    """`weight` or `bias`."""
 
-    def check(self, record: Record) -> None:
-        """Raises MismatchError unless the base's tensor is the one the delta was taken against: its shape
-        and its fingerprint."""
-        name = record.base_name
-        if name is None:
-            raise UnsupportedError(
-                f"{record.name}: the base has no such tensor: merge the artifact"
-            )
-        if name not in self._samples:
-            if name not in self.checkpoint.tensors:
-                raise MismatchError(f"{name}: the base {self.checkpoint.path} has no such tensor")
-            self._samples[name] = self.checkpoint.sample(name)
-        if (shape := self.checkpoint.tensors[name].shape) != record.base_shape:
-            raise MismatchError(
-                f"{record.name}: wrong base: expected {name} of shape {record.base_shape}, got {shape} "
-                f"in {self.checkpoint.path}"
-            )
-        if self._samples[name] != record.base_sample:
-            raise MismatchError(
-                f"{record.name}: wrong base: expected {name} of fingerprint {record.base_sample}, got "
-                f"{self._samples[name]} in {self.checkpoint.path}"
-            )
+    @property
+    def part(self) -> Part:
+        """The tensor within the place."""
+        return self.place.parts[self.index]
 
-    def read(self, record: Record) -> Tensor:
-        """The base's value of a tensor."""
-        assert record.base_name is not None
-        return self.checkpoint.read(record.base_name)
+    @property
+    def packed(self) -> bool:
+        """Whether a module that multiplies has a delta of packed terms to add."""
+        return self.record.packed and self.attribute == "weight" and self.place.kind != "norm"
 
 
 def load_tenant(
@@ -132,57 +123,14 @@ def load_tenant(
     artifact = Artifact.open(path)
     _check_artifact(artifact, model, settings)
     if not settings.base_tokenizer:
-        check_tokenizer(artifact, base.checkpoint.path)
-    rename = compat.renamer(model)
-    elsewhere = tuple(missing_prefixes(model))
-    where: dict[str, list[tuple[Place, int]]] = {}
-    for place in places:
-        for index, part in enumerate(place.parts):
-            where.setdefault(part.name, []).append((place, index))
-    accounted = {rename(name) for name in artifact.manifest.records}
-    tenant, unknown = Tenant(id, path), []
-    mine: list[tuple[Record, Place, int, str]] = []
-    for record in artifact.manifest.records.values():
-        if record.base_name is not None:
-            base.check(record)
-        if record.kind == "same" or rename(record.name).startswith(elsewhere or ("\0",)):
-            continue
-        name, _, attribute = rename(record.name).rpartition(".")
-        found = where.get(name, [])
-        if not found and (place := _untied_head(name, record, places)):
-            found = [(place, 0)]
-        # A head that the tuned model no longer ties has a record of its own.
-        found = [
-            (p, i)
-            for p, i in found
-            if not (p.tied and name != p.name and f"{p.name}.weight" in accounted)
-        ]
-        if not found:
-            unknown.append(record.name)
-        for place, index in found:
-            if record.base_name is not None:
-                source = rename(record.base_name)
-                _check_source(record, source, attribute, {name, place.parts[index].name})
-            mine.append((record, place, index, attribute))
-    if unknown:
-        encoded = any(rename(name).startswith(encoder_prefixes(model)) for name in unknown)
-        why = (
-            "; images and sound are encoded by the base's towers for all tenants" if encoded else ""
-        )
-        raise MismatchError(
-            f"{path}: {len(unknown)} tensors that this artifact changes have no place in "
-            f"{type(model).__name__} as vLLM runs it: {_listed(unknown)}{why}"
-        )
-    used = [n for n in base.checkpoint.tensors if rename(n).rpartition(".")[0] in where]
-    if lost := [name for name in used if rename(name) not in accounted]:
-        raise MismatchError(
-            f"{path}: the tuned model lacks {len(lost)} of the base's tensors, which would stay: "
-            f"{_listed(lost)}: merge the artifact"
-        )
-    _check_sizes(artifact, mine, settings)
+        check_tokenizer(artifact, base.path)
+    base.check(artifact)
+    pieces = _pieces(artifact, model, places, base)
+    _check_pieces(artifact, pieces, settings)
     artifact.check_bytes()  # behind all that costs less: other tenants wait
-    for one in mine:
-        _add(tenant, artifact, *one, base, settings)
+    tenant = Tenant(id, path)
+    for piece in pieces:
+        _add(tenant, artifact, piece, base)
     artifact.verify_bytes()  # again: what was read is what was checked, if that has not changed since
     return tenant
 
@@ -198,45 +146,132 @@ def _check_artifact(artifact: Artifact, model: nn.Module, settings: Settings) ->
             f"{artifact.path}: expected scale groups of {settings.group_size}, got "
             f"{manifest.group_size}: set group_size in additional_config's deltacome"
         )
-    grown = [r.name for r in manifest.records.values() if r.exact_rows and not r.replaced]
+    grown = [r.name for r in manifest.records.values() if r.grown]
     if grown:
         raise UnsupportedError(
             f"{artifact.path}: {grown[0]} has rows that the base lacks (a grown vocabulary), which "
             "cannot be served beside the base: give the base the added tokens before tuning, or merge"
         )
-    config = artifact.json_file(TUNED_CONFIG_FILE)
-    tuned: Any = SimpleNamespace()
-    tuned.config = check_config(SimpleNamespace(config=model.config), config)  # pyright: ignore
-    if tuned.config is not None and compat.ties_head(tuned) and not compat.ties_head(model):
+    tuned = check_config(model, artifact.json_file(TUNED_CONFIG_FILE))
+    if tuned is not None and compat.ties_head(tuned) and not compat.ties_head(model.config):
         raise UnsupportedError(
             f"{artifact.path}: tie_word_embeddings: the tuned model's head is its embedding, the "
             "base has a head of its own, which would stay: merge the artifact"
         )
 
 
-def _check_sizes(
-    artifact: Artifact, mine: Sequence[tuple[Record, Place, int, str]], settings: Settings
-) -> None:
-    """Refuses by the manifest what does not fit into a slot, or is exact and not of the base's shape."""
-    group = artifact.manifest.group_size
-    nbytes: dict[Hashable, int] = {}
+def _pieces(
+    artifact: Artifact, model: nn.Module, places: Sequence[Place], base: Base
+) -> list[Piece]:
+    """All that the artifact changes in this worker's model.
+
+    Raises:
+        MismatchError: a tensor that it changes has no place, or is a delta of another place's tensor; or
+            one of the base's would stay that the tuned model lacks.
+    """
+    rename, elsewhere = compat.renamer(model), tuple(missing_prefixes(model))
+    accounted = {rename(name) for name in artifact.manifest.records}
+    where: dict[str, list[tuple[Place, int]]] = {}
+    for place in places:
+        for index, part in enumerate(place.parts):
+            where.setdefault(part.name, []).append((place, index))
+    pieces, unknown = [], []
+    for record in artifact.manifest.records.values():
+        if record.kind == "same" or rename(record.name).startswith(elsewhere):
+            continue
+        name, _, attribute = rename(record.name).rpartition(".")
+        found = [
+            Piece(record, place, index, attribute)
+            for place, index in where.get(name) or _untied_heads(name, record, places)
+            # A head that the tuned model no longer ties has a record of its own.
+            if not (place.tied and name != place.name and f"{place.name}.weight" in accounted)
+        ]
+        if not found:
+            unknown.append(record.name)
+        if record.base_name is not None:
+            for piece in found:
+                _check_source(piece, name, rename(record.base_name))
+        pieces += found
+    if unknown:
+        encoded = any(rename(name).startswith(encoder_prefixes(model)) for name in unknown)
+        why = (
+            "; images and sound are encoded by the base's towers for all tenants" if encoded else ""
+        )
+        raise MismatchError(
+            f"{artifact.path}: {len(unknown)} tensors that this artifact changes have no place in "
+            f"{type(model).__name__} as vLLM runs it: {_listed(unknown)}{why}"
+        )
+    used = [name for name in base.tensors if rename(name).rpartition(".")[0] in where]
+    if lost := [name for name in used if rename(name) not in accounted]:
+        raise MismatchError(
+            f"{artifact.path}: the tuned model lacks {len(lost)} of the base's tensors, which would "
+            f"stay: {_listed(lost)}: merge the artifact"
+        )
+    return pieces
+
+
+def _untied_heads(name: str, record: Record, places: Sequence[Place]) -> list[tuple[Place, int]]:
+    """The head whose own tensor only the tuned model has; its base is the embedding."""
+    heads = [place for place in places if place.kind == "head" and place.tied]
+    return [(head, 0) for head in heads if head.name == name and record.base_name]
+
+
+def _check_source(piece: Piece, name: str, source: str) -> None:
+    """A delta is added to the base's tensor of its place, so it must have been taken against that one.
+
+    Args:
+        piece: of the tensor.
+        name: vLLM's, of the tensor's module; of an untied head the place has the embedding's.
+        source: vLLM's name of the base's tensor that the record names, with a prefix more or less.
+    """
+    ends = [f".{one}.{piece.attribute}" for one in (name, piece.part.name)]
+    if not any(end.endswith(f".{source}") or f".{source}".endswith(end) for end in ends):
+        raise MismatchError(
+            f"{piece.record.name}: expected a delta of the base's tensor of that place, got one of "
+            f"{piece.record.base_name}"
+        )
+
+
+def _check_pieces(artifact: Artifact, pieces: Sequence[Piece], settings: Settings) -> None:
+    """Refuses by the manifest what is exact and not of the base's shape, packed and cannot be added where
+    it belongs, or larger than a slot."""
     for record in artifact.manifest.records.values():
         if record.exact_rows and record.shape != record.base_shape:
             raise MismatchError(
                 f"{artifact.path}: {record.name}: expected the base's shape, {record.base_shape}, got "
                 f"{record.shape}: merge the artifact"
             )
-    for record, place, index, _ in mine:
-        part = place.parts[index]
-        shape = part.size, part.columns[1] - part.columns[0]
-        if record.plan:
-            blob = bands_nbytes(shape, record.plan, place.group(group))
-            nbytes[record.name, part, "bands"] = -(-blob // ALIGN) * ALIGN
-        if scales := record.sign_scales:
-            blob = sign_sections(shape, min(scales, part.size))[2]
-            nbytes[record.name, part, "signs"] = -(-blob // ALIGN) * ALIGN
+    nbytes: dict[Hashable, int] = {}
+    for piece in pieces:
+        if piece.packed:
+            _check_packed(piece, settings)
+            record, part = piece.record, piece.part
+            shape = part.size, part.columns[1] - part.columns[0]
+            group = piece.place.group(artifact.manifest.group_size)
+            scales = record.sign_scales and min(record.sign_scales, part.size)
+            of_signs = signs_nbytes(shape, scales)
+            nbytes[record.name, part] = bands_nbytes(shape, record.plan, group) + of_signs
     if settings.slot_bytes is not None:
         check_room(str(artifact.path), sum(nbytes.values()), settings.slot_bytes)
+
+
+def _check_packed(piece: Piece, settings: Settings) -> None:
+    record, part, shape = piece.record, piece.part, piece.record.bands_shape
+    if record.transposed:
+        raise UnsupportedError(
+            f"{record.name}: has a delta of its transpose, which cannot be served beside the base: merge "
+            "the artifact"
+        )
+    if part.rows[-1][1] > shape[0] or part.columns[1] > shape[1] or record.shape != shape:
+        raise UnsupportedError(
+            f"{record.name}: the model has {part.rows} × {part.columns} of it, the artifact "
+            f"{record.shape}: a vocabulary of another size cannot be served beside the base: merge the "
+            "artifact"
+        )
+    if record.sign_scales and not settings.signs:
+        raise UnsupportedError(
+            f"{record.name}: has a dense 1-bit term: set signs to true in additional_config's deltacome"
+        )
 
 
 def check_room(path: str, nbytes: int, slot: int) -> None:
@@ -248,62 +283,32 @@ def check_room(path: str, nbytes: int, slot: int) -> None:
         )
 
 
-def _check_source(record: Record, source: str, attribute: str, names: set[str]) -> None:
-    """A delta is added to the base's tensor of its place, so it must have been taken against that one.
-
-    Args:
-        record: of the tensor.
-        source: vLLM's name of the base's tensor that the record names.
-        attribute: `weight` or `bias`.
-        names: of the place, with a prefix more or less; of an untied head the embedding's too.
-    """
-    ends = [f".{name}.{attribute}" for name in names]
-    if not any(end.endswith(f".{source}") or f".{source}".endswith(end) for end in ends):
-        raise MismatchError(
-            f"{record.name}: expected a delta of the base's tensor of that place, got one of "
-            f"{record.base_name}"
-        )
-
-
-def _untied_head(name: str, record: Record, places: Sequence[Place]) -> Place | None:
-    """The head whose own tensor only the tuned model has; its base is the embedding."""
-    return next(
-        (p for p in places if p.kind == "head" and p.tied and p.name == name and record.base_name),
-        None,
-    )
-
-
-def _add(
-    tenant: Tenant,
-    artifact: Artifact,
-    record: Record,
-    place: Place,
-    index: int,
-    attribute: str,
-    base: Base,
-    settings: Settings,
-) -> None:
-    part = place.parts[index]
-    if attribute == "weight" and place.kind != "norm" and not record.replaced:
-        _add_packed(tenant, artifact, record, place, index, settings)
+def _add(tenant: Tenant, artifact: Artifact, piece: Piece, base: Base) -> None:
+    record, place, part = piece.record, piece.place, piece.part
+    what = piece.attribute, place.kind
+    if piece.packed:
+        if record.plan:
+            _add_bands(tenant, artifact, piece)
+        if record.sign_scales:
+            _add_signs(tenant, artifact, piece, record.sign_scales)
     elif (
-        attribute == "weight"
-        and place.kind == "norm"
+        what == ("weight", "norm")
         and record.replaced
         and not isinstance(place.module, compat.NORMS[2])
     ):
         value = _values(artifact, record, (part.size,))
         gemma = isinstance(place.module, compat.GemmaRMSNorm)
         tenant.norms[place.name] = value + 1 if gemma else value
-    elif attribute == "bias" and place.kind == "linear" and record.replaced and record.base_shape:
-        change = _values(artifact, record, record.base_shape) - base.read(record).float()
+    elif what == ("bias", "linear") and record.replaced and record.base_name and record.base_shape:
+        value_O = _values(artifact, record, record.base_shape)
+        change_O = value_O - base.read(record.base_name).float()
         sizes = [p.size for p in place.parts]
         whole = tenant.biases.setdefault(place.name, torch.zeros(sum(sizes)))
-        rows = torch.cat([change[start:stop] for start, stop in part.rows])
-        torch.split(whole, sizes)[index].copy_(rows)
+        rows = torch.cat([change_O[start:stop] for start, stop in part.rows])
+        torch.split(whole, sizes)[piece.index].copy_(rows)
     else:
         raise UnsupportedError(
-            f"{record.name}: {record.kind} {attribute} of {type(place.module).__name__} cannot be "
+            f"{record.name}: {record.kind} {piece.attribute} of {type(place.module).__name__} cannot be "
             "served beside the base: merge the artifact"
         )
 
@@ -324,60 +329,25 @@ def _check_finite(name: str, *numbers: Tensor) -> None:
         raise ArtifactError(f"{name}: expected finite numbers, got NaN or Inf")
 
 
-def _add_packed(
-    tenant: Tenant,
-    artifact: Artifact,
-    record: Record,
-    place: Place,
-    index: int,
-    settings: Settings,
-) -> None:
-    part, shape, name = place.parts[index], record.bands_shape, record.name
-    if record.transposed:
-        raise UnsupportedError(
-            f"{name}: has a delta of its transpose, which cannot be served beside the base: merge the "
-            "artifact"
-        )
-    if part.rows[-1][1] > shape[0] or part.columns[1] > shape[1] or record.shape != shape:
-        raise UnsupportedError(
-            f"{name}: the model has {part.rows} × {part.columns} of it, the artifact {record.shape}: a "
-            "vocabulary of another size cannot be served beside the base: merge the artifact"
-        )
-    parts = len(place.parts)
-    if record.plan:
-        group = artifact.manifest.group_size
-        cut = (shape, record.plan, group, part.rows, part.columns, place.group(group))
-
-        def bands() -> Tensor:
-            blob = artifact.blob(name)
-            for band in read_bands(blob, shape, record.plan, group):
-                _check_finite(name, *band.numbers())
-            return shard_bands(name, blob, *cut)
-
-        placed = PlacedBands(_placed(tenant, (name, cut), bands), record.plan)
-        tenant.bands.setdefault(place.name, [None] * parts)[index] = placed
-    if scales := record.sign_scales:
-        if not settings.signs:
-            raise UnsupportedError(
-                f"{name}: has a dense 1-bit term: set signs to true in additional_config's deltacome"
-            )
-        cuts = (shape, scales, part.rows, part.columns)
-
-        def signs() -> Tensor:
-            blob = artifact.blob(name, "signs")
-            _check_finite(name, read_signs(blob, shape, scales).scale)
-            return shard_signs(name, blob, *cuts)
-
-        mine = 1 if scales == 1 else part.size
-        signed = PlacedSigns(_placed(tenant, (name, cuts), signs), mine)
-        tenant.signs.setdefault(place.name, [None] * parts)[index] = signed
+def _add_bands(tenant: Tenant, artifact: Artifact, piece: Piece) -> None:
+    record, place, part = piece.record, piece.place, piece.part
+    shape, plan, group = record.bands_shape, record.plan, artifact.manifest.group_size
+    cut = (shape, plan, group, part.rows, part.columns, place.group(group))
+    if (key := (record.name, cut)) not in tenant.offsets:  # as a tied weight's is, the second time
+        blob = artifact.blob(record.name)
+        for band in read_bands(blob, shape, plan, group):
+            _check_finite(record.name, *band.numbers())
+        tenant.put(key, shard_bands(record.name, blob, *cut))
+    parts = tenant.bands.setdefault(place.name, [None] * len(place.parts))
+    parts[piece.index] = PlacedBands(tenant.offsets[key], plan)
 
 
-def _placed(tenant: Tenant, key: Hashable, read: Callable[[], Tensor]) -> int:
-    """The offset of a blob, behind the others; one that is there already (a tied weight's) is shared."""
-    if key not in tenant.offsets:
-        blob = read()
-        tenant.offsets[key] = tenant.nbytes
-        tenant.chunks.append((tenant.nbytes, blob))
-        tenant.nbytes += -(-blob.numel() // ALIGN) * ALIGN
-    return tenant.offsets[key]
+def _add_signs(tenant: Tenant, artifact: Artifact, piece: Piece, scales: int) -> None:
+    record, place, part = piece.record, piece.place, piece.part
+    cut = (record.bands_shape, scales, part.rows, part.columns)
+    if (key := (record.name, cut)) not in tenant.offsets:
+        blob = artifact.blob(record.name, "signs")
+        _check_finite(record.name, read_signs(blob, record.bands_shape, scales).scale)
+        tenant.put(key, shard_signs(record.name, blob, *cut))
+    parts = tenant.signs.setdefault(place.name, [None] * len(place.parts))
+    parts[piece.index] = PlacedSigns(tenant.offsets[key], 1 if scales == 1 else part.size)

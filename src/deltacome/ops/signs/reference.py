@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltacome.format.codec import read_signs
-from deltacome.format.spec import sign_sections
+from deltacome.format.spec import signs_nbytes
 from deltacome.ops.slots import SCALE_COUNT, WORDS
 
 
@@ -32,7 +32,7 @@ def signs(
                 continue
             shape = (part_TO.shape[1], x_TI.shape[1])
             start = fields_F[WORDS]  # a blob begins with its words
-            nbytes = sign_sections(shape, fields_F[SCALE_COUNT])[2]
+            nbytes = signs_nbytes(shape, fields_F[SCALE_COUNT])
             delta_OI = read_signs(
                 blobs_SN[slot, start : start + nbytes], shape, fields_F[SCALE_COUNT]
             ).dense()

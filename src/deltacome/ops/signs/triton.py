@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deltacome.format.spec import BLOCK, sign_sections
+from deltacome.format.spec import BLOCK, signs_nbytes
 from deltacome.ops import slots as fields
 from deltacome.ops.bands.triton_kernels import _codes, _part_of
 from deltacome.ops.slots import PlacedSigns, Pool, SignTable, arrange
@@ -90,7 +90,7 @@ def signs(
 
 def _made_up(device: torch.device, in_size: int, outs: list[int]) -> tuple[Tensor, Tensor]:
     """Blobs and fields of a pool with one tenant, of zeros, with a scale for each matrix."""
-    sizes = {part: sign_sections((out, in_size), 1)[2] for part, out in enumerate(outs)}
+    sizes = {part: signs_nbytes((out, in_size), 1) for part, out in enumerate(outs)}
     offsets, nbytes = arrange(sizes)
     table = SignTable(Pool(1, nbytes, device=device), in_size, outs)
     table.load(0, [PlacedSigns(offset, 1) for offset in offsets.values()])

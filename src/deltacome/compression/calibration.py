@@ -1,0 +1,91 @@
+"""Which text a run calibrates on, and what is refused of it before anything is done for its rows."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from deltacome.errors import CalibrationError, PlanError
+from deltacome.methods.method import Method
+from deltacome.skeleton import read_config
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows of text, as they are asked for."""
+
+    source: str
+    """As `calibration_rows` takes it, or `none`."""
+    samples: int
+    """Rows at most."""
+    seq_len: int
+    """Tokens of a row at most."""
+    seed: int
+
+    def options(self) -> dict[str, int]:
+        """What chooses rows of a source; without text it changes nothing."""
+        if self.source == "none":
+            return {}
+        return {"samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
+
+    def identity(self) -> dict[str, Any]:
+        """What a run is known by: a file by its content too."""
+        file, source = Path(self.source), self.source
+        if file.is_file():
+            source += f" {hashlib.sha256(file.read_bytes()).hexdigest()}"
+        return {"calibration": source, **self.options()}
+
+
+def calibration_source(method: Method, source: str | None) -> str:
+    """Where rows come from, by default whence the method needs them.
+
+    Raises:
+        PlanError: the method's options look at no text, or need some.
+        CalibrationError: there is no such file.
+    """
+    distill, name = bool(method.options().get("distill")), method.options()["name"]
+    wants_text = method.calibrates or distill
+    if source is None:
+        return "self" if wants_text else "none"
+    if source != "none" and not wants_text:
+        raise PlanError(f"calibration: {name} with these options looks at no text, got {source!r}")
+    if source == "none" and distill:
+        raise PlanError(
+            f"calibration: {name} needs text to distil its scalars on, got none: distill 0 goes without"
+        )
+    if source not in ("self", "none"):
+        check_source(source)
+    return source
+
+
+def check_source(source: str) -> None:
+    """Refuses a file that is not there, or of another kind, before anything is done for its rows.
+
+    Raises:
+        CalibrationError: names it.
+    """
+    path = Path(source)
+    if (path.suffix in (".txt", ".jsonl")) != path.is_file():
+        raise CalibrationError(f"calibration {source}: expected a .txt or .jsonl file, found none")
+
+
+def check_length(seq_len: int, tuned: Path) -> None:
+    """Refuses rows that are longer than a model has positions for, where its configuration says.
+
+    Raises:
+        CalibrationError: says how many there are.
+    """
+    limit = positions_of(read_config(tuned))
+    if limit is not None and seq_len > limit:
+        raise CalibrationError(
+            f"seq_len: expected at most {limit}, the positions of {tuned}, got {seq_len}"
+        )
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has, where its configuration says."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
