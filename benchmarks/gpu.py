@@ -56,7 +56,7 @@ from deltacome.format.spec import (
     bands_nbytes,
     format_plan,
     rank,
-    sign_sections,
+    signs_nbytes,
 )
 from deltacome.ops.bands import bands
 from deltacome.ops.rows import Rows, group_rows, tile_for
@@ -260,7 +260,7 @@ def _peers(
     moved = x_TI.nbytes + 2 * tokens * out * x_TI.itemsize
     nbytes = bands_nbytes(shape, plan)
     ours = of_bands(shape, plan, count, copies_of(moved + count * nbytes), DEVICE)
-    copies = copies_of(moved + count * sign_sections(shape, 1)[2])
+    copies = copies_of(moved + count * signs_nbytes(shape, 1))
     peer = of_signs(shape, count, copies, DEVICE)
 
     found: list[tuple[str, float, str]] = []

@@ -31,7 +31,7 @@ def origin(*packages: str) -> str:
 def command(base: Path | None = None) -> str:
     """The command line of this run; the folder of a base is BASE."""
     script, *words = sys.argv
-    words = ["BASE" if word == str(base) else word for word in words]
+    words = ["BASE" if base is not None and Path(word) == base else word for word in words]
     return shlex.join(["python", f"benchmarks/{Path(script).name}", *words])
 
 

@@ -105,7 +105,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--only-kept",
         action="store_true",
-        help="of a t3, t5, t11 or ablation that was cut off, the cells that are there",
+        help="of a t3, t5, t11, ablation, unseen or rates that was cut off, the cells that are there",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", type=Path, default=Path("docs/results/tables.md"))

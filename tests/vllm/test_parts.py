@@ -124,12 +124,21 @@ def test_a_method_is_wrapped_once():
         def named(cls, times):
             return times * cls.__name__
 
+        async def later(self):
+            return 3
+
     def twice(original, *args, **kwargs):
         return 2 * original(*args, **kwargs)
+
+    async def twice_later(original, *args):
+        return 2 * await original(*args)
 
     for _ in range(2):  # plugins may be loaded again
         compat.wrap(Theirs, "add", twice)
         compat.wrap(Theirs, "named", twice)
+        compat.wrap(Theirs, "later", twice_later)
+    assert inspect.iscoroutinefunction(Theirs.later)
+    assert asyncio.run(Theirs().later()) == 6
     assert Theirs().add(number=1) == 4
     assert Theirs.named(1) == "TheirsTheirs"
     assert list(inspect.signature(Theirs.add).parameters) == ["self", "number"]

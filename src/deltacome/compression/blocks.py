@@ -68,6 +68,7 @@ def compress_units(run: Run, writer: ArtifactWriter, rows: list[Row] | None) -> 
             drop_weights(run.layout.blocks[block])
         names.append(name)
         _note(run, unit, Progress("blocks", number + 1, total, block))
+        del unit  # not held while the next is made
     name = f"unit-{len(blocks):05}"
     if writer.has(name):
         unit = writer.load(name)

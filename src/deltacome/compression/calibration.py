@@ -33,10 +33,17 @@ class Calibration:
         return {"samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
 
     def identity(self) -> dict[str, Any]:
-        """What a run is known by: a file by its content too."""
+        """What a run is known by: a file by its content too.
+
+        Raises:
+            CalibrationError: the file cannot be read.
+        """
         file, source = Path(self.source), self.source
         if file.is_file():
-            source += f" {hashlib.sha256(file.read_bytes()).hexdigest()}"
+            try:
+                source += f" {hashlib.sha256(file.read_bytes()).hexdigest()}"
+            except OSError as error:
+                raise CalibrationError(f"calibration {file}: cannot be read: {error}") from error
         return {"calibration": source, **self.options()}
 
 

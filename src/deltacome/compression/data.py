@@ -147,7 +147,8 @@ def _cut(texts: list[Text | Seen], tokenizer: Any, asked: Calibration) -> list[R
     What cutting leaves over of a text is dropped where it is short: a row counts like any other, and a
     few tokens without what came before them say little.
     """
-    seq_len, rows = asked.seq_len, list[Row | Seen]()
+    seq_len = asked.seq_len
+    rows: list[Row | Seen] = []
     for one in texts:
         if isinstance(one, Seen):
             rows.append(one)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deltacome.compression.answers import First
 from deltacome.errors import CheckpointError
 from deltacome.format.codec import BandTensors, Packed, SignTensors
 from deltacome.rows import Row, alike, collate, model_inputs, row_shares
@@ -74,7 +75,7 @@ def distill(
     batch: int,
     steps: int,
     seed: int,
-    first: Callable[[list[int]], int] = lambda row: 0,
+    first: First = lambda row: 0,
     device: str = "cpu",
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Packed]:
@@ -191,9 +192,7 @@ def _of_signs(
     return signs.scale.to(device), lambda scale: scale[:, None] * signs_OI
 
 
-def _inputs(
-    model: Any, rows: Sequence[Row], first: Callable[[list[int]], int]
-) -> tuple[dict[str, Any], Tensor]:
+def _inputs(model: Any, rows: Sequence[Row], first: First) -> tuple[dict[str, Any], Tensor]:
     """What a model is called with for some rows, and whether what is predicted there counts, (B, L)."""
     ids_BL, counts_BL, seen = collate(rows)
     for counts_L, row in zip(counts_BL, rows, strict=True):
@@ -204,7 +203,7 @@ def _inputs(
 class _Tuned:
     """What the tuned model says, of which the hidden states that its head is given are kept."""
 
-    def __init__(self, model: Any, first: Callable[[list[int]], int]) -> None:
+    def __init__(self, model: Any, first: First) -> None:
         self._model, self._first = model, first
         self._kept: dict[Row, Tensor] = {}
         self._output: Any = None

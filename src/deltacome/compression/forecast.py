@@ -125,9 +125,10 @@ def forecast(
                 f"{side.path}: expected weight files: a configuration alone does not say how a "
                 f"checkpoint stores the experts that {side.stacked} stacks; their headers do"
             )
-    model, layout, where, _, _, pairs = pair_models(beside, there, torch.float32)
+    found = pair_models(beside, there, torch.float32)
+    layout, where = found.layout, found.where
     records, matrices = {}, {}
-    for pair in pairs:
+    for pair in found.pairs:
         target = where[pair.name]
         record = account(pair, there.tensors[pair.name].dtype, layout, target, same=False)
         if record.base_name is not None:  # with fingerprints, as a manifest counts too
@@ -135,7 +136,7 @@ def forecast(
         records[pair.name] = record
         if packable(record, layout, target):
             matrices[pair.name] = Matrix(record.bands_shape, _no_delta)
-    if calibration != "none" and not is_causal(model):
+    if calibration != "none" and not is_causal(found.model):
         calibration = "none"
     if calibration != "none":
         check_length(seq_len, there.path)

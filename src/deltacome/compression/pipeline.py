@@ -22,7 +22,7 @@ from deltacome.compression.blocks import compress_side_by_side, compress_units
 from deltacome.compression.calibration import Calibration, calibration_source, check_length
 from deltacome.compression.canary import make_canary
 from deltacome.compression.carried import carried_files, dropped_files
-from deltacome.compression.planning import PLANS_FILE, calibration_text, plan_terms
+from deltacome.compression.planning import PLANS_FILE, kept_rows, plan_terms
 from deltacome.compression.polish import distill_terms
 from deltacome.compression.run import Progress, Run
 from deltacome.compression.sensitivity import refuse_unreached
@@ -146,7 +146,7 @@ def _compress(
     carried[CANARY_FILE] = Canary.unknown().to_json()  # as long as the one to come
     manifest = _manifest(run, carried, threads)
     run.plans.update(plan_terms(run, writer, manifest, ratio, sweep_folder))
-    rows = calibration_text(run, writer)
+    rows = kept_rows(run, writer)
     if rows is not None:  # no more than were asked for, with whose digits bytes were counted
         manifest.provenance["calibration"]["samples"] = len(rows)
     # What a sweep has measured already is not measured again block by block.
@@ -218,20 +218,20 @@ def _prepare(
     records, matrices = survey(base, tuned, found, report)
     set_buffers(found.model, found.where, tuned.read)
     return Run(
-        base,
-        tuned,
-        found.layout,
-        found.model,
-        found.where,
-        found.names,
-        found.tied,
-        records,
-        dict.fromkeys(sorted(matrices), Terms()),
-        method,
-        calibration,
-        device,
-        dtype,
-        report,
+        base=base,
+        tuned=tuned,
+        layout=found.layout,
+        model=found.model,
+        where=found.where,
+        names=found.names,
+        tied=found.tied,
+        records=records,
+        plans=dict.fromkeys(sorted(matrices), Terms()),
+        method=method,
+        calibration=calibration,
+        device=device,
+        dtype=dtype,
+        report=report,
     )
 
 

@@ -57,7 +57,7 @@ def plan_terms(
     method = run.method
     if isinstance(method, Adaptive) and not file.exists():
         _check_least(run, manifest, ratio)
-    if isinstance(method, Adaptive) and (rows := calibration_text(run, writer)) is not None:
+    if isinstance(method, Adaptive) and (rows := kept_rows(run, writer)) is not None:
         if sweep_folder:  # other machines write other rows, and a file only names its pictures
             sweep_folder = sweep_folder.with_name(f"{sweep_folder.name}-{_rows_hash(rows)}")
         run.weights = sweep_folder or writer.partial / "sweep"
@@ -126,7 +126,7 @@ def _by_tensor(run: Run, found: dict[str, Weights]) -> dict[str, Weights]:
     return by
 
 
-def calibration_text(run: Run, writer: ArtifactWriter) -> list[Row] | None:
+def kept_rows(run: Run, writer: ArtifactWriter) -> list[Row] | None:
     """Calibration rows, kept beside the units so that a resumed run has the same; None: no text."""
     asked, source = run.calibration, run.calibration.source
     if source == "none":

@@ -36,7 +36,7 @@ from deltacome.format.codec import dense
 from deltacome.format.spec import rank
 from deltacome.methods.bands import Gptq, scaled_svd
 from deltacome.methods.template import Template
-from deltacome.numerics.gptq import GramFactor
+from deltacome.numerics.gptq import GramFactor, factor_gram
 from deltacome.numerics.gram import relative_error
 from deltacome.rows import Row
 from deltacome.skeleton import set_buffers, set_weight
@@ -66,7 +66,7 @@ class Linear:
     delta_OI: Tensor
     triple: tuple[Tensor, Tensor, Tensor]
     gram_II: Tensor
-    factor: GramFactor | None
+    factor: GramFactor
 
 
 @dataclass
@@ -96,8 +96,9 @@ def sample_linears(
         MismatchError: the two do not belong together.
         UnsupportedError: linears that are stacked in one parameter.
     """
-    model, layout, where, stored, _, pairs = pair_models(base, tuned, dtype)
-    before = {pair.name: pair.base_name for pair in pairs}
+    found = pair_models(base, tuned, dtype)
+    model, layout, stored = found.model, found.layout, found.names
+    before = {pair.name: pair.base_name for pair in found.pairs}
 
     def read(parameter: str) -> Tensor:
         if parameter not in stored:
@@ -108,11 +109,11 @@ def sample_linears(
         delta = tuned.read(weight).float() - base.read(before[weight] or weight).float()
         return (delta.T.contiguous() if transposed else delta).to(device)
 
-    set_buffers(model, where, tuned.read)
+    set_buffers(model, found.where, tuned.read)
     stream = Stream(model, layout, read, rows, device=device, dtype=dtype)
     names = list(layout.blocks)
     chosen = {names[i * (len(names) - 1) // max(1, blocks - 1)] for i in range(blocks)}
-    found = []
+    linears = []
     for number, name in enumerate(names, 1):
         for parameter, _ in list(layout.blocks[name].named_parameters()):
             full = f"{name}.{parameter}"
@@ -120,20 +121,20 @@ def sample_linears(
         for group in stream.groups(name) if name in chosen else ():
             gram_II = stream.gram(name, group[0])
             with naming([stored[f"{linear}.weight"] for linear in group]):
-                factor = Gptq().factor(gram_II)
+                factor = factor_gram(gram_II)
             for linear in group:
                 weight = stored[f"{linear}.weight"]
                 delta_OI = delta_of(weight, f"{linear}.weight" in layout.transposed)
                 if delta_OI.any():
                     with naming([weight]):
                         triple = scaled_svd(delta_OI, min(delta_OI.shape))
-                    found.append(Linear(weight, delta_OI, triple, gram_II, factor))
+                    linears.append(Linear(weight, delta_OI, triple, gram_II, factor))
         stream.advance(name)
         drop_weights(layout.blocks[name])
         progress(Progress("blocks", number, len(names), name))
-    if not found:
+    if not linears:
         raise PlanError(f"{tuned.path}: no linear of the sampled blocks differs from the base")
-    return found
+    return linears
 
 
 def search_template(
@@ -198,7 +199,8 @@ def _mean_error(
             return 1.0
         u_RO, s_R, v_RI = (part[: rank(plan)] for part in linear.triple)
         with naming([linear.name]):
-            (factors,) = gptq.v_factors([(v_RI, plan)], linear.factor)
+            factor = None if nearest else linear.factor
+            (factors,) = gptq.v_factors([(v_RI, plan)], factor)
             bands = gptq.with_u(u_RO, s_R, factors, plan, linear.gram_II)
         delta_hat_OI = dense(bands).to(linear.delta_OI.device)
         errors.append(relative_error(linear.delta_OI, delta_hat_OI, linear.gram_II))

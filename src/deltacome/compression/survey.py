@@ -61,7 +61,7 @@ def pair_models(base: HasTensors, tuned: HasTensors, dtype: torch.dtype) -> Pair
     Raises:
         CheckpointError: there is no model of the tuned checkpoint's configuration.
         MismatchError: the tuned checkpoint is not of its model, or the base not of its kind.
-        UnsupportedError: as `targets`.
+        UnsupportedError: as `find_layout` and `targets`.
     """
     model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
     layout, where = find_layout(model), targets(model, tuned.tensors)

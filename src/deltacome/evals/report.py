@@ -3,8 +3,10 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from deltacome.format.card import harness_metrics
+from deltacome.format.clip import clip
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -14,7 +16,7 @@ def table(result: dict[str, Any]) -> Table:
     A dash stands for what was not measured.
     """
     sizes = any("ratio" in model for model in result["models"])
-    shown = Table(title=f"{result['task']}, {result['n']} questions")
+    shown = Table(title=Text(clip(f"{result['task']}, {result['n']} questions")))
     shown.add_column("model")
     for column in ("score %", "95 %", "KL task", "KL text", *(("MB", "ratio") if sizes else ())):
         shown.add_column(column, justify="right")
@@ -28,21 +30,23 @@ def table(result: dict[str, Any]) -> Table:
             known = "ratio" in model
             cells.append(f"{model['bytes'] / 1e6:.1f}" if known else "-")
             cells.append(f"{model['ratio']:.1f}" if known else "-")
-        shown.add_row(model["name"], *cells)
+        shown.add_row(Text(clip(model["name"])), *cells)
     return shown
 
 
 def harness_table(result: dict[str, Any]) -> Table:
     """A row for each task and metric of lm-eval, a column for each model."""
     models = result["models"]
-    shown = Table(title=f"lm-eval: {', '.join(result['tasks'])}")
+    shown = Table(title=Text(clip(f"lm-eval: {', '.join(result['tasks'])}")))
     shown.add_column("task, metric")
     for model in models:
-        shown.add_column(model["name"], justify="right")
+        shown.add_column(Text(clip(model["name"])), justify="right")
     for task, metrics in models[0]["results"].items():
         for metric in harness_metrics(metrics):
             values = [model["results"][task][metric] for model in models]
-            shown.add_row(f"{task}, {metric.split(',none')[0]}", *(f"{v:.4f}" for v in values))
+            shown.add_row(
+                Text(clip(f"{task}, {metric.split(',none')[0]}")), *(f"{v:.4f}" for v in values)
+            )
     return shown
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from deltacome.errors import ArtifactError, PlanError
 
 Check = Callable[[Any], Any]
-"""Gives the value that an item stands for, or raises TypeError, ValueError or PlanError."""
+"""Gives the value that an item stands for, or raises TypeError, ValueError, OverflowError or
+PlanError."""
 
 _MISSING = object()
 

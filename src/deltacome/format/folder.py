@@ -109,7 +109,8 @@ def new_file(output: Path) -> Iterator[Path]:
     stream, finished = claim(output), partial_of(output) / "final"
     try:
         with disk_errors(output):
-            shutil.rmtree(finished, ignore_errors=True)
+            if finished.is_dir():
+                shutil.rmtree(finished)
             yield finished
             publish(finished, output)
     finally:

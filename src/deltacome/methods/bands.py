@@ -55,10 +55,9 @@ class Gptq:
         bits = [band.bits for _, plan in groups for band in plan for _ in range(band.count)]
         # Rows of 16-bit bands ride along at 8 bits and are not used: float16 needs no grid.
         bits_R = torch.tensor(bits, device=v_RI.device).clamp(max=8)
-        if factor is None or self.nearest:
-            quantized = round_nearest(v_RI, bits_R)
-        else:
-            quantized = quantize_v(v_RI, factor, bits_R)
+        quantized = (
+            round_nearest(v_RI, bits_R) if factor is None else quantize_v(v_RI, factor, bits_R)
+        )
         factors = []
         start = 0
         for _, plan in groups:

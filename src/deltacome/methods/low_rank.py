@@ -8,7 +8,7 @@ not looked at. A merged LoRA of no higher rank comes back whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +34,7 @@ class LowRank:
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""
-        return {"name": "low-rank", "directions": self.directions}
+        return {"name": "low-rank", **asdict(self)}
 
     @property
     def default_ratio(self) -> float | None:

@@ -34,14 +34,17 @@ class Base(Checkpoint):
                 raise MismatchError(
                     f"{artifact.path}: {name}: the base {self.path} has no such tensor"
                 )
-            if name not in self._samples:
-                self._samples[name] = self.sample(name)
-            for what, expected, got in (
-                ("shape", record.base_shape, self.tensors[name].shape),
-                ("fingerprint", record.base_sample, self._samples[name]),
+            for what, expected, get in (
+                ("shape", record.base_shape, lambda name: self.tensors[name].shape),
+                ("fingerprint", record.base_sample, self._sampled),
             ):
-                if got != expected:
+                if (got := get(name)) != expected:
                     raise MismatchError(
                         f"{artifact.path}: {record.name}: wrong base: expected {name} of {what} "
                         f"{expected}, got {got} in {self.path}"
                     )
+
+    def _sampled(self, name: str) -> str:
+        if name not in self._samples:
+            self._samples[name] = self.sample(name)
+        return self._samples[name]

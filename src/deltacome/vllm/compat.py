@@ -228,9 +228,14 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         return
 
     @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
+    @functools.wraps(original)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await wrapper(original, *args, **kwargs)
+
+    wrapped = awaited if inspect.iscoroutinefunction(original) else called
     wrapped._deltacome = True  # pyright: ignore[reportAttributeAccessIssue]
     setattr(owner, name, classmethod(wrapped) if isinstance(held, classmethod) else wrapped)
 
