@@ -221,7 +221,7 @@ def test_distilled_scales_bring_the_logits_closer(pairs, artifacts, text):
         if record.sign_scales:
             before, after = (artifacts[n].signs(name) for n in distance)
             assert torch.equal(before.words, after.words)
-            assert 0.8 < after.scale / before.scale < 1.25
+            assert 0.5 < after.scale / before.scale < 2
 
 
 def test_distillation_finds_scales_that_were_lost(pairs, artifacts, text):

@@ -36,7 +36,7 @@ class BitDelta:
 
     scales: Scales = "matrix"
     distill: int = 0
-    rate: float = 0.01
+    rate: float = 0.1
 
     default_ratio = None  # it follows from the one bit
     calibrates = False  # signs are data-free; distillation wants text, but no grams
