@@ -1,12 +1,14 @@
 """What people may upload whom nobody knows, and names that anybody may ask for: refused, and cheaply."""
 
 import asyncio
+import itertools
 import json
 import shutil
 import threading
 from pathlib import Path
 
 import fsspec
+import jinja2
 import pytest
 import torch
 import vllm
@@ -18,7 +20,7 @@ from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, MismatchError
 from deltacome.format.artifact import Artifact
 from deltacome.format.spec import Band
-from deltacome.vllm import find
+from deltacome.vllm import compat, find
 from deltacome.vllm import launch as launch_module
 from deltacome.vllm.find import Finder
 from deltacome.vllm.manners import Manners
@@ -44,9 +46,18 @@ BUSY = {
 }
 
 
+def circle_ends():
+    """Whether this vLLM notes where it has been, as 0.33 does."""
+    found = compat.assigned_from(jinja2.Environment().parse(BUSY["circle"]), "messages")
+    return len(list(itertools.islice(found, 100))) < 100
+
+
 @pytest.mark.parametrize("kind", BUSY)
 def test_a_template_that_vllm_would_search_for_ever(kind, base, tmp_path):
     """In its event loop, before the time that a chat may take begins."""
+    if kind == "circle" and circle_ends():
+        assert manners(base, tmp_path / "a", chat_template_jinja=BUSY[kind].encode()).template
+        return
     with pytest.raises(ArtifactError, match="a: chat template: expected"):
         manners(base, tmp_path / "a", chat_template_jinja=BUSY[kind].encode())
 

@@ -1,8 +1,8 @@
 """Whether vLLM can look through an artifact's chat template.
 
 It does so in the event loop of the API server, for each template that it meets, to find out how a
-message's content is written. It follows assignments from `messages` on without noting where it has been:
-three that go in a circle would keep it for ever, and with it all requests.
+message's content is written. vLLM 0.32 follows assignments from `messages` on without noting where it has
+been: three that go in a circle would keep it for ever, and with it all requests.
 
 A template is a program all the same. What it does when a chat is written is not looked at here: the
 setting `templates` is for artifacts of people who are not trusted.
