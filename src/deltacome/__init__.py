@@ -67,7 +67,7 @@ __all__ = [
 
 try:
     __version__ = importlib.metadata.version("deltacome")
-except importlib.metadata.PackageNotFoundError:  # the sources alone, on a path
+except importlib.metadata.PackageNotFoundError:  # sources on a path, not installed
     __version__ = "unknown"
 
 

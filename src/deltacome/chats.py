@@ -11,8 +11,8 @@ _PROBE = "PROBE"
 def chat_text(tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:
     """What a tokenizer's chat template makes of messages.
 
-    Templates of some models that see take text in parts alone, `[{"type": "text", "text": …}]`, and write
-    nothing where they are given a string: they get parts.
+    The templates of some vision-language models take text only in parts, `[{"type": "text", "text": …}]`,
+    and write nothing when given a string: they get parts.
 
     Args:
         tokenizer: with a chat template.
@@ -20,7 +20,7 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:
         options: of `apply_chat_template`.
 
     Raises:
-        Exception: of any kind: a template is a program.
+        Exception: of any kind, since a template is a program.
     """
     if _takes_parts_alone(tokenizer):
         messages = [_in_parts(message) for message in messages]
@@ -35,7 +35,7 @@ def _takes_parts_alone(tokenizer: Any) -> bool:
 def _says(tokenizer: Any, message: dict[str, Any]) -> bool:
     try:
         return _PROBE in tokenizer.apply_chat_template([message], tokenize=False)
-    except Exception:  # as above: what it refuses it does not say
+    except Exception:  # any kind, as above: a template does not write what it refuses
         return False
 
 

@@ -1,6 +1,6 @@
 """The one tree of errors that deltacome raises.
 
-A caller catches `DeltaError` and shows its message: each names the tensor or file,
+A caller catches `DeltaError` and shows its message, which names the tensor or file,
 what was expected and what was got. Anything else that escapes is a bug.
 """
 
@@ -25,11 +25,11 @@ class ArtifactError(DeltaError):
 
 
 class OutputError(DeltaError):
-    """An output exists already, cannot be written, or another process is writing it."""
+    """An output already exists, cannot be written, or is being written by another process."""
 
 
 class DeviceError(DeltaError):
-    """A device is unknown to torch, or there is none of it."""
+    """A device is unknown to torch, or there is no such device here."""
 
 
 class PlanError(DeltaError):
@@ -41,16 +41,16 @@ class CalibrationError(DeltaError):
 
 
 class PictureError(DeltaError):
-    """A picture of a chat is missing, belongs nowhere, or there is no processor that takes it."""
+    """A chat's picture is missing or has no place in it, or no processor takes it."""
 
 
 class UnsupportedError(DeltaError):
-    """A model has a structure that is not covered; nothing is skipped in silence."""
+    """A model has a structure that is not supported; nothing is skipped silently."""
 
 
 @contextmanager
 def naming(names: Sequence[str]) -> Iterator[None]:
-    """Errors of the numerics, which know no names, get those of the tensors at hand."""
+    """Adds tensor names to errors of the numerics, which do not know them."""
     try:
         yield
     except DeltaError as error:

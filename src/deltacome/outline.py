@@ -13,18 +13,18 @@ from deltacome.skeleton import first_stack, make_skeleton, read_config
 
 @dataclass(frozen=True)
 class Outline:
-    """A checkpoint as far as it is known without its weights."""
+    """What is known about a checkpoint without its weights."""
 
     path: Path
     tensors: dict[str, TensorInfo]
     stacked: str | None = None
-    """A tensor that may be many in a checkpoint: of a configuration alone, if there is one."""
+    """A tensor that a checkpoint may store as many, if there is one and only a configuration is known."""
 
 
 def outline(name_or_path: str | Path) -> Outline:
     """The tensors of a checkpoint, from its weight files' headers or else from its configuration.
 
-    Of a repository on the Hub only the JSON files are fetched.
+    From a repository on the Hub only the JSON files are fetched.
 
     Raises:
         CheckpointError: there is neither, or a header cannot be read.
@@ -33,7 +33,7 @@ def outline(name_or_path: str | Path) -> Outline:
     if list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         return Outline(folder, Checkpoint(folder).tensors)
     config = read_config(folder)
-    # Before there is a model of it, whose building writes its own type into the configuration.
+    # Read before the model is built, which writes the model's own dtype into the configuration.
     dtype = str(getattr(config, "dtype", None) or torch.bfloat16).removeprefix("torch.")
     model = make_skeleton(config, torch.float32, folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1,9 +1,9 @@
-"""Chats with pictures, as rows: what a model's own processor makes of them.
+"""Chats with pictures as rows, as a model's own processor makes them.
 
 Messages are those of transformers' chat templates: the content of a turn is a list of parts,
 `{"type": "text", "text": …}` and `{"type": "image", "path": …}`. No family is named here: which tokens
-stand for a picture, and what else the model is given (pixels, grids, kinds of tokens), is the processor's
-matter.
+stand for a picture, and what else the model is given (pixels, grids, kinds of tokens), is up to the
+processor.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from deltacome.errors import PictureError
 from deltacome.rows import Row
 
 PLACES = ("path", "image", "url", "base64")
-"""Where a part of a message has its picture: the first two name a file, or hold what a data set gives."""
+"""Keys of a part's picture: the first two name a file, or hold what a data set gives."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Messages with pictures that were not opened yet: of many only some are drawn."""
+    """Messages whose pictures are not opened yet: of many chats, only some are drawn."""
 
     messages: list[dict[str, Any]]
     where: str
@@ -35,12 +35,12 @@ class Seen:
 def seen_in(item: dict[str, Any], folder: Path, where: str) -> Seen | None:
     """The chat of a line that has pictures, or None if it has none.
 
-    They are in the parts of its `messages`, or in `image` or `images` beside them, in the order of parts
-    that say `{"type": "image"}` and nothing more, or beside `prompt` and `answer`.
+    The pictures are in the parts of its `messages`, or in `image` or `images`: beside `messages`, in the
+    order of the parts that say only `{"type": "image"}`, or beside `prompt` and `answer`.
 
     Raises:
-        PictureError: a picture is not there (relative paths are in `folder`), or belongs nowhere, or what
-            is asked of it is no text.
+        PictureError: a picture is missing (relative paths are resolved in `folder`) or has no place in
+            the chat, or a prompt or answer is not text.
     """
     given = given_in(item)
     messages = item.get("messages")
@@ -59,7 +59,7 @@ def seen_in(item: dict[str, Any], folder: Path, where: str) -> Seen | None:
     found = []
     for m in messages:
         parts = [_placed(part, left, folder, where) for part in _parts(m)]
-        # A turn may have no content: where a tool is called, and how templates say that is their matter.
+        # A turn that calls a tool may have no content; how to write that is up to the template.
         found.append({**m, "content": parts} if parts else m)
     if rest := list(left):
         raise PictureError(f"{where}: {len(rest)} more pictures than its messages have parts for")
@@ -79,7 +79,7 @@ def question(prompt: str, pictures: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def load_processor(folder: str | Path, revision: str | None = None) -> Any:
-    """The processor of a model that sees, from its folder or the Hub.
+    """The processor of a vision-language model, from its folder or the Hub.
 
     Raises:
         PictureError: there is none.
@@ -88,21 +88,21 @@ def load_processor(folder: str | Path, revision: str | None = None) -> Any:
         found = AutoProcessor.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except Exception as error:  # which one depends on what is missing
         raise PictureError(f"{folder}: expected a processor for pictures: {error}") from error
-    if not hasattr(found, "image_processor"):  # of a model that reads text it is the tokenizer
+    if not hasattr(found, "image_processor"):  # for a text-only model it is the tokenizer
         kind = type(found).__name__
         raise PictureError(f"{folder}: expected a processor for pictures, got {kind}")
     return found
 
 
 def picture_row(processor: Any, seen: Seen, *, opens: bool = False) -> Row:
-    """What a model is given of a chat with pictures.
+    """What a model is given for a chat with pictures.
 
     Args:
-        processor: what `load_processor` gave.
+        processor: what `load_processor` returned.
         opens: the row ends where the model's next turn begins.
 
     Raises:
-        PictureError: the processor refuses the messages, or gives no tensor for their pictures.
+        PictureError: the processor refuses the messages, or gives no tensors for their pictures.
     """
     try:
         inputs = processor.apply_chat_template(
@@ -112,7 +112,7 @@ def picture_row(processor: Any, seen: Seen, *, opens: bool = False) -> Row:
             return_dict=True,
             return_tensors="pt",
         )
-    except Exception as error:  # a template and an image processor raise what they like
+    except Exception as error:  # templates and image processors may raise anything
         raise PictureError(f"{seen.where}: the processor refuses it: {error}") from error
     (ids,) = inputs.pop("input_ids").tolist()
     inputs.pop("attention_mask", None)
@@ -128,7 +128,7 @@ def picture_row(processor: Any, seen: Seen, *, opens: bool = False) -> Row:
 
 
 def _string(item: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(item[key], str | int | float):  # null would be the word None
+    if not isinstance(item[key], str | int | float):  # null would become the word None
         raise PictureError(f"{where}: expected a text as {key}, got {item[key]!r:.80}")
     return str(item[key])
 
@@ -149,13 +149,13 @@ def _pictures(message: Any) -> bool:
 
 
 def _placed(part: Any, left: Iterator[Any], folder: Path, where: str) -> Any:
-    """A part of a message with its picture, a file named from where it can be opened."""
+    """A part of a message with its picture; a file is named by a path from which it can be opened."""
     if not isinstance(part, dict) or part.get("type") != "image":
         return part
     if not any(part.get(key) is not None for key in PLACES):
         picture = next(left, None)
         if picture is None:
-            raise PictureError(f"{where}: a part of its messages is a picture, and there is none")
+            raise PictureError(f"{where}: its messages have more parts of type image than pictures")
         part = {key: value for key, value in part.items() if key not in PLACES} | {"image": picture}
     for key in PLACES[:2]:
         if isinstance(part.get(key), str):

@@ -18,12 +18,12 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Token ids, and what a model that sees is given besides. Equal rows are one object."""
+    """Token ids, and what else a vision-language model is given. Rows are equal only to themselves."""
 
     ids: list[int]
     seen: Mapping[str, Tensor] = field(default_factory=dict)
-    """Name of an input → its value: what this row's pictures are, along dimension 0, or (1, L) where the
-    model wants something for each token."""
+    """Name of an input → its value: that of this row's pictures, along dimension 0, or (1, L) where the
+    model wants a value for each token."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -35,7 +35,7 @@ class Row:
         return tuple((name, shape or ()) for name, shape in sorted(shapes.items()))
 
     def followed_by(self, ids: Sequence[int]) -> Row:
-        """The row with more token ids behind it, none of them a picture's."""
+        """The row followed by more token ids, none of them a picture's."""
         seen = {n: pad(v, (0, len(ids))) if self.by_token(n) else v for n, v in self.seen.items()}
         return Row([*self.ids, *ids], seen)
 
@@ -47,7 +47,7 @@ class Row:
 def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Rows as a batch: ids (B, L) int64, a mask (B, L) that is False at padding, and their other inputs.
 
-    Rows are padded on the right, where a causal model looks at nothing.
+    Rows are padded on the right, where a causal model's tokens do not look.
     """
     shape = len(rows), max(map(len, rows))
     ids_BL, valid_BL = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
@@ -64,13 +64,13 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def row_shares(counts_BL: Tensor) -> Tensor:
-    """What each token that counts weighs, (T,), so that every row weighs 1 in all."""
+    """The weight of each token that counts, (T,), such that every row weighs 1 in total."""
     in_row_B1 = counts_BL.sum(1, keepdim=True)
     return (1.0 / in_row_B1).expand(counts_BL.shape)[counts_BL]
 
 
 def seen_hash(rows: Sequence[Row]) -> str:
-    """Of what rows have besides token ids; empty where that is nothing."""
+    """A hash of what rows have besides token ids; empty if they have nothing else."""
     digest = hashlib.sha256()
     for row in rows:
         for name, value in sorted(row.seen.items()):
@@ -82,14 +82,14 @@ def seen_hash(rows: Sequence[Row]) -> str:
 def model_inputs(
     ids_BL: Tensor, seen: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What a model is called with: its other inputs too, pixels in its own precision."""
+    """What a model is called with: token ids and its other inputs, pixels in its own precision."""
     return {"input_ids": ids_BL.to(device), "use_cache": False, **to_device(seen, device, dtype)}
 
 
 def to_device(
     seen: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Other inputs than token ids on a model's device, pixels in its own precision."""
+    """Inputs other than token ids on a model's device, pixels in the model's own precision."""
     return {
         name: value.to(device, dtype if value.is_floating_point() else value.dtype)
         for name, value in seen.items()
@@ -97,12 +97,12 @@ def to_device(
 
 
 def alike(rows: Sequence[Row], slots: int, least: float = 0.0) -> Iterator[list[Row]]:
-    """Runs of sorted rows that may go together.
+    """Runs of sorted rows that can share a batch.
 
     Args:
         rows: sorted by kind, then by length, up or down.
-        slots: rows of a run times the longest of them are at most so many, or it is one row.
-        least: the shortest row of a run is longer than this share of the longest.
+        slots: limit for a run's number of rows times its longest row; a single row may exceed it.
+        least: the shortest row of a run has at least this share of the length of the longest.
     """
     run: list[Row] = []
     for row in rows:

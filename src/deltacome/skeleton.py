@@ -1,9 +1,9 @@
-"""The model of a configuration without weights, and where stored tensors go in it.
+"""The model of a configuration, without weights, and where stored tensors go in it.
 
-transformers gives parameters other names than checkpoints have (`language_model.model.…` is
-`model.language_model.…` in memory) and stacks some (the matrices of experts). Which tensor goes where is
-asked of its own loading rules, so that no family is named here; a rule that does more than rename and
-stack is refused by name.
+transformers gives parameters other names than checkpoints do (`language_model.model.…` is
+`model.language_model.…` in memory) and stacks some (the matrices of experts). Its own loading rules say
+where each tensor goes, so no family is named here; a rule that does more than rename and stack is
+refused by name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Target:
     expert: int | None = None
     """Index along dimension 0 of the parameter; None: the tensor is the whole parameter."""
     part: int = 0
-    """Which of `parts` equal runs of the expert's rows: gate and up lie in one parameter."""
+    """Which of `parts` equal runs of the expert's rows: gate and up share one parameter."""
     parts: int = 1
 
     def view(self, parameter: Tensor) -> Tensor:
@@ -55,24 +55,24 @@ class Target:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint; code that comes with one is not run.
+    """The configuration of a checkpoint; code that comes with it is not run.
 
     Raises:
         CheckpointError: there is none, or transformers does not know its model type.
     """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a configuration runs through a library's code: any kind may come
+    except Exception as error:  # a configuration runs through a library's code: any kind of error
         raise CheckpointError(f"{folder}: expected a model configuration: {error}") from error
 
 
 def load_tokenizer(
     source: str | Path, revision: str | None = None, *, refused: type[DeltaError]
 ) -> Any:
-    """The tokenizer of a folder or of a repository on the Hub; code that comes with one is not run.
+    """The tokenizer of a folder or of a repository on the Hub; code that comes with it is not run.
 
     Raises:
-        DeltaError: of the kind `refused`: there is none.
+        DeltaError: of the kind `refused`, if there is none.
     """
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -84,7 +84,7 @@ def parse_config(document: dict[str, Any]) -> PreTrainedConfig:
     """The configuration that a parsed `config.json` stands for.
 
     Raises:
-        CheckpointError: transformers does not know its model type, or a value is none for it.
+        CheckpointError: transformers does not know its model type, or a value is invalid for it.
     """
     try:
         return type(AutoConfig.for_model(document["model_type"])).from_dict(document)
@@ -115,11 +115,11 @@ def model_class(config: PreTrainedConfig, where: str | Path) -> Any:
 def make_skeleton(
     config: PreTrainedConfig, dtype: torch.dtype, where: str | Path
 ) -> PreTrainedModel:
-    """The model of a configuration without weights; its buffers (rotary tables) are real.
+    """The model of a configuration, without weights; its buffers (rotary tables) are real.
 
     Args:
-        config: names its class; one that names none is taken for a causal language model.
-        dtype: of the passes to come: some buffers (the scale of an embedding) follow it.
+        config: names the class; one that names none is taken for a causal language model's.
+        dtype: that of the passes to come, which some buffers (the scale of an embedding) follow.
         where: what an error names.
 
     Raises:
@@ -130,7 +130,7 @@ def make_skeleton(
         with init_empty_weights(include_buffers=False):
             build = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
             model = build(config, dtype=dtype)
-        model.tie_weights()  # out here: within, each place is given a parameter of its own
+        model.tie_weights()  # out here: within the context, each place gets a parameter of its own
     except Exception as error:  # as above
         raise CheckpointError(f"{where}: expected a model of transformers: {error}") from error
     return model.eval()
@@ -172,7 +172,7 @@ def _stacked(name: str, parameter: str, pattern: str, converters: list[WeightCon
 
 
 def first_stack(model: nn.Module) -> str | None:
-    """The first parameter that holds what checkpoints may store as a tensor for each expert, if any."""
+    """The first parameter that checkpoints may store as one tensor for each expert, if any."""
     rules = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
     ends = [t for r in rules if isinstance(r, WeightConverter) for t in r.target_patterns]
     matches = [re.compile(end.replace(".", r"\.") + "$").search for end in ends]
@@ -181,7 +181,7 @@ def first_stack(model: nn.Module) -> str | None:
 
 
 def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
-    """Puts a tensor in the place of a parameter, or of a buffer, which keeps its type."""
+    """Puts a tensor in place of a parameter, or of a buffer, which keeps its dtype."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if attribute in module._buffers:
@@ -193,8 +193,9 @@ def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
 def set_buffers(
     model: nn.Module, where: Mapping[str, Target], read: Callable[[str], Tensor]
 ) -> None:
-    """Puts stored tensors in the place of saved buffers, which a pass needs as it needs weights: running
-    statistics of a tower, scales of a block.
+    """Puts stored tensors in place of saved buffers.
+
+    A pass needs them as it needs weights: running statistics of a tower, scales of a block.
 
     Args:
         model: a skeleton.
@@ -209,7 +210,7 @@ def set_buffers(
 
 
 def set_part(model: nn.Module, target: Target, value: Tensor) -> None:
-    """Puts a tensor where it goes: in the place of a parameter, or into rows of one."""
+    """Puts a tensor where it goes: in place of a parameter, or into rows of one."""
     if target.expert is None:
         set_weight(model, target.parameter, value)
         return
@@ -223,7 +224,7 @@ def set_part(model: nn.Module, target: Target, value: Tensor) -> None:
 def check_names(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: Mapping[str, Target]
 ) -> None:
-    """Every parameter of the model has its tensors in the checkpoint, of the right shape.
+    """Checks that every parameter of the model has its tensors in the checkpoint, of the right shape.
 
     Args:
         model: a skeleton.
@@ -231,7 +232,7 @@ def check_names(
         where: their targets.
 
     Raises:
-        MismatchError: lists what is missing or names what has another shape; the model's code or
+        MismatchError: parameters are missing, or a tensor has another shape; the model's code or
             configuration and the checkpoint disagree.
     """
     aliases: dict[int, list[str]] = {}
@@ -256,7 +257,7 @@ def check_names(
 
 
 def _check_experts(parameters: Mapping[str, Tensor], where: Mapping[str, Target]) -> None:
-    """Where experts are stacked each has its tensors: rows of one that has none would stay zeros."""
+    """Checks that each stacked expert has its tensors: rows of one without would stay zeros."""
     found: dict[str, set[tuple[int, int]]] = {}
     parts: dict[str, int] = {}
     for target in where.values():
@@ -282,13 +283,13 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def picture_token(model: nn.Module) -> int | None:
-    """The id of the tokens in whose place a picture enters, if the model's configuration names one."""
+    """The id of the tokens that a picture takes the place of, if the model's configuration names one."""
     token = getattr(getattr(model, "config", None), "image_token_id", None)
     return token if isinstance(token, int) else None
 
 
 def parameter_names(model: nn.Module, where: Mapping[str, Target]) -> dict[str, str]:
-    """Any name of a parameter or saved buffer → the stored tensor that is all of it."""
+    """Every name of a parameter or saved buffer → the stored tensor that is the whole of it."""
     whole = {target.parameter: name for name, target in where.items() if target.expert is None}
     aliases: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -301,7 +302,7 @@ def parameter_names(model: nn.Module, where: Mapping[str, Target]) -> dict[str, 
 
 
 def ignored(model: nn.Module, name: str) -> bool:
-    """Whether a stored tensor is a table that the model computes itself, as old checkpoints have."""
+    """Whether a stored tensor is a table that the model computes itself, as in old checkpoints."""
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     patterns |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"}
     return any(re.search(pattern, name) for pattern in patterns)

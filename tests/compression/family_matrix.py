@@ -102,11 +102,11 @@ configuration class and a random fine-tune of it, compressed, merged and attache
 """
 
 AFTER = """
-*Error* is the mean over matrices of the relative squared error of what is stored (against the inputs
-where there is calibration), *logits* the largest difference between attached base and merged model, in
-float32 and relative to the largest. Ratios are what so small a model has room for: headers weigh, and
-exact tensors do. The fine-tune has few directions and noise, so errors say that nothing is wrong, not
-how good a method is.
+*Error* is the mean over matrices of the relative squared error of what is stored (on the inputs where
+there is calibration). *Logits* is the largest difference between the logits of the attached base and the
+merged model, in float32 and relative to the largest. Ratios are what so small a model allows, given its
+headers and exact tensors. The fine-tune has few directions and noise, so the errors show that nothing is
+wrong, not how good a method is.
 """
 
 

@@ -102,7 +102,7 @@ def test_a_causal_model_has_a_canary(compressed, request):
 
 
 def test_a_model_without_a_canary_is_told(pairs, tmp_path):
-    with pytest.warns(UserWarning, match="no canary: BertFor.* is no causal language model"):
+    with pytest.warns(UserWarning, match="no canary: BertFor.* is not a causal language model"):
         compress(*pairs["BertForMaskedLM"], tmp_path / "a", ratio=3, calibration="none")
 
 
@@ -182,7 +182,7 @@ def test_a_model_that_sees_writes_its_own_calibration(pairs, tmp_path):
     base, tuned = pairs["LlavaForConditionalGeneration"]
     options = {"ratio": 2, "samples": 4, "seq_len": 12}
     with pytest.warns(
-        UserWarning, match=r"self: LlavaFor\w+ sees, and none of 4 rows has a picture"
+        UserWarning, match=r"self: LlavaFor\w+ takes pictures, and none of 4 rows has one"
     ):
         artifact = compress(base, tuned, tmp_path / "a", **options)
     said = artifact.manifest.provenance["calibration"]

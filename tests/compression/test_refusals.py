@@ -98,7 +98,7 @@ def test_no_such_folder(refused, pair, which):
     given = list(pair)
     given[which] = pair[0] / "none"
     with pytest.raises(
-        CheckpointError, match="expected a folder, or org/name of the Hub; found none"
+        CheckpointError, match="expected a folder, or org/name on the Hub; found none"
     ):
         compress(*given, pair[0].with_name("out"))
 

@@ -64,7 +64,7 @@ def test_a_base_on_one_machine_is_no_link(artifact, tmp_path, where):
     card = model_card(artifact, "org/name")
     assert "base_model" not in metadata(card)
     assert str(tmp_path) not in str(card)
-    assert "changed of `base`" in card.text
+    assert "changed in `base`" in card.text
     assert "deltacome merge BASE org/name" in card.text
 
 
@@ -79,7 +79,7 @@ def test_sizes_and_errors(artifact):
     errors = [r.error for r in artifact.manifest.records.values() if r.packed]
     assert len(rows) == len([error for error in errors if error is not None])
     assert any(row.endswith("| 0.75 | 0.75 |") for row in rows)
-    assert "X are its calibration inputs, or the identity where there were none." in text
+    assert "X is its calibration inputs, or the identity where there were none." in text
 
 
 def test_what_a_plan_left_out_is_said(artifact):

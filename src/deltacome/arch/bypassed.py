@@ -1,11 +1,12 @@
-"""Weights that a model's code multiplies by itself, without calling the layer that holds them.
+"""Weights that a model's code uses directly, without calling the layer that holds them.
 
-Mamba's `self.dt_proj.weight @ x`, an embedding that is used as a table, the `out_proj` of torch's
-`MultiheadAttention`: a delta that runs in the layer's forward would never be asked. Code is read for
-that rather than run, as a tower is passed by where no picture comes. What is sometimes called and
-sometimes not (CLIP's positions, interpolated for other sizes on demand) is taken for called, and so is
-the input embedding, which others call by its getter (Gemma 4 reads one row of its own besides). In
-training mode it may never be called: Mamba's fused kernels read the weights themselves there.
+Examples are Mamba's `self.dt_proj.weight @ x`, an embedding used as a table, and the `out_proj` of
+torch's `MultiheadAttention`: a delta in the layer's forward would never run. They are found by reading
+the code, since running it without a picture would not reach a vision tower. A layer that is sometimes
+called and sometimes not (CLIP's positions, interpolated on demand for other sizes) counts as called,
+and so does the input embedding, which other code calls through its getter (Gemma 4 also reads one row
+of it directly). In training mode a layer that is sometimes called may never be: Mamba's fused kernels
+read the weights themselves there.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 ABOUT = {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim"}
-"""Asked of a weight without reading its values."""
+"""What can be asked of a weight without reading its values."""
 NOT_RUN = {"init", "init_weights", "reset_parameters", "tie_weights"}
-"""Functions that make a model, by name without underscores around it."""
+"""Functions that build a model, by name without the underscores around it."""
 
 
 def bypassed(model: nn.Module, *, training: bool = False) -> frozenset[str]:
-    """Names of parameters that are read past their layers, `layers.0.mixer.dt_proj.weight`.
+    """Names of parameters used without calling their layers, e.g. `layers.0.mixer.dt_proj.weight`.
 
     Args:
         model: any module.
-        training: also those whose layers are called at other times.
+        training: include those whose layers are called at other times.
     """
     found, embedding = set(), part_of(model, "get_input_embeddings")
     for path, module in model.named_modules():
@@ -48,7 +49,7 @@ def bypassed(model: nn.Module, *, training: bool = False) -> frozenset[str]:
 
 
 def part_of(model: nn.Module, getter: str) -> nn.Module | None:
-    """What a getter of transformers' models gives: an embedding, a head; None if there is none."""
+    """What a getter of a transformers model returns (an embedding, a head); None if there is none."""
     try:
         return getattr(model, getter, lambda: None)()
     except NotImplementedError:
@@ -57,7 +58,7 @@ def part_of(model: nn.Module, getter: str) -> nn.Module | None:
 
 @functools.cache
 def _read_by(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Paths below a module of a class whose weight its code reads: that it never calls, and others."""
+    """Layers below a module, by path, whose weights its class reads: never called, and also called."""
     read: set[str] = set()
     called: set[str] = set()
     for one in kind.__mro__:
@@ -86,7 +87,7 @@ def _read_by(kind: type) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _functions(kind: type) -> Iterator[ast.FunctionDef]:
-    """What a class's own body defines; nothing where there is no source."""
+    """The functions in a class's own body that are run; none where there is no source."""
     try:
         body = _classes(inspect.getfile(kind))[kind.__qualname__]
     except (OSError, TypeError, KeyError):
@@ -98,13 +99,13 @@ def _functions(kind: type) -> Iterator[ast.FunctionDef]:
 
 @functools.cache
 def _classes(file: str) -> dict[str, list[ast.stmt]]:
-    """Bodies of the classes of a file (`inspect` would parse all of it for each of them)."""
+    """Bodies of the classes in a file (`inspect` would parse the whole file for each of them)."""
     try:
         nodes = [("", node) for node in ast.parse("".join(linecache.getlines(file))).body]
     except (SyntaxError, ValueError):
         return {}
     found = {}
-    for path, node in nodes:  # which grows
+    for path, node in nodes:  # the list grows meanwhile
         if isinstance(node, ast.ClassDef):
             found[path + node.name] = node.body
             nodes += [(f"{path}{node.name}.", inner) for inner in node.body]
@@ -112,7 +113,7 @@ def _classes(file: str) -> dict[str, list[ast.stmt]]:
 
 
 def _path(node: ast.AST) -> str:
-    """`mixer.dt_proj` of `self.mixer.dt_proj`; empty for what is not below `self`."""
+    """`mixer.dt_proj` for `self.mixer.dt_proj`; empty for anything not below `self`."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)

@@ -1,13 +1,13 @@
-"""Dense checkpoints as people have them: sharded safetensors, read tensor by tensor.
+"""Dense checkpoints: sharded safetensors, read tensor by tensor.
 
-A tensor is copied out of its file and the file is closed again, so that the memory of a run is what
-it holds and not what it once touched (a mapped file's pages stay in the resident set). Opening costs
-a header read for each access, which is small beside a matrix.
+A tensor is copied out of its file and the file is closed again, so a run's memory is what it holds and
+not what it has touched (a mapped file's pages stay in the resident set). Opening the file costs a
+header read for each access, which is small compared with a matrix.
 
 Fingerprints say which base a delta belongs to. The *sample* is read when an artifact is attached:
-512 values of a tensor in eight runs, under a second for 7B; rounded to bfloat16, so that a base loaded
-in bfloat16 or wider still matches (in float16 it does not: values are rounded twice, the small ones
-coarsely). The *digest* covers every byte and is for `verify` and `merge`.
+512 values of each tensor in eight runs, in under a second for 7B. They are rounded to bfloat16, so a
+base loaded in bfloat16 or wider still matches (one loaded in float16 does not: its values are rounded
+twice, the small ones coarsely). The *digest* covers every byte and is for `verify` and `merge`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ SIDE_FILES = (
     *("chat_template*", "generation_config.json", "*.model", "*.tiktoken", "tekken.json"),
     "*processor_config.json",
 )
-"""Files of a checkpoint that a model needs beside weights and configuration."""
+"""Files of a checkpoint that a model needs besides weights and configuration."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is."""
+    """Where a tensor is stored, its shape and its dtype."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    """torch's name of it; `unknown` if torch has none."""
+    """torch's name for it; `unknown` if torch has none."""
     start: int = 0
-    """Where its values begin in the file."""
+    """Byte offset of its values in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -69,22 +69,22 @@ class Checkpoint:
 
     Args:
         name_or_path: a folder, or `org/name` or `org/name@revision` on the Hub (fetched to its cache).
-        revision: of the repository, where the name has none.
+        revision: the repository's revision, where the name has none.
 
     Attributes:
-        name_or_path: without a revision.
-        revision: the commit that was fetched; None of a folder.
+        name_or_path: the name without a revision.
+        revision: the commit that was fetched; None for a folder.
         path: the folder.
-        tensors: by name.
+        tensors: where each tensor is stored, by name.
 
     Raises:
-        CheckpointError: no weights, a shard missing or truncated, or only pickled weights.
+        CheckpointError: no weights, a shard that is missing or truncated, or only pickled weights.
     """
 
     def __init__(self, name_or_path: str | Path, revision: str | None = None) -> None:
         self.name_or_path, revision = split_name(name_or_path, revision, CheckpointError)
         self.path = fetch_folder(self.name_or_path, revision, CheckpointError)
-        # The Hub's cache calls a snapshot by its commit, which stays when branches and tags move on.
+        # The Hub's cache names a snapshot after its commit, which stays when branches and tags move.
         of_hub = self.path != Path(self.name_or_path)
         self.revision = self.path.name if of_hub else None
         self.tensors = _list_tensors(self.path)
@@ -98,7 +98,7 @@ class Checkpoint:
         """A copy of a tensor, in the dtype of the file.
 
         Raises:
-            CheckpointError: there is no such tensor, or its bytes are not all there.
+            CheckpointError: there is no such tensor, or some of its bytes are missing.
         """
         info = self._info(name)
         try:
@@ -123,8 +123,8 @@ class Checkpoint:
         try:
             with info.file.open("rb", buffering=0) as file:
                 if hasattr(os, "posix_fadvise"):
-                    # By default the system reads ahead at each place: of a 7B model that is not in
-                    # memory yet some 300 MB, for 300 kB that are wanted.
+                    # By default the system reads ahead at each place: some 300 MB of a 7B model that
+                    # is not in memory yet, where 300 kB are wanted.
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 values = bytearray()
                 for run in runs:
@@ -151,10 +151,10 @@ class Checkpoint:
 
 
 def check_dense(folder: Path) -> None:
-    """Refuses weights that are quantised: codes are no values to take a difference of.
+    """Refuses quantised weights: codes are not values to take a difference of.
 
     Raises:
-        CheckpointError: says how they are quantised.
+        CheckpointError: the weights are quantised; it says how.
     """
     if not (folder / "config.json").is_file():
         return
@@ -169,10 +169,10 @@ def check_dense(folder: Path) -> None:
 
 
 def read_config_file(folder: Path) -> Any:
-    """`config.json` as it is parsed.
+    """The parsed `config.json`.
 
     Raises:
-        CheckpointError: there is none, or it is no JSON.
+        CheckpointError: there is none, or it is not JSON.
     """
     file = folder / "config.json"
     try:
@@ -182,7 +182,7 @@ def read_config_file(folder: Path) -> Any:
 
 
 def json_folder(name_or_path: str | Path) -> Path:
-    """The folder of a checkpoint; of a repository on the Hub only the JSON files are fetched.
+    """The folder of a checkpoint; from a repository on the Hub only the JSON files are fetched.
 
     Raises:
         CheckpointError: there is no such folder or repository.
@@ -210,7 +210,7 @@ def _list_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _starts(file: Path) -> dict[str, int]:
-    """Where each tensor's values begin in a file that safetensors has opened, and so found sound."""
+    """Where each tensor's values begin in a file that safetensors has opened, and thus found valid."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -265,8 +265,8 @@ def sample_digest(tensor: Tensor) -> str:
     """Fingerprint of a tensor's shape and 512 sampled values: 16 hex digits.
 
     Floating-point values are rounded to bfloat16 first, so a base held in bfloat16, float32 or float64
-    has the fingerprint of its checkpoint, whichever that is in. One held in float16 has it if the
-    checkpoint is in float16 too, and hardly ever else.
+    has the fingerprint of its checkpoint, whatever the checkpoint's dtype. A base held in float16 has
+    it if the checkpoint is in float16 too, and hardly ever otherwise.
     """
     flat = tensor.detach().reshape(-1)
     sample = torch.cat([flat[run] for run in _runs(flat.numel())])
@@ -274,7 +274,7 @@ def sample_digest(tensor: Tensor) -> str:
 
 
 def _runs(values: int) -> list[slice]:
-    """Which of so many values are sampled: all of 512, of more eight runs from first to last."""
+    """Which of `values` values are sampled: all of up to 512, or else eight runs from first to last."""
     run, runs = 64, 8
     if values <= run * runs:
         return [slice(0, values)]

@@ -1,8 +1,8 @@
 """What a model is made of, read off its module tree: blocks, matrices, embedding, head.
 
-No family is named here. The blocks that hidden states pass are the longest `ModuleList` of one class;
-which linears share an input is seen by running one block and watching what its linears are fed. A table
-of names per family would be shorter to run and would be wrong for the next model.
+No family is named here. The blocks that hidden states pass are the largest `ModuleList` of one class;
+which linears share an input is found by running one block and watching what its linears are fed. A
+table of names per family would run faster but would be wrong for the next model.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class Layout:
     """Names are those of parameters and modules in the model, e.g. `model.layers.0`."""
 
     blocks: dict[str, nn.Module]
-    """Blocks of the longest list by name, in the order in which hidden states pass them."""
+    """Blocks of the largest list by name, in the order in which hidden states pass them."""
     side_blocks: dict[str, nn.Module]
     """Blocks of other lists: a vision tower's, an encoder's beside a decoder."""
     embedding: str | None
     """The input embedding's weight."""
     head: str | None
-    """The output head's weight (the name it has where it is not tied)."""
+    """The output head's weight (under the name it has when it is not tied)."""
     matrices: frozenset[str]
     """Weights of all linears and embeddings that are called: what is worth compressing. Any other
     parameter, whatever its shape, is stored exactly."""
     transposed: frozenset[str]
-    """Those of them that their layer multiplies by from the right, (in, out): GPT-2's `Conv1D`."""
+    """Those of them that are (in, out), since their layer computes `x @ weight`: GPT-2's `Conv1D`."""
 
 
 def find_layout(model: nn.Module) -> Layout:
@@ -70,7 +70,7 @@ def linears_of(name: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def inputs_of(linear: nn.Module) -> int:
-    """Size of what a linear reads."""
+    """Number of input features of a linear."""
     weight: Any = linear.weight
     return weight.shape[0] if _is_conv1d(linear) else weight.shape[1]
 
@@ -80,11 +80,11 @@ def shared_inputs(
 ) -> list[list[str]]:
     """Groups linears that read the same tensor, in the order in which they are called.
 
-    q, k and v fall into one group, gate and up into another: one gram serves a group, and a group
-    is compressed before the next one sees its inputs.
+    q, k and v form one group, gate and up another: one gram serves a group, and a group is compressed
+    before the next one sees its inputs.
 
     Args:
-        linears: of one block, by name.
+        linears: those of one block, by name.
         run: calls the block once.
 
     Raises:
@@ -93,7 +93,7 @@ def shared_inputs(
     calls: list[tuple[str, Tensor]] = []
 
     def watch(name: str) -> Callable:
-        # The inputs are held on to, so that no two of them can share an address.
+        # The inputs are kept alive, so that no two of them can share an address.
         return lambda module, args: calls.append((name, args[0]))
 
     linears = list(linears)
@@ -138,7 +138,7 @@ def _is_matrix(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """A linear whose weight is (in, out). Known by its name: the class is of transformers."""
+    """Whether it is a linear with an (in, out) weight, told by its class's name in transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

@@ -23,7 +23,7 @@ class Pair:
 
 
 class HasTensors(Protocol):
-    """A checkpoint, or what is known of one without its weights."""
+    """A checkpoint, or what is known about one without its weights."""
 
     @property
     def path(self) -> Path: ...
@@ -39,7 +39,7 @@ def pair_tensors(
     embedding: str | None,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> list[Pair]:
-    """Matches every tensor of the tuned checkpoint with the base's.
+    """Matches every tensor of the tuned checkpoint with its counterpart in the base.
 
     Names may differ by a prefix: a vision-language model has its text base under `language_model`.
 
@@ -47,7 +47,7 @@ def pair_tensors(
         base, tuned: the checkpoints.
         head, embedding: names of the tuned head's and input embedding's weights. Where one side ties
             them and does not store the head, the head's counterpart is the embedding.
-        ignored: whether a tensor that only the base has says nothing (a table that the model computes).
+        ignored: whether a tensor that only the base has does not matter (a table the model computes).
 
     Raises:
         MismatchError: shapes differ in more than the number of rows, or the base has a tensor that
@@ -91,7 +91,7 @@ def _prefixes(
 ) -> list[tuple[str, str]]:
     """Changes of prefix, tuned → base, that account for tensors of the base under other names.
 
-    Each is the change that fits the most of the tensors that are left, by name and row shape.
+    Each is the change that fits the largest number of the remaining tensors, by name and row shape.
     """
     found = []
     left = {name for name in base if name not in tuned}
@@ -111,7 +111,7 @@ def _prefixes(
         if len(rivals) > 1:
             raise MismatchError(
                 f"tensors of the base below {theirs!r} fit {' and '.join(map(repr, sorted(rivals)))} "
-                "of the tuned model alike"
+                "of the tuned model equally well"
             )
         found.append((ours, theirs))
         left -= {theirs + name[len(ours) :] for name in free if name.startswith(ours)}
@@ -120,7 +120,7 @@ def _prefixes(
 
 
 def _tails(name: str) -> Iterator[str]:
-    """Ends of a dotted name, longest first, of two components at least."""
+    """Suffixes of a dotted name, longest first, of at least two components."""
     parts = name.split(".")
     return (".".join(parts[cut:]) for cut in range(len(parts) - 1))
 
@@ -131,7 +131,7 @@ def _changes(
     base: Mapping[str, TensorInfo],
     shape: tuple[int, ...],
 ) -> Iterator[tuple[str, str]]:
-    """Prefixes (ours, theirs) whose change makes a name one of the base that shares its longest end."""
+    """Prefix changes (ours, theirs) from a name to those of the base that share its longest suffix."""
     tail = next((tail for tail in _tails(name) if tail in tails), "")
     for other in tails.get(tail, ()):
         if base[other].shape[1:] == shape[1:]:

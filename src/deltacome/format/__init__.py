@@ -1,1 +1,1 @@
-"""The artifact: what is on disk and what it means, and the Hub that it may come from."""
+"""The artifact: what is on disk, what it means, and the Hub it may come from."""

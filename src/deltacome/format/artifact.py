@@ -1,8 +1,8 @@
-"""The artifact folder: strict, lazy reading; to the Hub and from it.
+"""The artifact folder: strict, lazy reading, and transfer to and from the Hub.
 
-Reading trusts nothing: the manifest decides which safetensors entries there must be, of which type
-and shape, and the folder must hold exactly those. `Artifact.open` costs header reads only; the
-checksums of all bytes are for `Artifact.verify_bytes`, as a 7B artifact is most of a gigabyte.
+Reading trusts nothing: the manifest decides which safetensors entries must exist, with which types
+and shapes, and the folder must hold exactly those. `Artifact.open` reads only headers; checksums of
+all bytes are left to `Artifact.verify_bytes`, as a 7B artifact is most of a gigabyte.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ INDEX_FILE = "delta.safetensors.index.json"
 CARD_FILE = "README.md"
 TUNED_CONFIG_FILE = "tuned_config.json"
 MAX_JSON_BYTES = 64 << 20
-"""Of manifest and index; a mixture with 70,000 expert matrices needs a third of it."""
+"""Limit for the manifest and the index; a mixture with 70,000 expert matrices needs a third of it."""
 MAX_PARSED_BYTES = {
     TUNED_CONFIG_FILE: 4 << 20,
     "generation_config.json": 1 << 20,
     "chat_template.json": 1 << 20,
     "tokenizer.json": MAX_JSON_BYTES,
 }
-"""Of carried files that are parsed, which takes tens of times their size; of others `MAX_OTHER_BYTES`.
-Gemma 3's `tokenizer.json` has 33 MB, a configuration that names 21,000 labels has one."""
+"""Limits for carried files that are parsed, which takes tens of times their size; others may have
+`MAX_OTHER_BYTES`. Gemma 3's `tokenizer.json` has 33 MB, a configuration that names 21,000 labels 1 MB."""
 MAX_OTHER_BYTES = 16 << 20
 
 
@@ -57,11 +57,11 @@ class Artifact(ModelHubMixin):
 
     Attributes:
         path: the folder.
-        manifest: what the artifact says of itself.
+        manifest: what the artifact says about itself.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Artifact:
-        """Without the mixin's own, which keeps all arguments, as JSON, for a config.json."""
+        """Bypasses the mixin's own, which keeps all arguments as JSON for a config.json."""
         return object.__new__(cls)
 
     def __init__(self, path: Path, manifest: Manifest, where: dict[str, str]) -> None:
@@ -78,9 +78,9 @@ class Artifact(ModelHubMixin):
             path: an artifact folder.
 
         Raises:
-            ArtifactError: not an artifact, a file missing or of the wrong size, an entry missing,
-                unknown, or of another type or shape than the manifest's plan gives; or the system does
-                not let it be read.
+            ArtifactError: the folder is not an artifact or cannot be read; a file is missing or has
+                the wrong size; or an entry is missing, unknown, or of another type or shape than the
+                manifest's plan gives.
         """
         path = Path(path)
         with _reading(path):
@@ -102,12 +102,13 @@ class Artifact(ModelHubMixin):
         revision: str | None = None,
         **download: Any,
     ) -> Artifact:
-        """Opens a local folder, or an artifact on the Hub from its cache, where it is fetched to first.
+        """Opens a local folder, or an artifact on the Hub, which is first fetched into the Hub's cache.
 
         Args:
             pretrained_model_name_or_path: a folder, `org/name`, or `org/name@revision`.
             revision: a branch, tag or commit of the repository.
-            download: `token`, `cache_dir`, `force_download`, `local_files_only`: as snapshot_download.
+            download: `token`, `cache_dir`, `force_download`, `local_files_only`, as for
+                `snapshot_download`.
 
         Raises:
             ArtifactError: as `open`, or the Hub has no such repository or revision.
@@ -128,8 +129,8 @@ class Artifact(ModelHubMixin):
 
         Args:
             save_directory: the folder.
-            model_card_kwargs: of `generate_model_card`.
-            kwargs: `push_to_hub`, `repo_id` and more, as `ModelHubMixin` takes them.
+            model_card_kwargs: arguments of `generate_model_card`.
+            kwargs: `push_to_hub`, `repo_id` and others that `ModelHubMixin` takes.
 
         Raises:
             OutputError: the folder exists or cannot be written.
@@ -144,28 +145,27 @@ class Artifact(ModelHubMixin):
     def push_to_hub(
         self, repo_id: str, *, scores: Sequence[dict[str, Any]] = (), **kwargs: Any
     ) -> str:
-        """Uploads the artifact and its model card; of an artifact that was there before nothing stays.
+        """Uploads the artifact and its model card; nothing of an artifact that was there before stays.
 
-        It is copied to a temporary folder first. Readers of a large one that is half there refuse it.
+        It is copied to a temporary folder first. Readers refuse a large one that is only partly uploaded.
 
         Args:
-            repo_id: `org/name`; created if it is not there, and `branch` too.
+            repo_id: `org/name`; created if it does not exist, as is `branch`.
             scores: results of `evals` for the card, as `deltacome eval --json` prints them.
             kwargs: `private`, `token`, `branch`, `create_pr`, `commit_message`, as `ModelHubMixin` takes
                 them.
 
         Returns:
-            Address of the commit.
+            URL of the commit.
 
         Raises:
             ArtifactError: the bytes are not those that were written.
-            MismatchError: scores of another artifact.
+            MismatchError: the scores are those of another artifact.
             OutputError: the Hub refuses it, or cannot be reached.
         """
         self.check_bytes()
-        self.generate_model_card(
-            name=repo_id, scores=scores
-        )  # refused before there is a repository
+        # Scores of another artifact are to be refused before a repository is created.
+        self.generate_model_card(name=repo_id, scores=scores)
         kwargs.setdefault("commit_message", f"Delta, {self.ratio():.1f} times smaller")
         kwargs.setdefault("delete_patterns", list(FILES))
         card = {"name": repo_id, "scores": scores}
@@ -179,10 +179,10 @@ class Artifact(ModelHubMixin):
     def generate_model_card(
         self, *, name: str | None = None, scores: Sequence[dict[str, Any]] = ()
     ) -> ModelCard:
-        """The model card; somebody's own words in the folder's README.md stay, under our metadata.
+        """The model card; a README.md that somebody wrote keeps its text and has its metadata updated.
 
         Args:
-            name: how readers are to call the artifact; by default it is the folder they are in.
+            name: the name that readers use for the artifact; by default, the folder they are in.
             scores: as `push_to_hub` takes them.
         """
         card = model_card(self, name, scores)
@@ -203,11 +203,11 @@ class Artifact(ModelHubMixin):
     def blob(self, name: str, kind: str = "bands") -> Tensor:
         """A packed term of a tensor as the run of bytes that an op reads: uint8 (nbytes,).
 
-        A copy: the file may change or go.
+        It is a copy, since the file may change or disappear.
 
         Args:
-            name: of the tensor.
-            kind: of the term, `bands` or `signs`.
+            name: the tensor's name.
+            kind: the kind of term, `bands` or `signs`.
         """
         blob = self._read(f"{name}.{kind}")
         return blob if blob.data_ptr() % ALIGN == 0 else blob.clone()
@@ -236,14 +236,14 @@ class Artifact(ModelHubMixin):
         return self._read(f"{name}.exact")
 
     def file(self, name: str, limit: int = MAX_CARRIED_BYTES) -> bytes | None:
-        """A file of the tuned model that the artifact carries, checked; None if it carries none such.
+        """Reads and checks a file of the tuned model; None if the artifact does not carry it.
 
         Args:
-            name: of the file.
-            limit: bytes that it may have; a larger one is not read.
+            name: the file's name.
+            limit: bytes that it may have; a larger file is not read.
 
         Raises:
-            ArtifactError: the file is missing, too large, or not what it was.
+            ArtifactError: the file is missing, too large, or has changed.
         """
         info = self.manifest.files.get(name)
         if info is None:
@@ -257,10 +257,11 @@ class Artifact(ModelHubMixin):
         return content
 
     def json_file(self, name: str) -> dict[str, Any] | None:
-        """`file`, read as a JSON object: `tuned_config.json`, `generation_config.json`.
+        """`file`, parsed as a JSON object: `tuned_config.json`, `generation_config.json`.
 
         Raises:
-            ArtifactError: as `file`, or it is not a JSON object, or larger than files of its name are.
+            ArtifactError: as `file`; or it is not a JSON object, or is larger than files of its name
+                may be.
         """
         content = self.file(name, MAX_PARSED_BYTES.get(name, MAX_OTHER_BYTES))
         if content is None:
@@ -277,7 +278,7 @@ class Artifact(ModelHubMixin):
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of the manifest, which has the checksums of everything else."""
+        """Hex SHA-256 of the manifest, which has the checksums of all weights and side files."""
         return file_sha256(self.path / MANIFEST_FILE)
 
     def bytes_on_disk(self) -> int:
@@ -290,7 +291,7 @@ class Artifact(ModelHubMixin):
         return self.manifest.tuned_nbytes() / self.bytes_on_disk()
 
     def describe(self) -> dict[str, Any]:
-        """Sizes and every tensor's account, as `deltacome inspect --json` prints them.
+        """Sizes, and what is stored for each tensor, as `deltacome inspect --json` prints them.
 
         `ratio` is on disk with everything counted, `nominal_ratio` counts codes only, as papers do.
         """
@@ -320,7 +321,7 @@ class Artifact(ModelHubMixin):
         }
 
     def verify_bytes(self) -> None:
-        """Reads every byte of the weight files and of what they carry along, and compares checksums.
+        """Reads every byte of the weight files and of the carried files, and compares checksums.
 
         Raises:
             ArtifactError: a file's SHA-256 is not the manifest's, or it cannot be read.
@@ -337,7 +338,7 @@ class Artifact(ModelHubMixin):
         self._checked = True
 
     def check_bytes(self) -> None:
-        """`verify_bytes`, unless this object has done it: what runs a delta reads all of it anyway."""
+        """`verify_bytes`, unless it was called before: whatever runs a delta reads all of it anyway."""
         if not self._checked:
             self.verify_bytes()
 
@@ -355,21 +356,21 @@ class Artifact(ModelHubMixin):
 
 
 def opened(source: Artifact | str | Path) -> Artifact:
-    """An artifact as it is; a folder or a name on the Hub by `Artifact.from_pretrained`."""
+    """Returns an artifact as it is, and opens a folder or Hub name by `Artifact.from_pretrained`."""
     return source if isinstance(source, Artifact) else Artifact.from_pretrained(source)
 
 
 def read_manifest(folder: Path) -> bytes:
-    """`delta_config.json` of an artifact's folder, as it lies there.
+    """The bytes of `delta_config.json` in an artifact's folder.
 
     Raises:
-        ArtifactError: there is none, it cannot be read, or is larger than `MAX_JSON_BYTES`.
+        ArtifactError: there is none, it cannot be read, or it is larger than `MAX_JSON_BYTES`.
     """
     return _read_own(folder, MANIFEST_FILE)
 
 
 def _read_own(folder: Path, name: str) -> bytes:
-    """Manifest or index."""
+    """The bytes of the manifest or the index."""
     with _reading(folder):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: not an artifact: expected a file {name}, found none")
@@ -377,7 +378,7 @@ def _read_own(folder: Path, name: str) -> bytes:
 
 
 def _read_within(file: Path, limit: int) -> bytes:
-    """A file that has so many bytes at most: its size is looked at first, and no more is read."""
+    """Reads a file of at most `limit` bytes: its size is checked first, and no more than that is read."""
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
@@ -394,7 +395,7 @@ def _text(file: Path, content: bytes) -> str:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Paths that no file can have (ValueError), and what the system refuses, are refusals of ours."""
+    """Turns system errors, and paths that no file can have (ValueError), into `ArtifactError`."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""What a tuned model says to a few tokens, recorded when its artifact is made.
+"""How likely a tuned model finds a few tokens, recorded when its artifact is made.
 
-Whoever runs the artifact can ask it the same and compare: a layer that was passed over, or a kernel
-that is wrong on this machine, shows in numbers before a user sees it in words. The tokens are drawn at
-random: they belong to nobody's text, and every matrix takes part in what follows them.
+Whoever runs the artifact can compute the same and compare: a layer that was skipped, or a kernel that
+is wrong on this machine, shows in the numbers before a user sees it in the text. The tokens are drawn
+at random: they are nobody's text, and every matrix takes part in predicting them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ TOKENS = 16
 NBYTES = 512
 MAX_IDS = 64
 MAX_NBYTES = 4 << 10
-"""Of the file that is read at all; so many ids and logprobs take a quarter of it."""
+"""Limit for a file that is read at all; `MAX_IDS` ids and their logprobs take a quarter of it."""
 
 
 @dataclass(frozen=True)
 class Canary:
-    """Tokens, and how likely the model finds each of them after those before it."""
+    """Tokens, and how likely the model finds each of them given those before it."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -35,7 +35,7 @@ class Canary:
         """Inverse of `to_json`.
 
         Raises:
-            ArtifactError: the content is not what it should be.
+            ArtifactError: the content is not a valid canary.
         """
         if len(content) > MAX_NBYTES:
             raise ArtifactError(
@@ -57,22 +57,22 @@ class Canary:
 
     @classmethod
     def unknown(cls) -> Canary:
-        """One that was not recorded yet, to count its bytes."""
+        """A placeholder for a canary not recorded yet, to count its bytes."""
         return cls((0,) * TOKENS, (0.0,) * (TOKENS - 1))
 
     def to_json(self) -> bytes:
-        """The file's content, padded to one size: what goes along is counted before it is known."""
+        """The file's content, padded to a fixed size, as its bytes are counted before it is known."""
         logprobs = [round(logprob, 4) for logprob in self.logprobs]
         text = json.dumps({"ids": self.ids, "logprobs": logprobs}, separators=(",", ":"))
         return text.encode().ljust(NBYTES - 1) + b"\n"
 
     def distance(self, logprobs: list[float]) -> float:
-        """Root of the mean square of the differences, in nats."""
+        """Root mean square of the differences, in nats."""
         pairs = zip(self.logprobs, logprobs, strict=True)
         return math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(self.logprobs))
 
 
 def canary_ids(vocabulary: int) -> list[int]:
-    """The tokens of a canary: random ones below a size, the same every time."""
+    """The tokens of a canary: random ids below `vocabulary`, the same every time."""
     draw = random.Random(0)
     return [draw.randrange(vocabulary) for _ in range(TOKENS)]

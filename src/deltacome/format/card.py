@@ -1,8 +1,8 @@
 """The model card of an artifact: metadata that the Hub reads, and tables of sizes, errors and scores.
 
-Written by compression into the folder, and again when it is pushed, when its name and perhaps its scores
-are known; a card without `MARK` has somebody's own words, and keeps them. Scores are those of
-`deltacome eval --json`, taken only if they were measured on this artifact.
+Compression writes it into the folder, and a push writes it again, when the name and perhaps the scores
+are known; a card without `MARK` has been written by somebody and keeps its text. Scores are those of
+`deltacome eval --json`, accepted only if they were measured on this artifact.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from deltacome.format.artifact import Artifact
 
 FIGURES = {"score": "exact match", "kl_task": "KL on the task", "kl_text": "KL on general text"}
-"""Of `evals.run.evaluate`, as the card calls them; KL in nats a token, against the tuned model."""
+"""Figures of `evals.run.evaluate` → names in the card; KL is in nats per token, from the tuned model."""
 
 MARK = (
     "<!-- Written by deltacome, and anew when it is pushed: without this line your words stay. -->"
 )
 
 COMMIT = re.compile(r"[\w.-]+", re.ASCII)
-"""Of a base's revision that is written into commands."""
+"""What a base's revision must look like to be written into commands."""
 
 Figure = tuple[str, str, str, dict[str, float | None]]
 """Task, metric, the metric's pretty name, and its value for `base`, `tuned` and `delta`."""
@@ -43,15 +43,15 @@ def model_card(
 
     Args:
         artifact: opened.
-        name: how its readers call it, `org/name`; None for those who are in its folder.
+        name: the name its readers use, `org/name`; None for readers who are in its folder.
         scores: results of `evals.run.evaluate` or `evals.harness.run_harness`.
 
     Raises:
-        MismatchError: scores of another artifact.
+        MismatchError: the scores are those of another artifact.
     """
     base, revision = artifact.manifest.base_name_or_path, artifact.manifest.base_revision
-    # A path of one machine is of no use to a reader elsewhere; a base from the Hub has its commit. What
-    # is no such name is not written where readers copy commands from: the artifact may be anybody's.
+    # A path on one machine is of no use to a reader elsewhere; a base from the Hub has its commit.
+    # Anything else is kept out of the commands that readers copy: the artifact may be anybody's.
     name_of_hub = NAME.fullmatch(base)
     linked = bool(name_of_hub and not name_of_hub["revision"] and COMMIT.fullmatch(revision or ""))
     figures = [figure for result in scores for figure in _figures(artifact, result)]
@@ -64,7 +64,7 @@ def model_card(
         eval_results=_eval_results(figures) or None,
     )
     if not figures:
-        data.model_name = None  # it is asked for with results only
+        data.model_name = None  # required only with results
     called = base if linked else Path(base).name
     text = "\n".join(
         [
@@ -91,15 +91,15 @@ def _heading(artifact: Artifact, name: str | None, base: str) -> list[str]:
     return [
         f"# {name or 'Delta of a full fine-tune'}",
         "",
-        f"What a full fine-tune changed of {_code(base)}{revision}. Method "
+        f"What a full fine-tune changed in {_code(base)}{revision}. Method "
         f"{_code(manifest.method['name'])}{options}. "
-        "It runs over that base and no other, which is checked.",
+        "It runs only on that base, which is checked.",
         "",
     ]
 
 
 def _code(text: object) -> str:
-    """Text of an artifact as code in a line or a cell, which it does not end."""
+    """Text from an artifact as inline code that cannot end the line or table cell it is in."""
     return "`" + "".join(c if c.isprintable() and c not in "`|" else "�" for c in str(text)) + "`"
 
 
@@ -124,7 +124,7 @@ def _sizes(artifact: Artifact) -> list[str]:
 
 
 def _errors(artifact: Artifact) -> list[str]:
-    """By projection: the number of a block or expert in a tensor's name stands for all of them."""
+    """Errors by projection: tensors whose names differ only in block or expert numbers share a row."""
     groups: dict[str, list[Record]] = {}
     for record in artifact.manifest.records.values():
         if record.error is not None:
@@ -139,7 +139,7 @@ def _errors(artifact: Artifact) -> list[str]:
         nbytes = sum(record.nbytes(size) for record in records)
         lines.append(f"| {_code(name)} | {len(records)} | {nbytes:,} | {mean:.3g} | {worst:.3g} |")
     said = (
-        "Errors are ‖(D − D̂)X‖² / ‖DX‖² of a matrix's delta D; X are its calibration inputs, or the "
+        "Errors are ‖(D − D̂)X‖² / ‖DX‖² for a matrix's delta D; X is its calibration inputs, or the "
         "identity where there were none."
     )
     return [*lines, "", said, ""]
@@ -152,7 +152,7 @@ def _scores(figures: Sequence[Figure]) -> list[str]:
     for task, _, pretty, values in figures:
         cells = [_number(values.get(whose)) for whose in ("base", "tuned", "delta")]
         lines.append(f"| {task} | {pretty} | {' | '.join(cells)} |")
-    return [*lines, "", "KL is from the tuned model, in nats a token.", ""]
+    return [*lines, "", "KL is from the tuned model, in nats per token.", ""]
 
 
 def _number(value: float | None) -> str:
@@ -170,7 +170,7 @@ def _usage(artifact: Artifact, name: str, base: str) -> list[str]:
     model = f'AutoModelForCausalLM.from_pretrained("{base}"{at})'
     config = artifact.json_file(TUNED_CONFIG_FILE) or {}
     if "ForConditionalGeneration" in str(config.get("architectures")):
-        # It sees, or encodes: the base may be a model of another class, with the same weights.
+        # It takes pictures, or has an encoder: the base may be of another class, with the same weights.
         imports, model = imports[:1], f'deltacome.base_for("{called}", "{name}")'
     return [
         "```bash",
@@ -194,7 +194,7 @@ def _usage(artifact: Artifact, name: str, base: str) -> list[str]:
 def _figures(artifact: Artifact, result: dict[str, Any]) -> Iterator[Figure]:
     rows = _rows(artifact, result)
     if "task" in result:
-        task = Path(result["task"]).name  # a file of questions lies on one machine
+        task = Path(result["task"]).name  # a file of questions has its path on one machine
         for metric, pretty in FIGURES.items():
             values = {whose: row.get(metric) for whose, row in rows.items()}
             if values["delta"] is not None:
@@ -210,7 +210,7 @@ def _figures(artifact: Artifact, result: dict[str, Any]) -> Iterator[Figure]:
 
 
 def harness_metrics(figures: Iterable[str]) -> Iterator[str]:
-    """Of the names that lm-eval has figures under, those of metrics: not their errors, not counts."""
+    """The names of metrics among those of lm-eval's figures, without standard errors and counts."""
     return (name for name in figures if "stderr" not in name and "sample_len" not in name)
 
 

@@ -1,16 +1,16 @@
 """The one meaning of stored bytes: codes ↔ packed words ↔ values.
 
-GPTQ measures its error with `dequantize` and a kernel is tested against it, so both talk about the
-same number. All functions are pure: inputs stay as they are.
+GPTQ measures its error with `dequantize` and kernels are tested against it, so both mean the same
+number. All functions are pure: inputs are left unchanged.
 
 Layout of codes (see `docs/format.md`). A plane of p bits (p ∈ {1, 2, 4, 8}) stores a block of 64
-codes in 2p little-endian 32-bit words: code k sits in word `k mod 2p` at bit `p · (k div 2p)`. So
-one shift of a run of words gives codes that are neighbours in memory order, which is what SIMD
-lanes and Triton tiles want. A plain bit stream is simpler to state, but there neighbouring lanes
-get codes that lie 32/p apart and every load of an activation becomes a gather. Three bits are a
-2-bit plane and a 1-bit plane: no code straddles a word.
+codes in 2p little-endian 32-bit words: code k sits in word `k mod 2p` at bit `p · (k div 2p)`. One
+shift of a run of words thus gives codes that are neighbours in memory order, which is what SIMD
+lanes and Triton tiles want. A plain bit stream is simpler to describe, but neighbouring lanes would
+get codes that are 32/p apart, and every load of an activation would become a gather. Three bits are
+stored as a 2-bit plane and a 1-bit plane, so no code straddles a word.
 
-Legend: R directions, N entries of a direction, T some of them, W words, G groups, O out, I in.
+Legend: R directions, N entries of a direction, T selected entries, W words, G groups, O out, I in.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def unpack(planes: Sequence[Tensor], bits: int, size: int) -> Tensor:
 def unpack_at(planes: Sequence[Tensor], bits: int, index_T: Tensor) -> Tensor:
     """The codes at some entries of every direction: uint8 (R, T), `unpack(…)[:, index_T]`.
 
-    Reads one word a code, so that rows of an embedding cost what is looked up.
+    Reads only the words that hold those codes, so looking up rows of an embedding decodes no others.
 
     Args:
         planes: as `pack` returns them.
@@ -164,7 +164,7 @@ class BandTensors:
     """float32 (R,)."""
 
     def numbers(self) -> list[Tensor]:
-        """What is no code: scales, or 16-bit values, of V and of U, and s."""
+        """The floating-point tensors: the scales, or 16-bit values, of V and of U, and s."""
         of_factors = [f.scale if f.values is None else f.values for f in (self.v, self.u)]
         return [*(numbers for numbers in of_factors if numbers is not None), self.s]
 
@@ -182,7 +182,7 @@ def write_bands(bands: Sequence[BandTensors]) -> Tensor:
     """Lays out bands as the blob that goes to disk: uint8 (nbytes,), padding bytes zero."""
     plan = plan_of(bands)
     shape = (bands[0].u.size, bands[0].v.size)
-    # 16-bit factors have no groups and do not know of what size those of the others are.
+    # 16-bit factors have no groups and do not know the group size of the others.
     groups = {f.group_size for band in bands for f in (band.v, band.u) if f.values is None}
     (group_size,) = groups or {GROUP}
     layouts, nbytes = band_sections(shape, plan, group_size)
@@ -201,7 +201,7 @@ def read_bands(
     """Views of a blob, no copy: the inverse of `write_bands`.
 
     Raises:
-        ArtifactError: the blob's size is not what shape and plan ask for.
+        ArtifactError: the blob's size is not what shape and plan require.
     """
     layouts, nbytes = band_sections(shape, plan, group_size)
     if blob.dtype != torch.uint8 or blob.shape != (nbytes,):
@@ -253,7 +253,7 @@ class SignTensors:
     """A signs term's stored tensors; the delta is `scale · (2 · code − 1)` (BitDelta, equation 2)."""
 
     words: Tensor
-    """int32 (O, 2 · ⌈I / 64⌉): a plane of one bit, a row in place of a direction."""
+    """int32 (O, 2 · ⌈I / 64⌉): a 1-bit plane, with rows in place of directions."""
     scale: Tensor
     """float32, (1,) or (O,)."""
     size: int
@@ -261,7 +261,7 @@ class SignTensors:
 
     @classmethod
     def from_signs(cls, positive_OI: Tensor, scale: Tensor) -> SignTensors:
-        """Packs where a delta is positive, bool (O, I), with (1,) scale or (O,) scales."""
+        """Packs where a delta is positive, bool (O, I), with one scale, (1,), or one per row, (O,)."""
         (words_OW,) = pack(positive_OI.to(torch.uint8), 1)
         return cls(words_OW, scale.float(), positive_OI.shape[1])
 
@@ -286,7 +286,7 @@ def read_signs(blob: Tensor, shape: tuple[int, int], scales: int) -> SignTensors
     """Views of a blob, no copy: the inverse of `write_signs`.
 
     Raises:
-        ArtifactError: the blob's size is not what shape and scales ask for.
+        ArtifactError: the blob's size is not what shape and scales require.
     """
     words, at, nbytes = sign_sections(shape, scales)
     if blob.dtype != torch.uint8 or blob.shape != (nbytes,):
@@ -302,7 +302,7 @@ def read_signs(blob: Tensor, shape: tuple[int, int], scales: int) -> SignTensors
 
 @dataclass(frozen=True)
 class Packed:
-    """The packed terms of one matrix: its delta is the sum of what is there."""
+    """The packed terms of one matrix; its delta is the sum of those present."""
 
     bands: Sequence[BandTensors] = ()
     signs: SignTensors | None = None
@@ -316,6 +316,6 @@ class Packed:
         return total_OI
 
     def blobs(self) -> dict[str, Tensor]:
-        """What goes to disk: kind of term → uint8 (nbytes,); its entry is called `<name>.<kind>`."""
+        """The blobs to store: kind of term → uint8 (nbytes,); entries are called `<name>.<kind>`."""
         blobs = {"bands": write_bands(self.bands)} if self.bands else {}
         return blobs if self.signs is None else blobs | {"signs": write_signs(self.signs)}

@@ -1,4 +1,4 @@
-"""JSON that comes from outside, read strictly: each field is checked, and an unknown one refused."""
+"""JSON that comes from outside, read strictly: each field is checked, and unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from deltacome.errors import ArtifactError, PlanError
 
 Check = Callable[[Any], Any]
-"""Gives the value that an item stands for, or raises TypeError, ValueError, OverflowError or
+"""Returns the value that an item stands for, or raises TypeError, ValueError, OverflowError or
 PlanError."""
 
 _MISSING = object()
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """One JSON object, read strictly.
+    """Parses one JSON object strictly.
 
     Raises:
-        ArtifactError: not JSON, not an object, a key that appears twice, a number that is not finite.
+        ArtifactError: not JSON, not an object, a key that appears twice, or a number that is not finite.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 class Fields:
-    """The fields of an object. Each is taken out once, so that what is left over is unknown."""
+    """The fields of an object. Each is taken out once, so whatever is left at the end is unknown."""
 
     def __init__(self, value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -58,7 +58,7 @@ class Fields:
         return key in self._left
 
     def take(self, key: str, check: Check, default: Any = _MISSING) -> Any:
-        """A field's value; without a default it must be there."""
+        """Takes out a field's checked value; without a default the field must be present."""
         if key not in self._left:
             if default is _MISSING:
                 raise ArtifactError(f"{self._where}: {key!r} is missing")
@@ -70,7 +70,7 @@ class Fields:
             raise ArtifactError(f"{self._where}: {key}: {error}, got {item!r:.80}") from error
 
     def end(self) -> None:
-        """Refuses fields that nobody took."""
+        """Refuses fields that were not taken."""
         if self._left:
             raise ArtifactError(f"{self._where}: unknown fields {sorted(self._left)[:5]}")
 
@@ -88,7 +88,7 @@ def strings(item: Any) -> tuple[str, ...]:
 
 
 def is_text(item: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON can spell half of a surrogate pair."""
+    """Whether a string can be encoded as UTF-8: JSON can spell half of a surrogate pair."""
     try:
         item.encode()
     except UnicodeEncodeError:

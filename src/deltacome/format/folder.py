@@ -1,7 +1,7 @@
-"""Output folders: written beside their place by one process at a time, and whole or absent.
+"""Output folders: written by one process at a time beside their final place, and whole or absent.
 
-Work goes on in `OUT.partial`, under a lock that dies with its process. What is finished lies in a folder
-of its own in there and takes its place by a rename, after every byte has reached the disk.
+Work happens in `OUT.partial`, under a lock that ends with its process. The finished output is a folder
+of its own in there, which is renamed into place after every byte has reached the disk.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from safetensors import SafetensorError
 from deltacome.errors import OutputError
 
 RUN_FILE = "run.json"
-"""In a partial folder: what the unfinished run that lies there was made from."""
+"""In a partial folder: what the unfinished run there is made from."""
 
 
 def partial_of(output: Path) -> Path:
-    """Where an output is in the making."""
+    """The folder in which an output is being made."""
     return output.with_name(f"{output.name}.partial")
 
 
 def check_output(output: Path, *, resume: bool = False) -> None:
-    """Refuses an output ahead of work that comes before `claim`, which asks again under its lock.
+    """Refuses an output before work that precedes `claim`, which checks again under its lock.
 
     Raises:
-        OutputError: it exists, or an unfinished compression that is not to be continued lies there.
+        OutputError: it exists, or there is an unfinished compression that is not to be continued.
     """
     if output.exists():
         raise OutputError(f"{output}: the output exists already; remove it or name another")
@@ -43,12 +43,12 @@ def check_output(output: Path, *, resume: bool = False) -> None:
 
 
 def claim(output: Path, *, resume: bool = False) -> IO[str]:
-    """Makes the partial folder of an output and locks it, until the stream that is returned is closed.
+    """Makes the partial folder of an output and locks it until the returned stream is closed.
 
     Raises:
-        OutputError: as `check_output`, or it cannot be written, or another process is at it.
+        OutputError: as `check_output`, or it cannot be written, or another process is writing it.
     """
-    check_output(output, resume=True)  # a run that lies there may be another process's: see below
+    check_output(output, resume=True)  # a run found there may be another process's: see below
     partial = partial_of(output)
     file = partial / "lock"
     if partial.exists() and not file.exists() and any(partial.iterdir()):
@@ -72,7 +72,7 @@ def claim(output: Path, *, resume: bool = False) -> IO[str]:
     try:
         check_output(output, resume=resume)
     except OutputError:
-        if output.exists():  # since it was looked for above
+        if output.exists():  # it appeared since the check above
             release(output, stream)
         stream.close()
         raise
@@ -80,15 +80,15 @@ def claim(output: Path, *, resume: bool = False) -> IO[str]:
 
 
 def release(output: Path, stream: IO[str]) -> None:
-    """Removes the partial folder and gives up its lock, in this order."""
+    """Removes the partial folder and then releases its lock."""
     shutil.rmtree(partial_of(output), ignore_errors=True)
     stream.close()
 
 
 def publish(finished: Path, output: Path) -> None:
-    """Moves a folder, or a file, out of the partial folder into its place, all bytes on disk first."""
+    """Moves a folder or file out of the partial folder into its place, once all bytes are on disk."""
     for file in finished.iterdir() if finished.is_dir() else ():
-        # safetensors writes files that only their owner may read; the lock is like any other file.
+        # safetensors writes files that only their owner may read; the lock has the usual permissions.
         shutil.copymode(partial_of(output) / "lock", file)
         sync(file)
     sync(finished)
@@ -100,11 +100,11 @@ def publish(finished: Path, output: Path) -> None:
 def new_file(output: Path) -> Iterator[Path]:
     """A file to write, which becomes `output` when the block ends.
 
-    If it ends with an error nothing is left. What a killed process left is thrown away.
+    If the block raises, nothing is left. Whatever a killed process left behind is discarded.
 
     Raises:
-        OutputError: the output exists, cannot be written, is being written by another process, or an
-            unfinished compression lies in its place.
+        OutputError: the output exists, cannot be written, is being written by another process, or has
+            an unfinished compression in its place.
     """
     stream, finished = claim(output), partial_of(output) / "final"
     try:
@@ -131,10 +131,10 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, hint: str = "") -> Iterator[None]:
-    """Disk full, read-only and the like are refusals with a reason, not tracebacks.
+    """Turns a full disk, a read-only one and the like into a refusal with a reason, not a traceback.
 
     Raises:
-        OutputError: in place of what the system or safetensors says.
+        OutputError: in place of the system's or safetensors' error.
     """
     try:
         yield
@@ -144,7 +144,7 @@ def disk_errors(path: Path, hint: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(file: Path) -> Iterator[Path]:
-    """A file to write in the place of another, which is there as a whole or not at all."""
+    """A temporary file to write, which then replaces `file`, so that `file` is whole or absent."""
     temporary = file.with_name(f"{file.name}.tmp")
     yield temporary
     sync(temporary)
@@ -152,13 +152,13 @@ def atomic(file: Path) -> Iterator[Path]:
 
 
 def write_atomic(file: Path, text: str) -> None:
-    """Writes a small text file so that it is there as a whole or not at all."""
+    """Writes a small text file so that it is whole or absent."""
     with atomic(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk."""
+    """Waits until a file's content, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

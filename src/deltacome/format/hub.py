@@ -1,7 +1,7 @@
 """Names on the Hub, by one rule for checkpoints and artifacts, and errors that say what is wrong.
 
-A folder that exists is taken as it is. Anything else must be `org/name` or `org/name@revision`; its files
-go to the Hub's cache, from where the next call takes them. Transport, cache, login are huggingface_hub's.
+A folder that exists is used as it is. Anything else must be `org/name` or `org/name@revision`; its files
+go to the Hub's cache, where the next call finds them. Transport, cache and login are huggingface_hub's.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any
 from deltacome.errors import DeltaError
 
 FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
-"""What is fetched of a repository: nothing that is pickled or that is code."""
+"""What is fetched from a repository: no pickles and no code."""
 TWICE = ("consolidated*",)
-"""Weights that some repositories hold once more, in their makers' own layout."""
+"""Weights that some repositories hold a second time, in their makers' own layout."""
 NAME = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^\s@]+))?")
 
 
 def split_name(
     name_or_path: str | Path, revision: str | None, refused: type[DeltaError]
 ) -> tuple[str, str | None]:
-    """A folder as it is; `org/name@revision` as name and revision.
+    """Splits `org/name@revision` into name and revision; returns a folder as it is.
 
     Args:
         name_or_path: a folder, or a name on the Hub.
         revision: a branch, tag or commit, where the name has none.
-        refused: the error to raise: what the caller was looking for decides.
+        refused: the error to raise, which depends on what the caller is looking for.
     """
     text = str(name_or_path)
     if Path(text).is_dir():
         return text, revision
     match = NAME.fullmatch(text)
     if match is None or Path(text).exists():
-        raise refused(f"{text}: expected a folder, or org/name of the Hub; found none")
+        raise refused(f"{text}: expected a folder, or org/name on the Hub; found none")
     if match["revision"] and revision is not None:
-        raise refused(f"{text}: names a revision already, got {revision!r} besides")
+        raise refused(f"{text}: already names a revision, got {revision!r} as well")
     return match["repo"], match["revision"] or revision
 
 
@@ -49,11 +49,11 @@ def fetch_folder(
     patterns: Sequence[str] = FILES,
     **download: Any,
 ) -> Path:
-    """A local folder with what a name stands for.
+    """The local folder that a name stands for, fetched from the Hub where necessary.
 
     Args:
         name_or_path, revision, refused: as `split_name` takes them.
-        patterns: of the files that are fetched of a repository.
+        patterns: of the files to fetch from a repository.
         download: further arguments of `huggingface_hub.snapshot_download`: token, cache_dir, …
     """
     name, revision = split_name(name_or_path, revision, refused)
@@ -75,7 +75,7 @@ def fetch_folder(
 
 @contextmanager
 def hub_errors(name: str, refused: type[DeltaError]) -> Iterator[None]:
-    """Whatever goes wrong between here and the Hub is one line about `name`."""
+    """Turns whatever goes wrong between here and the Hub into an error of one line about `name`."""
     try:
         yield
     except (DeltaError, TypeError):  # TypeError: an argument that huggingface_hub does not know

@@ -1,9 +1,9 @@
-"""`delta_config.json`: what an artifact says about itself, and the strict reading of it.
+"""`delta_config.json`: what an artifact says about itself, read strictly.
 
 The manifest comes from outside, so every field is checked for type and range before anything uses
-it, and what it says must follow from its own numbers: a record names a plan, and the plan gives the
-bytes (`spec`). Unknown keys are refused within a known schema version; a newer schema is refused by
-name. It is written in one line of JSON with a fixed key order: equal inputs give equal bytes.
+it, and its statements must be consistent: a record names a plan, and the plan gives the bytes
+(`spec`). Unknown keys are refused within a known schema version; a newer schema is refused as such.
+It is written as one line of JSON with a fixed key order: equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ MAX_CARRIED_BYTES = 256 << 20
 CARRIED_NAME = re.compile(
     r"(?!config\.|adapter_|delta|model)\w[\w.-]{0,99}\.(json|jinja|txt|model|tiktoken)", re.ASCII
 )
-"""Names of files that may go along with the weights: data, in the folder itself, and nothing that a
-loader takes for a model, an adapter or code."""
+"""Names of files that may be carried along with the weights: data in the folder itself, and nothing
+that a loader would take for a model, an adapter or code."""
 
 
 @dataclass(frozen=True)
 class Record:
     """What the artifact holds of one tensor of the tuned checkpoint.
 
-    The tuned value of the rows that base and tuned have in common is base + signs + bands, that of
-    `exact_rows` is stored as it is, and a record with none of them is the same as the base.
+    For rows that base and tuned have in common, the tuned value is base + signs + bands; for
+    `exact_rows` it is stored as it is; with none of these, the tensor is the same as the base's.
     """
 
     name: str
@@ -63,23 +63,23 @@ class Record:
     """Fingerprint of all bytes of the base's tensor (`arch.checkpoint.full_digest`)."""
     plan: Plan = ()
     sign_scales: int | None = None
-    """Scales of the signs term: 1, or one for each row that it covers; None without the term."""
+    """Number of scales of the signs term: 1, or one per row that it covers; None without the term."""
     exact_rows: tuple[int, int] | None = None
-    """Rows stored as their tuned value, [start, stop); all of a 0-dimensional tensor is (0, 1)."""
+    """Rows stored as their tuned value, [start, stop); (0, 1) for a 0-dimensional tensor."""
     error: float | None = None
     """Relative error of the delta, `‖(D − D̂)X‖² / ‖DX‖²` (X: calibration inputs, or identity)."""
     transposed: bool = False
-    """Whether packed terms are those of the transposed matrix: the tensor is (in, out)."""
+    """Whether the packed terms are those of the transposed matrix: the tensor is (in, out)."""
 
     @property
     def kind(self) -> str:
-        """What stands for most of the tensor: `bands`, `signs`, `signs+bands`, `exact` or `same`."""
+        """How most of the tensor is held: `bands`, `signs`, `signs+bands`, `exact` or `same`."""
         packed = [*(["signs"] if self.sign_scales else []), *(["bands"] if self.plan else [])]
         return "+".join(packed) or ("exact" if self.exact_rows else "same")
 
     @property
     def held(self) -> str:
-        """`kind` for people: `dropped` where the tensor changed and its plan left it out."""
+        """`kind` as people see it: `dropped` where the tensor changed and its plan left it out."""
         return "dropped" if self.kind == "same" and self.error is not None else self.kind
 
     @property
@@ -89,12 +89,12 @@ class Record:
 
     @property
     def replaced(self) -> bool:
-        """Whether every row is stored as its tuned value, so that the base's do not matter."""
+        """Whether every row is stored as its tuned value, so that the base's rows do not matter."""
         return self.exact_rows is not None and self.exact_rows[0] == 0
 
     @property
     def grown(self) -> bool:
-        """Whether the tuned value is the base's rows, with or without a delta, and then more."""
+        """Whether the tuned value is the base's rows, with or without a delta, followed by more rows."""
         return self.exact_rows is not None and not self.replaced
 
     @property
@@ -131,11 +131,11 @@ class Record:
         return entries
 
     def nbytes(self, group: int = GROUP) -> int:
-        """Bytes of the stored terms, without what headers and the manifest take."""
+        """Bytes of the stored terms, without headers and the manifest."""
         return sum(entry_nbytes(*entry) for entry in self.entries(group).values())
 
     def codes_nbytes(self) -> float:
-        """Bytes of codes alone, as papers count."""
+        """Bytes of the codes alone, as papers count them."""
         if not self.packed:
             return 0.0
         signs = math.prod(self.bands_shape) / 8 if self.sign_scales else 0.0
@@ -166,9 +166,9 @@ class Manifest:
     """Calibration source and seed, library versions."""
     records: dict[str, Record]
     files: dict[str, FileInfo] = field(default_factory=dict)
-    """Files of the tuned model that go along: configuration, tokenizer and so on."""
+    """Files of the tuned model that are carried along: configuration, tokenizer and so on."""
     dropped_files: tuple[str, ...] = ()
-    """Files of the base of that sort that the tuned model lacks: not to be taken over from the base."""
+    """Such files that the base has and the tuned model lacks: not to be taken over from the base."""
     shards: dict[str, FileInfo] = field(default_factory=dict)
     group_size: int = GROUP
 
@@ -243,7 +243,7 @@ class Manifest:
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
-    """A record as JSON; fields that say nothing are left out (a manifest counts as bytes too)."""
+    """A record as JSON; fields that say nothing are left out (the manifest's bytes count too)."""
     value: dict[str, Any] = {
         "kind": record.kind,
         "shape": list(record.shape),
@@ -301,7 +301,7 @@ def record_from_json(name: str, value: Any) -> Record:
 
 
 def _check_record(record: Record, kind: str, where: str) -> None:
-    """What a record says must fit together: every row of the tensor has exactly one account."""
+    """Refuses an inconsistent record: every row of the tensor must be accounted for exactly once."""
 
     def refuse(expected: str, got: Any) -> None:
         raise ArtifactError(f"{where}: expected {expected}, got {got}")

@@ -1,4 +1,4 @@
-"""Files beside the weights: the base's, under those that an artifact carries."""
+"""Files beside the weights: the base's, overlaid with those that an artifact carries."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.canary import CANARY_FILE
 
 CODE = ("auto_map", "custom_pipelines")
-"""What names Python code in a configuration: transformers runs it for those who trust a model's code."""
+"""Keys of a configuration that name Python code, which transformers runs for those who trust it."""
 
 
 def write_side_files(folder: Path, base: Path, artifact: Artifact, patterns: Iterable[str]) -> None:
     """Makes a folder's tokenizer, template and configurations those of the tuned model.
 
-    Code comes with the base alone: where a carried configuration names other code it gets the base's.
+    Code comes only from the base: a carried configuration that names other code gets the base's instead.
 
     Args:
-        folder: where to.
+        folder: where to write them.
         base: folder of the base.
-        artifact: says which of the base's the tuned model has no more, and carries those that differ.
-        patterns: of the base's files.
+        artifact: says which of the base's files the tuned model lacks, and carries those that differ.
+        patterns: which of the base's files to copy.
 
     Raises:
-        ArtifactError: a carried file is not what the manifest says, or a configuration is no JSON.
+        ArtifactError: a carried file is not what the manifest says, or a configuration is not JSON.
     """
     for pattern in patterns:
         for file in base.glob(pattern):
@@ -45,7 +45,7 @@ def write_side_files(folder: Path, base: Path, artifact: Artifact, patterns: Ite
 
 
 def _trusted(artifact: Artifact, name: str, content: bytes, of_base: Path) -> bytes:
-    """A carried configuration, with the code of the base's file."""
+    """A carried configuration, with the code that the base's file names."""
     try:
         ours = artifact.json_file(name)
         trusted = _with_code_of(_json(of_base), ours)
@@ -54,7 +54,7 @@ def _trusted(artifact: Artifact, name: str, content: bytes, of_base: Path) -> by
     if trusted == ours:
         return content
     warnings.warn(
-        f"{artifact.path / name}: names other code than the base's {of_base.name}, whose code stays",
+        f"{artifact.path / name}: names other code than the base's {of_base.name}; the base's code stays",
         stacklevel=3,
     )
     return json.dumps(trusted, indent=2).encode() + b"\n"
@@ -68,7 +68,7 @@ def _json(file: Path) -> Any:
 
 
 def _with_code_of(theirs: Any, ours: Any) -> Any:
-    """A configuration with the code that another one, or none, names in the same places."""
+    """`ours`, with the code that `theirs` names in the same places, or none where it names none."""
     if not isinstance(ours, dict):
         return ours
     theirs = theirs if isinstance(theirs, dict) else {}

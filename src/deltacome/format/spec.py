@@ -73,7 +73,7 @@ class Section:
 
 
 def aligned(nbytes: int) -> int:
-    """Bytes up to the next multiple of `ALIGN`."""
+    """`nbytes` rounded up to a multiple of `ALIGN`."""
     return -(-nbytes // ALIGN) * ALIGN
 
 
@@ -128,26 +128,26 @@ def band_sections(
 def bands_nbytes(shape: tuple[int, int], plan: Plan, group: int = GROUP) -> int:
     """Bytes on disk of a bands term, everything counted (codes, scales, zero points, padding).
 
-    A multiple of `ALIGN`, as those of a signs term are: terms need no room between them.
+    A multiple of `ALIGN`, as for a signs term, so terms need no padding between them.
     """
     return sum(_band_nbytes(*shape, band, group) for band in plan)
 
 
 @lru_cache(1 << 16)
 def _band_nbytes(out_size: int, in_size: int, band: Band, group: int) -> int:
-    """Of one band; sections are aligned, so bands add up. Kept, as searches ask again and again."""
+    """Bytes of one band; sections are aligned, so bands add up. Cached, as searches ask repeatedly."""
     return band_sections((out_size, in_size), (band,), group)[1]
 
 
 def codes_nbytes(shape: tuple[int, int], plan: Plan) -> float:
-    """Bytes of the codes alone, as papers count: no scales, no singular values, no padding."""
+    """Bytes of the codes alone, as papers count them: no scales, no singular values, no padding."""
     return sum(band.bits * band.count for band in plan) * sum(shape) / 8
 
 
 def sign_sections(shape: tuple[int, int], scales: int) -> tuple[int, int, int]:
     """Layout of the blob of a signs term: `value = scale · (2 · code − 1)` for each entry.
 
-    Words come first, int32 (out, 2 · ⌈in / 64⌉): a plane of one bit, rows in place of directions.
+    Words come first, int32 (out, 2 · ⌈in / 64⌉): a 1-bit plane, with rows in place of directions.
     Then the scales, float32 (scales,).
 
     Args:
@@ -168,5 +168,5 @@ def sign_sections(shape: tuple[int, int], scales: int) -> tuple[int, int, int]:
 
 
 def signs_nbytes(shape: tuple[int, int], scales: int | None) -> int:
-    """Bytes on disk of a signs term, everything counted; without scales there is none."""
+    """Bytes on disk of a signs term, everything counted; 0 without scales, as there is no term then."""
     return sign_sections(shape, scales)[2] if scales else 0

@@ -1,4 +1,4 @@
-"""Tensors as safetensors files have them: their types, their sizes, and what a header says of them."""
+"""Tensors in safetensors files: their types, their sizes, and what a header says about them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-"""As the headers of safetensors files call them."""
+"""Dtypes by the names they have in headers of safetensors files."""
 DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES.values()}
-"""By torch's names, which manifests have."""
+"""The same dtypes by torch's names, which manifests use."""
 
 
 def entry_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -39,8 +39,11 @@ def entry_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def open_shard(file: Path) -> safe_open:
-    """A safetensors file, not mapped into memory: to read a mapped file that was truncated kills the
-    process, and what was checked would change with the file."""
+    """Opens a safetensors file without mapping it into memory.
+
+    Reading a mapped file that has been truncated kills the process, and bytes already checked would
+    change with the file.
+    """
     return safe_open(file, framework="pt", backend="pread")
 
 
@@ -50,7 +53,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     The name is `unknown` where torch has none.
 
     Raises:
-        SafetensorError, OSError: the file is not whole, or cannot be read.
+        SafetensorError, OSError: the file is incomplete, or cannot be read.
     """
     entries = {}
     with open_shard(file) as shard:

@@ -1,9 +1,9 @@
 """Atomic, resumable writing of an artifact.
 
-It goes to `OUT.partial`. Finished units (a decoder block each) lie there as complete files, so that a
-crash loses the unit in work and nothing else; the artifact itself is assembled last and renamed into
-place. An artifact is therefore whole or absent. Assembling copies the bytes once more; appending to
-growing shards would save that copy and cost the guarantee.
+It goes to `OUT.partial`. Finished units (one decoder block each) are complete files there, so a crash
+loses only the unit in progress; the artifact itself is assembled last and renamed into place. An
+artifact is therefore whole or absent. Assembling copies the bytes once more; appending to growing
+shards would save that copy but lose the guarantee.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from deltacome.format.tensors import entry_nbytes
 
 T = TypeVar("T")
 
-STAYS = "; what was finished stays for --resume"
+STAYS = "; finished work is kept for --resume"
 MAX_SHARD_BYTES = 1 << 30
-"""Of a shard as it is written; assembling one holds it in memory."""
+"""Limit for a shard when it is written; assembling one holds it in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What one step of compression finished: some tensors' records and their stored entries."""
+    """The result of one step of compression: the records of some tensors and their stored entries."""
 
     records: tuple[Record, ...]
     entries: dict[str, Tensor]
@@ -67,8 +67,8 @@ class ArtifactWriter:
         resume: continue `OUT.partial` if there is one.
 
     Raises:
-        OutputError: the output exists; an unfinished run exists and `resume` is off, or was made
-            from something else; another process writes here.
+        OutputError: the output exists; an unfinished run exists and `resume` is off, or it has
+            another identity; another process is writing here.
     """
 
     def __init__(self, output: str | Path, identity: dict[str, Any], *, resume: bool) -> None:
@@ -119,10 +119,10 @@ class ArtifactWriter:
         """Assembles the artifact from its units and moves it into place.
 
         Args:
-            names: the units, in the order of their bytes.
+            names: the units, in the order in which they are stored.
             manifest: without shards, records and files.
-            files: of the tuned model that go along (name → content).
-            card: gives the `README.md` of the artifact.
+            files: of the tuned model, to be carried along (name → content).
+            card: returns the `README.md` of the artifact.
         """
         final = self.partial / "final"
         with disk_errors(self.partial, STAYS):
@@ -151,7 +151,7 @@ class ArtifactWriter:
     def _write_shards(
         self, final: Path, names: list[str]
     ) -> tuple[dict[str, Record], dict[str, FileInfo], dict[str, str]]:
-        """Gives the records, the shards' sizes and checksums, and which shard has which entry."""
+        """Returns the records, the shards' sizes and checksums, and which shard has which entry."""
         files = ((name, self.partial / f"{name}.safetensors") for name in names)
         groups = list(grouped(((name, f.stat().st_size) for name, f in files), MAX_SHARD_BYTES))
         records, shards, weight_map = {}, {}, {}
@@ -170,11 +170,11 @@ class ArtifactWriter:
 
 
 def save_unit(partial: Path, name: str, unit: Unit) -> None:
-    """Stores a finished unit; tensors first, the list of records that makes it count last.
+    """Stores a finished unit: first its tensors, then its records, which mark it as finished.
 
     Args:
         partial: the folder of the run, which this process or its parent has locked.
-        name: of the unit.
+        name: the unit's name.
         unit: what was finished.
 
     Raises:
@@ -196,7 +196,7 @@ def file_infos(files: Mapping[str, bytes]) -> dict[str, FileInfo]:
 
 
 def grouped(sizes: Iterable[tuple[T, int]], limit: int) -> Iterator[list[T]]:
-    """Runs of items, in their order, whose sizes together stay within a limit; one item may not."""
+    """Splits items, in order, into runs of a total size within `limit`; a single item may exceed it."""
     group: list[T] = []
     total = 0
     for item, size in sizes:
@@ -209,9 +209,9 @@ def grouped(sizes: Iterable[tuple[T, int]], limit: int) -> Iterator[list[T]]:
 
 
 def overhead_nbytes(manifest: Manifest) -> int:
-    """Bytes on disk beside the terms: headers, index, manifest, of an artifact with these records.
+    """Bytes on disk besides the terms (headers, index, manifest) of an artifact with these records.
 
-    Exact for one shard up to the digits of errors and the alignment of the header; a plan that must
+    Exact for one shard, up to the digits of errors and the alignment of the header; a plan that must
     meet a ratio needs it before anything is written.
     """
     header, index = 64, 64 + 76  # with the manifest's checksum
