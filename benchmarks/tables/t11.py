@@ -15,9 +15,9 @@ from matplotlib import pyplot as plt
 
 PICTURES = Path("docs/results")
 SMALLEST_KL = 1e-6
-"""What is below is drawn here: the scale is logarithmic."""
+"""Smaller values are drawn here, since the scale is logarithmic."""
 GOALS = {("Delta-CoMe", 16.0), ("adaptive", 32.0), ("adaptive", 64.0)}
-"""What the method of this project is held against: these have all seeds."""
+"""The points that this project's goals compare; these are measured with all seeds."""
 At = dict[tuple[str, float, int], dict[str, Any]]
 
 
@@ -62,7 +62,7 @@ def make(lab: Lab) -> str:
 
 
 def _goals(at: At, tuned: dict[str, Any]) -> str:
-    """Ours against the paper's method, row by row: at equal bytes, and what it sets out for."""
+    """Ours against the paper's method, row by row: at equal bytes, and by this project's goals."""
     said = []
     ours = [(ratio, seed) for name, ratio, seed in at if name == "adaptive"]
     pairs = [(ratio, ratio, seed) for ratio, seed in ours]
@@ -99,7 +99,7 @@ def _draw(
         left.plot(megabytes, [100 * c["score"] for c in cells], marker=marker, label=name)
         kls = [max(cell["kl_task"], SMALLEST_KL) for cell in cells]
         right.plot(megabytes, kls, marker=marker, label=name)
-    for axes, label in ((left, "exact match, %"), (right, "KL to the tuned model, nats a token")):
+    for axes, label in ((left, "exact match, %"), (right, "KL to the tuned model, nats per token")):
         axes.set(xscale="log", xlabel="MB on disk", ylabel=label)
         axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
         axes.set_xticks([], minor=True)

@@ -90,7 +90,7 @@ def test_tables_hold_the_artifact_s_numbers(made):
     artifact, root = made[0], tree(made[2])
     tensors = {t["name"]: t for t in artifact.describe()["tensors"] if t["plan"]}
     kinds = {kind: int(n.replace(",", "")) for kind, n, _ in rows(root, "bytes")}
-    assert kinds.pop("all") == sum(kinds.values()) == artifact.bytes_on_disk()
+    assert kinds.pop("total") == sum(kinds.values()) == artifact.bytes_on_disk()
     widths = {(name, depth): cells for name, depth, *cells in rows(root, "widths")}
     errors = {(name, depth): error for name, depth, error in rows(root, "errors")}
     assert len(widths) == len(errors) == len(tensors) == 10
@@ -199,10 +199,10 @@ def test_what_a_plan_left_out_is_said(tmp_path):
     write_report(artifact, tmp_path / "page.html")
     root = tree(tmp_path / "page.html")
     words = " ".join(" ".join(root.itertext()).split())
-    assert f"mean error of a matrix, 2 left as the base's {number(facts.mean_error)}" in words
+    assert f"mean error of a matrix, 2 left as in the base {number(facts.mean_error)}" in words
     assert f"matrices packed, of {len(names) + 1} tensors {len(names) - 2}" in words
     assert f"{number(facts.mean_error)} on average, 1 at most" in words
-    assert "Left as the base's, with an error of 1: 2." in words
+    assert "Matrices left as in the base, with an error of 1: 2." in words
     assert sorted(float(row[-1]) for row in rows(root, "widths"))[:2] == [0, 0]
     assert [row[-1] for row in rows(root, "errors")].count("1") == 2
     # Where nothing is packed there are no widths.

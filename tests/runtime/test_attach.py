@@ -335,7 +335,7 @@ def test_tensors_that_the_artifact_lacks(bases, tmp_path):
     artifact = random_artifact(bases["llama"], tmp_path / "delta")
     model = load(bases["llama"])
     model.extra = torch.nn.Linear(3, 3)
-    with pytest.raises(MismatchError, match=r"no account of 2 parameters.*extra\.weight"):
+    with pytest.raises(MismatchError, match=r"no record of 2 parameters.*extra\.weight"):
         attach(model, artifact)
 
 

@@ -66,7 +66,7 @@ def test_blocks_that_are_left_in_another_order(bases, tmp_path):
         first.__enter__()
         second.__enter__()
         expected = logits(model, some_ids())
-        with pytest.raises(UnsupportedError, match="the last block that was entered"):
+        with pytest.raises(UnsupportedError, match="the block entered last"):
             first.__exit__(None, None, None)
         assert torch.equal(logits(model, some_ids()), expected)  # the later one goes on
         second.__exit__(None, None, None)

@@ -19,7 +19,7 @@ def test_auto_is_the_fastest_that_is_there(bases, tmp_path, monkeypatch):
         assert attached.impl == fastest
     monkeypatch.setattr(native, "missing", lambda: MISSING)
     with (
-        pytest.warns(UserWarning, match="the reference runs, which is slow: .* not built") as said,
+        pytest.warns(UserWarning, match="slow reference implementation: .* not built") as said,
         attach(load(bases["llama"]), artifact) as attached,
     ):
         assert attached.impl == "reference"

@@ -176,7 +176,7 @@ def test_a_head_that_the_tuned_model_alone_ties_is_refused(bases, tmp_path):
     for same in ((), ("model.embed_tokens.weight",)):
         tied = random_artifact(bases["llama"], tmp_path / f"tied-{len(same)}", tie=True, same=same)
         with pytest.raises(
-            UnsupportedError, match=r"lm_head\.weight: a head that is the embedding"
+            UnsupportedError, match=r"lm_head\.weight: a head tied to the embedding"
         ):
             attach(load(bases["llama"]), {"tied": tied})
 
@@ -198,7 +198,7 @@ def test_rows_of_layers_beside_the_text_model(tmp_path):
     with attach(model, tenants) as attached:
         with attached.using("math"):
             got = families.logits(model)
-        with pytest.raises(UnsupportedError, match=r"projector.*beside the text model"):
+        with pytest.raises(UnsupportedError, match=r"projector.*outside the text model"):
             attached.using(["math", None, "code"]).__enter__()
         with attached.using([None, None, None]):
             assert torch.equal(families.logits(model), families.logits(families.load(base)))

@@ -1,1 +1,1 @@
-"""The arithmetic of running a delta, each operation a folder: `api` and its implementations."""
+"""The arithmetic of running a delta: one folder per operation, with `api` and its implementations."""

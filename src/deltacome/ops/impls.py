@@ -1,8 +1,8 @@
 """The implementations that an op can have, which of them run here, and what all ops refuse.
 
-An implementation is named by the caller. An unknown or missing one is an error and never another
-implementation: whoever asks for a fast one must not time, or trust, the slow one. `fastest` is for
-those who leave the choice to us, and they can print what it chose.
+The caller names an implementation. An unknown or missing one is an error, never a fallback to another:
+whoever asks for a fast one must not time, or trust, the slow one. `fastest` is for callers who leave the
+choice to us, and they can print what it chose.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def fastest(device: torch.device) -> str:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether it is a GPU that the Triton kernels are for: NVIDIA's, Ampere or newer.
+    """Whether a device is a GPU that the Triton kernels are for: NVIDIA's, Ampere or newer.
 
-    torch calls AMD's `cuda` too. They lack an option that the kernels are compiled with, a limit of
+    torch calls AMD's GPUs `cuda` too. They lack an option that the kernels are compiled with, a limit on
     registers.
     """
     if device.type != "cuda" or torch.version.hip is not None:
@@ -51,7 +51,7 @@ def check_impl(op: str, impl: str) -> None:
 
 
 def check_floats(op: str, **tensors: Tensor) -> None:
-    """Raises MismatchError unless all are matrices of float dtypes with equally many rows."""
+    """Raises MismatchError unless all are matrices of float dtypes with the same number of rows."""
     rows = None
     for name, tensor in tensors.items():
         rows = tensor.shape[0] if rows is None and tensor.dim() else rows
@@ -84,14 +84,14 @@ def check_ids(op: str, y: Tensor, ids: Tensor, slot: Tensor, *tables: Tensor) ->
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """In which products have the type of what is multiplied, also where autocast is on around the op."""
+    """A context in which products keep their operands' dtype, even where autocast is on around the op."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def refuse_gradients(*tensors: Tensor) -> None:
     """Raises UnsupportedError for a tensor that asks for a gradient.
 
-    An op that writes in place and has no derivative would drop the delta's part from it in silence.
+    An op that writes in place and has no derivative would silently drop the delta's part from it.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise UnsupportedError(

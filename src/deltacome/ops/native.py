@@ -1,40 +1,40 @@
-"""The library behind the CPU implementations: a little C++ that reads packed codes, called through
-ctypes.
+"""The library behind the CPU implementations: C++ that reads packed codes, called through ctypes.
 
-At decode a delta is some hundred thousand to some million codes a layer, each used once. What could
-run them, and why it does not:
+At decode a delta is some hundred thousand to some million codes per layer, each used once. The
+alternatives, and what speaks against them:
 
-- torch has packed-weight products for CPUs, but for int4 and int8 weights in layouts of its own. Bands
+- torch has packed-weight products for CPUs, but only for int4 and int8 weights in its own layouts. Bands
   have six widths, and a second copy in another layout would cost the memory that packing saves.
 - `torch.compile` of the reference still writes decoded codes to memory, takes seconds for each plan,
   and needs a compiler at run time.
-- numba brings LLVM along, and leaves to it what a shift by an amount that depends on the lane becomes.
-- torch's C++ extensions compile against its headers, slowly, and a wheel of them fits one version.
+- numba brings LLVM along, and leaves it to LLVM how a shift by a lane-dependent amount is compiled.
+- torch's C++ extensions compile against its headers, slowly, and their wheel fits one version of torch.
 
-So `native.cpp` has a plain C interface and no dependency. The wheel's build hook compiles it in
-seconds with the system's compiler, once for each instruction set, into libraries of which one is
-loaded here. Which one follows `torch.backends.cpu.get_cpu_capability()`, so that the variable
-`ATEN_CPU_CAPABILITY` that lowers torch's own kernels lowers these too. Without a compiler the package
-installs as before, and asking for this implementation is an error that says why.
+So `native.cpp` has a plain C interface and no dependencies. The wheel's build hook compiles it in
+seconds with the system's compiler, into one library per instruction set, and one of them is loaded here.
+The choice follows `torch.backends.cpu.get_cpu_capability()`, so the variable `ATEN_CPU_CAPABILITY`, which
+lowers torch's own kernels, lowers these too. Without a compiler the package still installs, and asking
+for this implementation is an error that says why.
 
-Threads are OpenMP's, of the runtime that torch has loaded, as many as `torch.get_num_threads()`; a
-call too small to be worth waking one stays on the caller's. With many tenants in a call a thread takes
-whole ones, with few their tasks are shared out. Sums are ordered alike for any number of threads.
+Threads are those of the OpenMP runtime that torch has loaded, as many as `torch.get_num_threads()`; a
+call too small to be worth waking one stays on the caller's thread. With many tenants in a call each
+thread takes whole tenants; with few, their tasks are shared out. Sums are taken in the same order for
+any number of threads.
 
-Activations of float32 and bfloat16 are read and written as they lie; other dtypes and outputs with
-gaps between columns are converted by torch and copied back, which a float16 model pays for.
+Activations in float32 and bfloat16 are read and written in place; other dtypes, and outputs with gaps
+between columns, are converted by torch and copied back, a cost that a float16 model pays.
 
-Rows in bfloat16 are multiplied as bytes where the CPU has dot products of those (AVX-512 VNNI):
-`native_bytes.h`. That keeps 16 bits of what meets the codes, for each group of them; bfloat16 has 8.
-Rows in float32 are not rounded.
+Rows in bfloat16 are multiplied as bytes where the CPU has dot products of bytes (AVX-512 VNNI):
+`native_bytes.h`. That keeps 16 bits of what the codes are multiplied by, with a unit for each group;
+bfloat16 has 8. Rows in float32 are not rounded.
 
-An op that torch calls in Python, and that calls C by ctypes, costs more than the delta of a small layer:
-twenty to fifty microseconds, more where other code has been in the caches. So the library takes ops over
-from Python where torch lets it (`native_torch.h`), for batches that are plain; what is not, and what is
-to be refused, comes to Python as before.
+An op that torch calls in Python, and that calls C through ctypes, costs more than the delta of a small
+layer: twenty to fifty microseconds, more where other code has been in the caches. So the library takes
+the ops over from Python where torch lets it (`native_torch.h`), for plain batches; others, and those to
+be refused, still go to Python.
 
-What it costs: each direction is decoded again for every four rows of a tenant. So from some rows of a
-tenant on a layer's delta takes longer than the layer itself in bfloat16 (`benchmarks/cpu_bands.py`);
+The cost: each direction is decoded again for every four rows of a tenant, so beyond some number of rows
+a layer's delta takes longer than the layer itself in bfloat16 (`benchmarks/cpu_bands.py`);
 `bands/many.py` is for prompts, which have more.
 
 Legend: T tokens, N columns.
@@ -97,7 +97,7 @@ def default_isa() -> str:
 def library(isa: str) -> ctypes.CDLL:
     """The native library for an instruction set: `avx512_vnni`, `avx512`, `avx2` or `portable`.
 
-    Calling one that the CPU lacks ends the process.
+    Calling one for instructions that the CPU lacks ends the process.
 
     Raises:
         UnsupportedError: it was not built, or cannot be loaded.
@@ -153,7 +153,7 @@ def taken_over() -> ctypes.CDLL | None:
 
 
 def few_rows(rows: int) -> int:
-    """Sets the number of rows from which on Python handles a batch (0: always); returns what it was."""
+    """Sets from how many rows on Python handles a batch (0: always); returns the previous number."""
     taken = taken_over()
     return taken.deltacome_few_rows(rows) if taken else 0
 
@@ -162,8 +162,8 @@ def run(op: str, *arguments: object) -> None:
     """Runs an op that the library may have taken over.
 
     Raises:
-        MismatchError, UnsupportedError: as the op in Python says it. Compiled models get torch's
-            RuntimeError, with those words on stderr.
+        MismatchError, UnsupportedError: as the op raises them in Python. Compiled models get torch's
+            RuntimeError, with the same words on stderr.
     """
     if torch.compiler.is_compiling():
         getattr(torch.ops.deltacome, op)(*arguments)
@@ -171,7 +171,7 @@ def run(op: str, *arguments: object) -> None:
     try:
         getattr(torch.ops.deltacome, op)(*arguments)
     except RuntimeError as error:
-        # What Python said of it is lost on the way back through C.
+        # The error raised in Python is lost on the way back through C.
         if f"{op}_python refused" in str(error):
             getattr(torch.ops.deltacome, f"{op}_python")(*arguments)
         raise
@@ -204,11 +204,11 @@ def check(op: str, y: Tensor, slot_T: Tensor, *tables: Tensor) -> None:
     if y.dtype == torch.float64:  # rows without a slot would come back rounded
         raise MismatchError(f"{op}: impl 'cpu': expected at most 32 bits, got {y.dtype}")
     if slot_T.dtype != torch.int32 or not slot_T.is_contiguous():
-        raise MismatchError(f"{op}: expected int32 slots in one piece, got {slot_T.dtype}")
+        raise MismatchError(f"{op}: expected contiguous int32 slots, got {slot_T.dtype}")
     for table in tables:
         if not table.is_contiguous():
             raise MismatchError(
-                f"{op}: expected tables and blobs in one piece, got strides {table.stride()}"
+                f"{op}: expected contiguous tables and blobs, got strides {table.stride()}"
             )
 
 

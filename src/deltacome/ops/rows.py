@@ -1,14 +1,14 @@
 """Rows of a batch sorted by slot and cut into tiles, on the device and with sizes known beforehand.
 
 A kernel works on a tile: up to `tile` rows of one slot, so that each packed byte is read once for
-all of them. All layers share one grouping, which is made once a step. How many tiles a batch needs
+all of them. All layers share one grouping, which is made once per step. How many tiles a batch needs
 depends on its data, and asking would stall the device; so there are as many as the worst batch of
-this size needs, and those left over say so.
+this size needs, and those left over are marked as empty.
 
 A compiler that traces a model for batches of any size cannot ask how many rows there are. So `Rows` can
 hold tiles of every size, and an op chooses when it runs, or is captured in a graph.
 
-Legend: T tokens, S slots, M tiles, K sizes of tiles.
+Legend: T tokens, S slots, M tiles, K tile sizes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ TILES = (1, 16, 64)
 """Rows of a tile, for `group_all`."""
 ALONE = 4
 """Rows of a batch up to which each is a tile of its own. If all are one tenant's, its bytes are unpacked
-so many times; a captured graph does not know whose rows it will get, so there are few."""
+that many times; a captured graph does not know whose rows it will get, so the number is small."""
 PREFILL = 256
-"""Batches of more rows have the largest tiles."""
+"""Batches of more rows than this have the largest tiles."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Rows:
     order_T: Tensor
     """int32 (T,) or more, row numbers sorted by slot, those without a slot last."""
     tiles_M3: Tensor
-    """int32 (M, 3): slot (−1: nothing to do), first place in `order_T`, rows. Or (K, M, 3), one of each
-    of `TILES`."""
+    """int32 (M, 3): slot (−1: nothing to do), first place in `order_T`, number of rows. Or (K, M, 3),
+    one for each of `TILES`."""
     tile: int
     """Rows that a tile can hold; 0: an op chooses one of `TILES` when it runs."""
 
 
 _unused: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-"""Buffers of which it was said that no row has a slot, by address, for others may come to lie there."""
+"""Buffers declared by `set_unused`, by address; weakly held, as others may come to lie there."""
 
 
 def set_unused(slot_T: Tensor, unused: bool) -> None:
-    """Says of a buffer of slots whether all rows are the base's until more is said.
+    """Declares whether all rows of a buffer of slots are the base's, until the next call for it.
 
-    Ops on its rows then return at once, launching nothing. So a graph that is captured meanwhile is one
-    for batches of the base alone. The buffer's owner sees to it that it runs for no others.
+    If so, ops on its rows return at once and launch nothing. A graph captured meanwhile is therefore one
+    for batches of the base alone, and the buffer's owner makes sure that it runs for no others.
     """
     address = slot_T.untyped_storage().data_ptr()
     if unused:
@@ -61,9 +61,9 @@ def set_unused(slot_T: Tensor, unused: bool) -> None:
 
 
 def nobody(slot_T: Tensor) -> bool:
-    """Whether it is known that no row has a slot: it was said, or seen, on a CPU in a microsecond.
+    """Whether it is known that no row has a slot: declared, or, on a CPU, seen in a microsecond.
 
-    A graph that was compiled runs its ops for batches of the base alone too: checks and all would then
+    A compiled graph runs its ops for batches of the base alone too, where their checks and the rest would
     cost a small model some percent.
     """
     if len(_unused) and slot_T.untyped_storage().data_ptr() in _unused:
@@ -72,12 +72,12 @@ def nobody(slot_T: Tensor) -> bool:
 
 
 def tile_for(tokens: int, slots: int, *, least: int = 1) -> int:
-    """Rows of a tile for a batch of so many: one row where each can be another tenant's.
+    """Rows of a tile, for a batch of that many rows: one where each can be another tenant's.
 
     Args:
         tokens: rows of the batch.
         slots: slots of the pool.
-        least: what a kernel works on at least.
+        least: the smallest tile that a kernel works on.
     """
     tile = 1 if tokens <= min(ALONE, slots) else 16 if tokens <= PREFILL else 64
     return max(tile, least)
@@ -86,9 +86,9 @@ def tile_for(tokens: int, slots: int, *, least: int = 1) -> int:
 def chosen(
     tiles: Tensor, tile: int, tokens: int, slots: int, *, least: int = 1
 ) -> tuple[Tensor, int]:
-    """The tiles (M, 3) that an op works on, and their rows: those it was given, or of a size for it.
+    """The tiles (M, 3) that an op works on, and their rows: as given, or of a size that suits the batch.
 
-    Arguments as `Rows` and `tile_for` have them.
+    Arguments are as in `Rows` and `tile_for`.
     """
     if tile:
         return tiles, tile
@@ -97,7 +97,7 @@ def chosen(
 
 
 def tile_count(tokens: int, slots: int, tile: int) -> int:
-    """Tiles that a batch can need: each slot in use has at most one that is not full, none is empty."""
+    """Tiles that a batch can need: each slot in use has at most one that is not full, and none empty."""
     return min(tokens, min(slots, tokens) + tokens // tile)
 
 
@@ -106,11 +106,11 @@ def group_rows(slot_T: Tensor, slots: int, *, tile: int = 16) -> Rows:
 
     Args:
         slot_T: int32 or int64 (T,), the slot of each row in [0, slots), or −1 for the base alone.
-            Another value fails an assertion on the device.
+            Any other value fails an assertion on the device.
         slots: slots of the pool.
         tile: rows of a tile, 1, 16 or 64. With 1 a tenant's bytes are read for each of its rows, and
-            nothing is computed in vain: for batches where most tenants have one. 16 reads them once
-            for decoding with several rows each, 64 is for prefill.
+            nothing is computed in vain: for batches where most tenants have one row. 16 reads the bytes
+            once for decoding with several rows per tenant; 64 is for prefill.
     """
     order_T, first_S, last_S = _sorted(slot_T, slots)
     tiles_M3 = _tiles(first_S, last_S, slot_T.shape[0], tile)
@@ -132,7 +132,7 @@ def _sorted(slot_T: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row numbers sorted by slot, int32 (T,), and where among them each slot's begin and end, (S,)."""
     known = ((slot_T >= -1) & (slot_T < slots)).all()
     torch.ops.aten._assert_async.msg(known, f"slots: not in [-1, {slots})")
-    # Rows without a slot come last, so that more of them move no other row's place.
+    # Rows without a slot come last, so that more of them would move no other row.
     sorted_T, order_T = torch.sort(torch.where(slot_T < 0, slots, slot_T), stable=True)
     slot_S = torch.arange(slots, device=slot_T.device, dtype=slot_T.dtype)
     first_S = torch.searchsorted(sorted_T, slot_S)
@@ -141,7 +141,7 @@ def _sorted(slot_T: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tiles(first_S: Tensor, last_S: Tensor, tokens: int, tile: int) -> Tensor:
-    """int32 (M, 3), as `Rows` has them, of so many rows."""
+    """Tiles of `tile` rows at most, int32 (M, 3), as in `Rows`."""
     slots = first_S.shape[0]
     tiles_S = (last_S - first_S + tile - 1) // tile
     end_S = tiles_S.cumsum(0)

@@ -1,13 +1,13 @@
 """Where the packed bytes of several tenants lie, and the tables that say what lies where.
 
-One uint8 tensor holds a slot for each tenant: all packed terms of its artifact, one behind the other,
-so that making a tenant resident is one copy. Each layer has an int64 table of what it must know of
+One uint8 tensor holds a slot for each tenant: all packed terms of its artifact, one after the other,
+so that making a tenant resident is one copy. Each layer has an int64 table of what it must know about
 each slot: widths, counts and byte offsets. Both live on the device and keep their addresses, so a
-captured CUDA graph serves whatever is loaded later; a plan that went in as Python integers would be
-frozen into the graph.
+captured CUDA graph serves whatever is loaded later; a plan passed in as Python integers would be frozen
+into the graph.
 
-A slot has a fixed size, which wastes what a small tenant does not fill: an allocator of pages would
-need a second level of offsets in every kernel.
+A slot has a fixed size, which wastes what a small tenant does not fill; allocating in pages would need
+a second level of offsets in every kernel.
 
 A layer can be several matrices with one input, their outputs side by side: q, k and v, or gate and up,
 which engines multiply at once. They are the *parts* of its table.
@@ -37,8 +37,8 @@ from deltacome.format.spec import (
 )
 
 BITS, COUNT, FIRST = 0, 1, 2
-"""Fields of a band: its width, its directions (0: no band), and the directions of its slot before it,
-over all parts."""
+"""Fields of a band: its width, its number of directions (0: no band), and the number of directions
+before it in its slot, over all parts."""
 V, U = 3, 7
 """First of the four fields of a factor: byte offsets in the slot of its low plane (or 16-bit values),
 its high plane (three bits only), its scales and its zero points."""
@@ -80,7 +80,7 @@ class Pool:
     def load(self, slot: int, offset: int, blob: Tensor) -> None:
         """Copies bytes into a slot, ordered with the kernels of the current stream.
 
-        Tables say what of it is used: clear them before, and load them after.
+        Tables say which of the bytes are used: clear them before, and load them after.
 
         Args:
             slot: its number.
@@ -106,7 +106,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def arrange(sizes: Mapping[Name, int]) -> tuple[dict[Name, int], int]:
-    """Places blobs one behind the other: their offsets in a slot, and the bytes that they take.
+    """Places blobs one after the other: their offsets in a slot, and the bytes that they take.
 
     Args:
         sizes: bytes of each blob, by name.
@@ -128,7 +128,7 @@ class PlacedBands:
 
 
 class BandTable:
-    """What each slot of a pool holds for one layer's bands; make it with the pool.
+    """What each slot of a pool holds for one layer's bands; make it along with the pool.
 
     Attributes:
         pool: where the bytes lie.
@@ -179,16 +179,16 @@ class BandTable:
         self.fields_SPBF = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def load(self, slot: int, parts: Sequence[PlacedBands | None]) -> None:
-        """Says what a slot holds; rows of this slot get its delta from then on.
+        """Records what a slot holds; rows of this slot get its delta from then on.
 
         Args:
             slot: its number.
-            parts: for each part its term, or None for a part that stays as the base's.
+            parts: for each part its term, or None for a part that stays as in the base.
 
         Raises:
             MismatchError: there is no such slot or part.
             PlanError: a plan has too many bands or directions for this table.
-            ArtifactError: a term reaches over the end of the slot.
+            ArtifactError: a term reaches past the end of the slot.
         """
         self.clear(slot)
         self.fields_SPBF[slot].copy_(self.fields(slot, parts))
@@ -266,7 +266,7 @@ class SignTable:
         self.fields_SPF = torch.zeros(shape, dtype=torch.int64, device=pool.blobs_SN.device)
 
     def load(self, slot: int, parts: Sequence[PlacedSigns | None]) -> None:
-        """Says what a slot holds; arguments and errors as `BandTable.load`."""
+        """Records what a slot holds; arguments and errors as in `BandTable.load`."""
         self.clear(slot)
         self.fields_SPF[slot].copy_(self.fields(slot, parts))
 

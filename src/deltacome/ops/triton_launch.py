@@ -1,4 +1,4 @@
-"""What the Triton implementations share: on what they run, and which configuration of a kernel."""
+"""What the Triton implementations share: what they run on, and a kernel's choice of configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltacome.ops.impls import runs_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REPEATS = 5
-"""Timings of a configuration, of which the least counts."""
+"""Timings of a configuration, of which the shortest counts."""
 BUSY = 1_000_000
 """Cycles of the device before a timing: half a millisecond."""
 
@@ -44,7 +44,7 @@ def check_gpu(op: str, *tensors: Tensor) -> None:
 
 
 def bucket(programs: int) -> int:
-    """The power of two that is not below: launches of about this many programs share a choice."""
+    """The smallest power of two not below: launches of about this many programs share a choice."""
     return 1 << max(0, programs - 1).bit_length()
 
 
@@ -59,11 +59,11 @@ def tuned(
 
     It is timed on made-up tensors and not on the caller's: an engine first calls a layer to warm up and
     to capture graphs, before there is a tenant. Kernels then have nothing to do, their times are noise,
-    and the graphs would keep what it chose.
+    and the graphs would keep what was chosen.
 
-    Keys have the number of programs rounded up by `bucket`, so that there are few: a batch of a new
-    size rarely has to be timed. Choices live as long as the process. What takes long is compiling,
-    which Triton keeps on disk; timing two configurations takes less than reading a file.
+    Keys have the number of programs rounded up by `bucket`, so that there are few keys, and a batch of
+    a new size rarely has to be timed. Choices live as long as the process. Compiling is what takes long,
+    and Triton caches it on disk; timing two configurations takes less than reading a file.
 
     Nothing is timed in the interpreter, nor while a CUDA graph is captured, when the device must not be
     waited for: then the first configuration runs, and the next call outside of a capture decides.
@@ -74,7 +74,7 @@ def tuned(
         configs: the configurations.
         run: launches the kernel on such tensors.
         tensors: the caller's.
-        made_up: makes others, for as many programs, which all have as much to do as there can be.
+        made_up: makes stand-ins for as many programs, each with as much to do as there can be.
     """
     config = _fastest.get(key)
     if config is None:
@@ -89,12 +89,12 @@ def tuned(
 
 
 def full_batch(tokens: int, tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Order and tiles, as `Rows` has them, of a batch that needs all of its tiles, for the first slot.
+    """Order and tiles, as `Rows` has them, of a batch that uses all of its tiles, for the first slot.
 
     Args:
         tokens: rows of the batch, at least as many as tiles.
         tiles: tiles that it is shared out among.
-        device: where they shall lie.
+        device: where to put them.
     """
     bound = torch.arange(tiles + 1, device=device) * tokens // tiles
     fields_M = (torch.zeros_like(bound[1:]), bound[:-1], bound.diff())
@@ -102,7 +102,7 @@ def full_batch(tokens: int, tiles: int, device: torch.device) -> tuple[Tensor, T
 
 
 def _time(call: Callable[[], None]) -> float:
-    """Milliseconds."""
+    """Milliseconds that a call takes on the device."""
     call()  # compiles
     times = []
     for _ in range(REPEATS):

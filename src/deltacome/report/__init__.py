@@ -1,6 +1,6 @@
-"""An artifact to look at: one page without a network, and its figures as PNG.
+"""A report on an artifact: one page that needs no network, and its figures as PNG.
 
-It needs an extra (`pip install deltacome[report]`) and reads through `format` alone.
+It needs an extra (`pip install deltacome[report]`) and reads artifacts through `format` alone.
 """
 
 from deltacome.report.page import write_report

@@ -1,8 +1,8 @@
 """The colours of the report: each has a shade for a light page and one for a dark page.
 
 Figures are drawn in the light shades. In the page each becomes a CSS variable, so that one drawing serves
-both. Widths have the hues of Okabe and Ito's palette, which people with any colour vision tell apart,
-darkened or lightened until they stand out from the page by 3:1 (WCAG 2.2, 1.4.11), and text by 4.5:1.
+both. Widths have the hues of Okabe and Ito's palette, which can be told apart with any colour vision,
+darkened or lightened to a contrast with the page of at least 3:1 (WCAG 2.2, 1.4.11), or 4.5:1 for text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 STEPS = 8
-"""Shades of a ramp; finer ones could not be told from a legend."""
+"""Shades of a ramp; more could not be told apart in a legend."""
 
 
 def _ramp(name: str, map_name: str, light: tuple[float, float], dark: tuple[float, float]) -> dict:
@@ -47,7 +47,7 @@ LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 
 
 def kind_colour(kind: str) -> str:
-    """Of a kind of bytes, on a light page; what is no code shares one grey."""
+    """Colour of a kind of bytes on a light page; kinds without one of their own share a grey."""
     return LIGHT.get(f"kind-{kind}", LIGHT["kind-rest"])
 
 

@@ -3,7 +3,7 @@
 All of it is read from the artifact alone. A tensor's place in the model is read off its name: the first
 number in `model.layers.7.mlp.up_proj.weight` is the depth, `model.layers.*.mlp.up_proj` the projection.
 Further numbers are left out, so that the experts of a block share one place. A model's class would say
-more and would need transformers.
+more, but would need transformers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Place:
     """None outside of blocks."""
     matrices: int
     dropped: int
-    """Of these, changed by the fine-tune and left as the base's by the plan."""
+    """How many of these the fine-tune changed and the plan left as in the base."""
     weights: int
     """Entries that packed terms cover, or would cover."""
     nbytes: Counter[str]
@@ -53,7 +53,7 @@ class Place:
 
     @property
     def bits(self) -> float:
-        """Bits on disk for each weight."""
+        """Bits on disk per weight."""
         return 8 * self.nbytes.total() / self.weights
 
 
@@ -70,7 +70,7 @@ class Facts:
     tuned_nbytes: int
     nominal_ratio: float | None
     beside_nbytes: int
-    """Of files that count in no ratio: tokenizer, configuration and so on."""
+    """Of files that no ratio counts: tokenizer, configuration and so on."""
     tensors: Counter[str]
     """By kind of record."""
     places: list[Place]
@@ -87,7 +87,7 @@ class Facts:
 
     @property
     def codes(self) -> list[str]:
-        """Kinds of codes that there are, the widest first."""
+        """The kinds of codes present, widest first."""
         return [kind for kind in CODES if any(place.nbytes[kind] for place in self.places)]
 
     @property
@@ -97,25 +97,25 @@ class Facts:
 
     @property
     def dropped(self) -> int:
-        """Matrices that the plan left as the base's."""
+        """Matrices that the plan left as in the base."""
         return sum(place.dropped for place in self.places)
 
     @property
     def mean_error(self) -> float | None:
-        """Of the matrices, not of the places; those that were dropped count too."""
+        """Mean over the matrices, not over the places; dropped matrices count too."""
         known = [(p.error, p.matrices) for p in self.places if p.error is not None]
         count = sum(matrices for _, matrices in known)
         return sum(error * matrices for error, matrices in known) / count if known else None
 
     @property
     def projections(self) -> list[str]:
-        """Those within blocks."""
+        """The projections within blocks."""
         inside = (place.projection for place in self.places if place.depth is not None)
         return list(dict.fromkeys(inside))
 
     @property
     def outside(self) -> list[Place]:
-        """Embedding, head, and whatever else is in no block; those with most bytes first."""
+        """Embedding, head, and anything else outside blocks; those with the most bytes first."""
         places = [place for place in self.places if place.depth is None]
         return sorted(places, key=lambda place: -place.nbytes.total())
 
@@ -169,15 +169,15 @@ def place_of(name: str) -> tuple[str, int | None]:
 
 
 def covered(record: Record) -> int:
-    """Entries of a tensor that are not stored exactly: those that a delta is taken of."""
+    """Entries of a tensor that are not stored exactly: those that a delta covers."""
     return math.prod(record.shape) - (math.prod(record.exact_shape) if record.exact_rows else 0)
 
 
 def packed_kinds(record: Record, group: int) -> Counter[str]:
     """Bytes of the packed terms of a tensor, by kind.
 
-    Codes are counted as papers do, rounded up to bytes a direction; what fills up blocks of 64 codes and
-    sections of 16 bytes is padding.
+    Codes are counted as papers count them, rounded up to whole bytes per direction; what fills up blocks
+    of 64 codes and sections of 16 bytes is padding.
     """
     kinds: Counter[str] = Counter()
     if not record.packed:
@@ -238,7 +238,7 @@ def spectrum(artifact: Artifact, name: str) -> np.ndarray:
 
 
 def _mean(spectra: Iterable[np.ndarray]) -> np.ndarray:
-    """Direction by direction, over those that have so many."""
+    """The mean for each direction, over the spectra that reach that far."""
     total = count = np.zeros(0)
     for values in spectra:
         size = max(len(total), len(values))

@@ -1,7 +1,7 @@
 """The figures of the report, each for a wide and for a narrow page.
 
-A unit of a figure is a pixel of the page that it is made for, so text has the size that it says. They are
-drawn without pyplot, whose state is the process's, and in the light shades of `colours`.
+One unit of a figure is one pixel of the page that it is made for, so text has its nominal size. Figures
+are drawn without pyplot, whose state is global to the process, and in the light shades of `colours`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from deltacome.report.words import KIND_WORDS, number, share, short_names, size
 WIDTH = {True: 1080, False: 342}
 """Pixels of a figure, wide or narrow."""
 PANELS = 24
-"""Projections that are drawn; the table has them all."""
+"""Projections drawn at most; the table has them all."""
 BESIDE = 6
-"""Matrices outside of blocks that are drawn."""
+"""Matrices outside blocks drawn at most."""
 LINES = 32
-"""Of a panel of spectra; where there are more depths, some are left out at equal distances."""
+"""Lines in a panel of spectra at most; where there are more depths, evenly spaced ones are drawn."""
 POINTS = 32
-"""Of a line, at distances that grow as the scale's do."""
+"""Points of a line at most, evenly spaced on its logarithmic axis."""
 MARKERS = "osD^vP*X"
 SCALES = (
     (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
@@ -46,11 +46,11 @@ SCALES = (
     (1, 3),
     (1,),
 )
-"""Mantissas of the bounds of classes, finest first."""
+"""Mantissas of class bounds, finest first."""
 
 
 def draw(what: Callable[..., Figure], wide: bool, *subject: Any) -> Figure:
-    """One of the figures below, with the settings that they share."""
+    """Draws one of the figures below, with the settings that they share."""
     text = 12.5 if wide else 11
     settings: dict[Any, Any] = {
         "font.family": ["DejaVu Sans"],
@@ -86,7 +86,7 @@ def draw(what: Callable[..., Figure], wide: bool, *subject: Any) -> Figure:
     with rc_context(settings):
         figure = what(wide, *subject)
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it is settled, and takes most of the time
+        figure.set_layout_engine("none")  # the layout is settled, and takes most of the time
     return figure
 
 
@@ -130,7 +130,7 @@ def bytes_by_kind(wide: bool, facts: Facts) -> Figure:
 
 
 def widths(wide: bool, facts: Facts) -> Figure:
-    """Bits on disk a weight, stacked by width: a panel for each projection, depth to the right."""
+    """Bits on disk per weight, stacked by width: a panel for each projection, depth to the right."""
     kinds = facts.codes
     figure, panels = _panels(wide, facts, 172 if wide else 142)
     for projection, axes in panels.items():
@@ -147,10 +147,10 @@ def widths(wide: bool, facts: Facts) -> Figure:
         axes.grid(axis="x", visible=False)
         axes.set_ylim(0, 1.06 * max(place.bits for place in facts.places))
         _depth_ticks(axes, facts, projection, wide)
-    words = {kind: KIND_WORDS[kind] for kind in kinds} | {"rest": "scales, the rest"}
+    words = {kind: KIND_WORDS[kind] for kind in kinds} | {"rest": "scales and the rest"}
     patches = [Patch(color=kind_colour(kind), label=word, lw=0) for kind, word in words.items()]
     _legend(figure, patches, 6 if wide else 3)
-    figure.supylabel("bits on disk a weight", color=LIGHT["muted"])
+    figure.supylabel("bits on disk per weight", color=LIGHT["muted"])
     return figure
 
 
@@ -306,7 +306,7 @@ def _between(low: float | None, high: float | None) -> float:
 
 def _draw_kl(axes: Axes, exam: Exam, methods: Sequence[str | None], facts: Facts) -> None:
     axes.set_title("divergence from the tuned model")
-    axes.set_ylabel("KL, nats a token")
+    axes.set_ylabel("KL, nats per token")
     for key, fill in (("kl_task", True), ("kl_text", False)):
         for method, (colour, marker) in _looks(methods).items():
             found = [m for m in exam.deltas if m.method == method and (getattr(m, key) or 0) > 0]
@@ -349,7 +349,7 @@ def _looks(methods: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
 
 
 def _figure(wide: bool, height: float, layout: Any = "constrained") -> Figure:
-    """Of `WIDTH` × `height` units."""
+    """A figure of `WIDTH` × `height` units."""
     figure = Figure(figsize=(WIDTH[wide] / 72, height / 72), layout=layout)
     if layout == "constrained":
         engine: Any = figure.get_layout_engine()
@@ -358,7 +358,7 @@ def _figure(wide: bool, height: float, layout: Any = "constrained") -> Figure:
 
 
 def _panels(wide: bool, facts: Facts, height: int) -> tuple[Figure, dict[str | None, Axes]]:
-    """Small axes with one scale: one for each projection, and one (None) for what is in no block."""
+    """Small axes on one scale: one for each projection, and one (None) for what is outside blocks."""
     names: list[str | None] = [*facts.projections[:PANELS], *([None] if facts.outside else [])]
     rows = math.ceil(len(names) / (4 if wide else 2))
     columns = max(math.ceil(len(names) / rows), 2)
@@ -387,7 +387,7 @@ def _positions(facts: Facts, places: Sequence[Place]) -> list[int]:
 
 
 def _name_depths(axis: Axis, depths: Sequence[int], most: int) -> None:
-    """So many at most, of those that lie side by side along an axis."""
+    """Labels the depths that lie side by side along an axis, at most so many of them."""
 
     def name(position: float, _: object) -> str:
         whole = round(position)
@@ -398,7 +398,7 @@ def _name_depths(axis: Axis, depths: Sequence[int], most: int) -> None:
 
 
 def _plain_numbers(*axes: Axis) -> None:
-    """0.01 and not a power, and only at the larger ticks of a logarithmic scale."""
+    """Writes 0.01 rather than a power, and only at the major ticks of a logarithmic scale."""
     for axis in axes:
         axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axis.set_minor_formatter(NullFormatter())
@@ -423,7 +423,7 @@ def _bytes_of(place: Place, kind: str) -> int:
 
 
 def _steps(axes: Axes, at: Sequence[int], above: Any, below: Any, colour: str) -> None:
-    """Bars of width 1 as one shape for each run of neighbours: a page of 80 layers stays small."""
+    """Bars of width 1, as one shape for each run of neighbours: a page of 80 layers stays small."""
     cuts = [0, *(i for i in range(1, len(at)) if at[i] != at[i - 1] + 1), len(at)]
     for start, stop in pairwise(cuts):
         edges = np.arange(at[start], at[stop - 1] + 2) - 0.5
@@ -433,7 +433,7 @@ def _steps(axes: Axes, at: Sequence[int], above: Any, below: Any, colour: str) -
 
 
 def _classes(values: np.ndarray) -> list[float]:
-    """Bounds of at most as many classes as there are shades, round numbers, the first 0."""
+    """Bounds of classes, at most as many as there are shades: round numbers, the first 0."""
     positive = values[values > 0]
     if not len(positive):
         return [0.0, 1.0]
@@ -453,7 +453,7 @@ def _marks(mantissas: Sequence[float], low: float, high: float) -> list[float]:
 
 
 def _shades(count: int) -> list[str]:
-    """So many of the ramp, the strongest last."""
+    """That many shades of the ramp, the strongest last."""
     steps = np.linspace(0 if count == STEPS else 1, STEPS - 1, count) if count > 1 else [STEPS - 1]
     return [ramp("heat")[round(step)] for step in steps]
 

@@ -1,4 +1,4 @@
-"""`deltacome report`: an artifact as one page that needs nothing else, and its figures as PNG."""
+"""`deltacome report`: an artifact as one self-contained page, and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deltacome.report.svg import inline_svg
 from deltacome.report.words import number, size
 
 DPI = 144
-"""Of the PNG files: two dots for a pixel of the page."""
+"""Of the PNG files: two dots per pixel of the page."""
 
 
 def write_report(
@@ -46,7 +46,7 @@ def write_report(
 
     Raises:
         ArtifactError: the artifact is damaged.
-        DeltaError: a file of scores cannot be read, or has none of a delta.
+        DeltaError: a file of scores cannot be read, or there are no scores of a delta.
         OutputError: an output exists already or cannot be written.
     """
     output, png = Path(output), None if png is None else Path(png)
@@ -56,7 +56,7 @@ def write_report(
             check_output(path)
     exams = read_scores(files)
     if files and not any(exam.deltas for exam in exams):
-        raise DeltaError(f"{files[0]}: expected scores of a delta, got those of dense models alone")
+        raise DeltaError(f"{files[0]}: expected scores of a delta, got those of dense models only")
     artifact = opened(artifact)
     facts = gather(artifact)
     shown = [_drawn(section) for section in sections(facts, exams)]
@@ -71,21 +71,21 @@ def write_report(
 
 @dataclass(frozen=True)
 class Drawn:
-    """A section with its figure, twice."""
+    """A section with its figure in both widths."""
 
     section: Section
     wide: Figure
     narrow: Figure
 
     def svg(self, form: str) -> str:
-        """The `wide` or `narrow` figure."""
+        """The `wide` or `narrow` figure as SVG."""
         section = self.section
         figure = self.wide if form == "wide" else self.narrow
         return inline_svg(figure, f"{section.key}-{form}", section.title, section.finding)
 
 
 def render(name: str, facts: Facts, shown: Sequence[Drawn]) -> str:
-    """The page: HTML that is XML too, and refers to nothing outside of itself."""
+    """The page: HTML that is also XML, and refers to nothing outside itself."""
     environment = Environment(
         loader=PackageLoader("deltacome.report", ""),
         autoescape=True,
@@ -110,7 +110,7 @@ def _drawn(section: Section) -> Drawn:
 def _tiles(facts: Facts) -> list[tuple[str, str]]:
     """What people look for first."""
     packed = sum(place.matrices for place in facts.places) - facts.dropped
-    left = f", {facts.dropped:,} left as the base's" if facts.dropped else ""
+    left = f", {facts.dropped:,} left as in the base" if facts.dropped else ""
     return [
         (f"{facts.ratio:.2f}", "ratio, everything counted"),
         (size(facts.bytes_on_disk), f"on disk, for {size(facts.tuned_nbytes)}"),

@@ -1,4 +1,4 @@
-"""What `deltacome eval --json` printed, read back: scores and divergences by ratio."""
+"""Reads back what `deltacome eval --json` printed: scores and divergences by ratio."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from deltacome.format.card import harness_metrics
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model."""
+    """The scores of one model."""
 
     name: str
     score: float | None
     low: float | None
-    """Of the 95 % interval, as `high`; None where none is known."""
+    """Lower end of the 95 % interval, `high` the upper; None where none is known."""
     high: float | None
     kl_task: float | None
-    """KL to the tuned model in nats a token, as `kl_text`."""
+    """KL to the tuned model in nats per token, like `kl_text`."""
     kl_text: float | None
     artifact: str | None = None
-    """SHA-256 of an artifact's manifest; None for base and tuned, as what follows."""
+    """SHA-256 of an artifact's manifest; None for base and tuned, like the fields below."""
     method: str | None = None
     nbytes: int | None = None
     ratio: float | None = None
@@ -37,29 +37,29 @@ class Exam:
     """One task: base, tuned if it was given, and deltas."""
 
     task: str
-    """And how it was asked, where that is not as usual."""
+    """The task, and how it was asked where that differs from the default."""
     metric: str
     questions: int | None
     models: tuple[Score, ...]
 
     @property
     def deltas(self) -> list[Score]:
-        """The smallest ratio first."""
+        """Those of deltas, the smallest ratio first."""
         found = [model for model in self.models if model.ratio is not None]
         return sorted(found, key=lambda model: model.ratio or 0)
 
     @property
     def percent(self) -> bool:
-        """Whether scores are shares of something; ends of an interval may lie outside."""
+        """Whether all scores are from 0 to 1; ends of an interval may lie outside."""
         return all(m.score is None or 0 <= m.score <= 1 for m in self.models)
 
     def dense(self, name: str) -> Score | None:
-        """`base` or `tuned`."""
+        """The scores of `base` or `tuned`, if there are any."""
         return next((m for m in self.models if m.name == name and m.ratio is None), None)
 
 
 def read_scores(files: Sequence[Path]) -> list[Exam]:
-    """The exams of all files; deltas that were asked the same are put together.
+    """The exams of all files; models that were asked the same are put together.
 
     Raises:
         DeltaError: a file cannot be read, or is not what `deltacome eval --json` prints.
@@ -110,7 +110,7 @@ def _harness_exam(models: list[dict[str, Any]], task: str, metric: str) -> Exam:
         figures = model["results"][task]
         value, error = figures[metric], figures.get(f"{name}_stderr,{form}")
         low = high = None
-        if error:  # one of 0 is of equal answers to few questions, and bounds nothing
+        if error:  # 0 means equal answers to few questions, and bounds nothing
             low, high = value - 1.96 * error, value + 1.96 * error
         return _score(model, {"score": value, "score_low": low, "score_high": high})
 
@@ -144,11 +144,11 @@ def _finite(value: Any, above: float = -math.inf) -> float:
 
 
 USUAL = {"seed": 0, "dtype": "float32", "chat": False, "max_new_tokens": 64}
-"""What needs no word, as `deltacome eval` does it by itself."""
+"""What goes without saying: the defaults of `deltacome eval`."""
 
 
 def _how(document: dict[str, Any]) -> str:
-    """`, seed 1`: how it was asked. Who was asked otherwise is not to be compared."""
+    """`, seed 1`: how it was asked. Models that were asked differently must not be compared."""
     names = ("seed", "task_args", "shots", "limit", "chat", "dtype", "max_new_tokens", "text")
     found = {name: document.get(name, USUAL.get(name)) for name in names}
     found["text"] = found["text"] and _label(found["text"])
@@ -157,5 +157,5 @@ def _how(document: dict[str, Any]) -> str:
 
 
 def _label(task: str) -> str:
-    """Of a file, its folder and its name: where that lies is of no use to a reader elsewhere."""
+    """Folder and name of a task's file: the rest of its path is of no use to a reader elsewhere."""
     return "/".join(Path(task).parts[-2:])

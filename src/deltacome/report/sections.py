@@ -23,18 +23,18 @@ class Section:
     key: str
     title: str
     finding: str
-    """What the figure shows, from its numbers; also what a screen reader says of it."""
+    """What the figure shows, from its numbers; a screen reader reads it out too."""
     note: str
     """How to read it."""
     draw: Callable[..., Figure]
-    """A function of `figures`, and what it draws."""
+    """A function of `figures`; `subject` is what it draws."""
     subject: tuple[Facts | Sequence[Exam], ...]
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
 
 def sections(facts: Facts, exams: Sequence[Exam]) -> list[Section]:
-    """Those that the artifact has something to show for."""
+    """The sections that the artifact has something to show in."""
     found = [_bytes(facts)]
     if any(place.nbytes for place in facts.places):
         found.append(_widths(facts))
@@ -54,14 +54,15 @@ def _bytes(facts: Facts) -> Section:
     return Section(
         "bytes",
         "Bytes by kind",
-        f"{size(facts.bytes_on_disk)} stand for {size(facts.tuned_nbytes)}: a ratio of "
-        f"{facts.ratio:.2f}. {share(codes)} of them are codes.",
+        f"{size(facts.bytes_on_disk)} on disk in place of {size(facts.tuned_nbytes)}: a ratio of "
+        f"{facts.ratio:.2f}. {share(codes)} of the bytes on disk are codes.",
         "Everything on disk is counted: weight files with their headers, index and manifest. "
-        f"Tokenizer, configuration and the like ({size(facts.beside_nbytes)}) count on neither side.",
+        f"Tokenizer, configuration and the like ({size(facts.beside_nbytes)}) are counted on neither "
+        "side.",
         figures.bytes_by_kind,
         (facts,),
         ("kind", "bytes", "share"),
-        [*rows, ("all", f"{facts.bytes_on_disk:,}", share(1))],
+        [*rows, ("total", f"{facts.bytes_on_disk:,}", share(1))],
     )
 
 
@@ -79,22 +80,22 @@ def _widths(facts: Facts) -> Section:
     ]
     most, least = (choose(facts.places, key=lambda place: place.bits) for choose in (max, min))
     if most.bits - least.bits < 5e-4:
-        finding = f"Every matrix has {most.bits:.2f} bits a weight."
+        finding = f"Every matrix has {most.bits:.2f} bits per weight."
     else:
         finding = (
-            f"From {least.bits:.2f} bits a weight ({_name(names, least)}) to {most.bits:.2f} "
+            f"From {least.bits:.2f} bits per weight ({_name(names, least)}) to {most.bits:.2f} "
             f"({_name(names, most)})."
         )
-    header = ("matrix", "layer", *(f"directions of {k} bits" for k in kinds))
+    header = ("matrix", "layer", *(f"{k}-bit directions" for k in kinds))
     return Section(
         "widths",
         "Where the bits went",
         finding,
-        "A panel is a projection, with its bytes in all layers; to the right goes the depth. "
-        "A matrix of 16-bit weights would reach 16.",
+        "Each panel is one projection, with its total bytes over all layers; layers run from left to "
+        "right. A matrix of 16-bit weights would reach 16.",
         figures.widths,
         (facts,),
-        (*header, "bytes", "bits a weight"),
+        (*header, "bytes", "bits per weight"),
         rows,
     )
 
@@ -104,16 +105,16 @@ def _errors(facts: Facts) -> Section:
     known = [place for place in facts.places if place.error is not None]
     worst = max((p for p in known if p.depth is not None), key=lambda place: place.error or 0)
     outside = [f"{_name(names, p)} {number(p.error)}" for p in facts.outside if p.error is not None]
-    beside = f" Outside of blocks: {', '.join(outside[:6])}." if outside else ""
+    beside = f" Outside blocks: {', '.join(outside[:6])}." if outside else ""
     if facts.dropped:
-        beside += f" Left as the base's, with an error of 1: {facts.dropped:,}."
+        beside += f" Matrices left as in the base, with an error of 1: {facts.dropped:,}."
     return Section(
         "errors",
         "Error by layer",
         f"{number(facts.mean_error)} on average, {number(worst.error)} at most: {_name(names, worst)}."
         + beside,
-        "‖(D − D̂)X‖² / ‖DX‖² of a matrix's delta D, as measured when it was compressed; X are its "
-        "calibration inputs, or the identity where there were none.",
+        "‖(D − D̂)X‖² / ‖DX‖² for the delta D of a matrix, measured when it was compressed; X holds its "
+        "calibration inputs, or is the identity where there were none.",
         figures.errors,
         (facts,),
         ("matrix", "layer", "error"),
@@ -134,10 +135,10 @@ def _spectra(facts: Facts) -> Section:
     return Section(
         "spectra",
         "Spectra of the deltas",
-        f"Half of what a matrix's bands change lies in its first {halves:g} of {kept:g} "
+        f"Half of the squared norm of a matrix's bands lies in its first {halves:g} of {kept:g} "
         "directions (medians).",
         "‖s u vᵀ‖ of each direction as it is stored, largest first: a singular value, up to "
-        "quantisation, where the method takes a plain SVD. Colour is depth"
+        "quantisation, where the method takes a plain SVD. Colour shows depth"
         + (f"; {figures.LINES} layers are drawn." if len(facts.depths) > figures.LINES else "."),
         figures.spectra,
         (facts,),
@@ -171,7 +172,8 @@ def _scores(facts: Facts, exams: Sequence[Exam]) -> Section:
         "scores",
         "Score against ratio",
         " ".join(said),
-        "Bars are 95 % intervals. A smaller KL is better; the tuned model has none.",
+        "Bars are 95 % intervals. "
+        "A smaller KL is better; the tuned model, which it is measured against, has none.",
         figures.scores,
         (exams, facts),
         ("task", "model", "method", "bytes", "ratio", "score", "95 %", "KL task", "KL text"),
@@ -197,6 +199,6 @@ def _name(names: dict[str, str], place: Place) -> str:
 
 
 def _half(spectrum: np.ndarray) -> int:
-    """How many directions have half of the squared norm."""
+    """How many of the largest directions have half of the squared norm."""
     squares = np.cumsum(spectrum**2)
     return int(np.searchsorted(squares, squares[-1] / 2)) + 1

@@ -1,4 +1,4 @@
-"""A figure as SVG inside of a page: text stays text, colours become the page's variables."""
+"""A figure as SVG inside a page: text stays text, colours become the page's variables."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NO_DATES = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 def inline_svg(figure: Figure, key: str, title: str, description: str) -> Markup:
-    """`<svg>…</svg>`, as XML and as HTML.
+    """`<svg>…</svg>`, valid as XML and as HTML.
 
     Args:
         figure: drawn in light shades.
-        key: what its ids begin with, as those of a page must differ.
-        title, description: what a screen reader says of it.
+        key: prefix of its ids, which must be unique in a page.
+        title, description: what a screen reader says about it.
     """
     stream = io.StringIO()
     with rc_context(
@@ -51,8 +51,10 @@ def inline_svg(figure: Figure, key: str, title: str, description: str) -> Markup
 
 
 def _for_a_page(tag: str, key: str, used: set[str]) -> str:
-    """A tag with fewer digits, the page's colours and typeface, and ids that no other figure has. What is
-    between tags, names from an artifact among it, stays as it is."""
+    """A tag with fewer digits, the page's colours and typeface, and ids that no other figure has.
+
+    What is between tags, including names from an artifact, stays as it is.
+    """
     tag = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", tag)
     tag = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{key}-", tag.replace("xlink:href", "href"))
     tag = _ATTRIBUTE.sub(lambda m: _FRACTION.sub(r"\1", m[0]), tag)

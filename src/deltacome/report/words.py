@@ -20,7 +20,7 @@ KIND_WORDS = {
     "headers": "shard headers",
     "manifest": "manifest, index",
 }
-"""Of `facts.KINDS`."""
+"""What the page calls each of `facts.KINDS`."""
 
 
 def size(nbytes: float) -> str:
@@ -40,15 +40,15 @@ def share(part: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """With so many significant digits; a dash for what is not known."""
+    """With that many significant digits; a dash for what is not known."""
     return "–" if value is None else f"{value:.{digits}g}"
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """A name without the parts that tell it from no other: `model.layers.*.mlp.up_proj` → `up_proj`.
+    """Names without parts not needed to tell them apart: `model.layers.*.mlp.up_proj` → `up_proj`.
 
-    Those that end alike say how they begin as well, `q_proj · vision_tower`, then more of the end, and
-    where that is not enough stay as they are.
+    Names that end alike also show how they begin, `q_proj · vision_tower`, then more of the end, and stay
+    as they are where that is not enough.
     """
     names = list(names)
     short = {}

@@ -1,4 +1,4 @@
-"""One artifact attached alone: the model becomes the tuned model, its vocabulary and all."""
+"""One artifact attached alone: the model becomes the tuned model, vocabulary included."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def install_alone(
     choice: Choice,
     impl: str,
 ) -> None:
-    """Puts tuned values and tuned forwards into all places; each change is undone by the stack.
+    """Puts tuned values and tuned forwards into all places; the stack undoes each change.
 
     Raises:
         UnsupportedError: an embedding does more than scale.
@@ -67,7 +67,7 @@ def _scale(place: Place) -> float:
 
 
 def _value(terms: Terms, place: Place) -> Tensor:
-    """What has to stand in the place: the tuned value, or as much of the base's as is used."""
+    """The tensor that belongs in the place: the tuned value, or the rows of the base's that are used."""
     record, live = place.record, place.live
     if record.replaced:
         value = terms.exact(0, place)
@@ -106,7 +106,7 @@ def _patch(
 
 
 def _resize(stack: contextlib.ExitStack, model: nn.Module, places: Sequence[Place]) -> None:
-    """Lets everything that states the size of the vocabulary say that of the tuned model."""
+    """Sets the vocabulary size to the tuned model's wherever the model states it."""
     for place in places:
         if not place.resized or place.attr != "weight":
             continue
@@ -147,7 +147,7 @@ def _set_generation_config(
     if config is None and (
         name in artifact.manifest.dropped_files or getattr(before, "_from_model_config", False)
     ):
-        # The tuned model has no such file, so what it does is said by its configuration.
+        # The tuned model has no such file, so its defaults come from its model configuration.
         name, make = TUNED_CONFIG_FILE, GenerationConfig.from_model_config
         config = artifact.json_file(name)
     if config is None:

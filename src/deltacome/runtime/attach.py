@@ -1,13 +1,13 @@
-"""Running tuned models from their base and packed deltas; the base's weights stay as they are.
+"""Runs tuned models from their base and packed deltas, without changing the base's weights.
 
-Packed terms are computed beside the base's own layer from packed codes. Nothing is ever merged, so
-nothing has to be subtracted again and the base is restored bit for bit. What is stored exactly (norms,
-biases) takes the parameter's place while one artifact is attached alone, and the base's own tensor object
-comes back at detach. Several tenants at once share the parameters: their norms and biases are applied
-row by row, and what cannot be (an added vocabulary, say) is refused by name.
+Packed terms are computed from their codes, beside the base's own layer. Nothing is ever merged, so
+nothing has to be subtracted later, and the base is restored bit for bit. While one artifact is attached
+alone, what it stores exactly (norms, biases) takes the parameter's place, and the base's own tensor
+object comes back on detach. Several tenants at once share the parameters: their norms and biases are
+applied row by row, and what cannot be applied that way (an added vocabulary, say) is refused by name.
 
-Every change is pushed on one `ExitStack` with its opposite, which is all that detaching, or giving
-up half-way, has to unwind.
+Every change is pushed onto one `ExitStack` together with its inverse; detaching, or giving up half-way,
+only has to unwind that stack.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def attach(
     One artifact alone serves all rows: the model is the tuned model until detached, with its
     vocabulary (ids, logits, `vocab_size`) and, where the artifact carries one, its `generation_config`.
 
-    A mapping of names makes several tenants resident. The model stays the base, but for what runs within
-    `using`:
+    A mapping from names to artifacts makes several tenants resident. The model stays the base, except
+    within `using`:
 
         with attach(model, {"math": "math-delta", "code": "code-delta"}) as attached:
             with attached.using("math"):
@@ -58,18 +58,18 @@ def attach(
             with attached.using(["math", None, "code"]):  # a batch of three rows
                 model.generate(...)
 
-    For inference: parameters require no gradient while attached. Move or cast the model before, not
-    after, and copy or save it without. The choice of `using` belongs to the attachment, not to a thread:
-    a block that another thread, or task of asyncio, would enter meanwhile is refused.
+    For inference only: parameters require no gradient while attached. Move or cast the model before
+    attaching, and detach before copying or saving it. The choice made by `using` belongs to the
+    attachment, not to a thread: while a block is open, another thread or asyncio task cannot enter one.
 
     Args:
-        model: the base; any module whose parameters are named as in the checkpoint, a transformers
-            model above all.
-        artifact: opened, or its folder; or several by name.
-        impl: the implementation of `deltacome.ops`, or `auto`: the fastest that runs on all devices that
-            are patched. A warning says why the slow one runs on a CPU.
+        model: the base; any module whose parameters are named as in the checkpoint, usually a
+            transformers model.
+        artifact: opened, or its folder; or a mapping from names to several.
+        impl: the implementation of `deltacome.ops`, or `auto`: the fastest that runs on all devices with
+            patched layers. Where the slow one runs on a CPU, a warning says why.
         quantized_base: allows linears that hold the base's weights quantised (4 bits, say), which cannot
-            be compared with the artifact's fingerprints; all other tensors are.
+            be compared with the artifact's fingerprints; all other tensors still are.
 
     Returns:
         A handle that detaches, by `detach()` or as a context manager.
@@ -78,8 +78,8 @@ def attach(
         MismatchError: the model is not the artifact's base, or lacks some of its tensors.
         UnsupportedError: a module that cannot run from packed codes, a configuration that changes
             the model's code, an implementation that this installation lacks, something that several
-            tenants cannot each have, or something is attached already.
-        ArtifactError: the artifact cannot be read, or its bytes are not what they were.
+            tenants cannot each have, or a model that has something attached already.
+        ArtifactError: the artifact cannot be read, or its bytes do not match their checksums.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if impl not in ("auto", *IMPLS):
@@ -138,29 +138,31 @@ class Attachment:
 
     @property
     def artifact(self) -> Artifact:
-        """The one that is attached alone.
+        """The artifact that is attached alone.
 
         Raises:
-            MismatchError: there are several.
+            MismatchError: several are attached.
         """
         if "" not in self.artifacts:
-            raise MismatchError(f"attached are {list(self.artifacts)}: see `artifacts`")
+            raise MismatchError(
+                f"expected one artifact attached alone, got {list(self.artifacts)}: see `artifacts`"
+            )
         return self.artifacts[""]
 
     def using(
         self, who: str | Sequence[str | None] | None
     ) -> contextlib.AbstractContextManager[None]:
-        """While open, runs as one tenant, or each row of a batch as its own; None is the base.
+        """Runs as one tenant, or each row of a batch as its own, while open; None is the base.
 
         Args:
-            who: a name, or one for each row (dimension 0 of what the model is given). Beams, and whatever
-                else repeats rows, need a name for each repeated row.
+            who: a name, or one for each row (dimension 0 of the model's input). Beams, and anything else
+                that repeats rows, need a name for each repeated row.
 
         Raises:
-            MismatchError: a name that was not attached; in the model's forward, a batch of another size.
-            UnsupportedError: one artifact is attached alone: all rows are its; or several names, and a
-                tenant changes what lies beside the text model, such as a projector of pictures; or blocks
-                of several threads or tasks would overlap, or one is left before another within it.
+            MismatchError: a name that was not attached; later, in the forward, a batch of another size.
+            UnsupportedError: one artifact is attached alone, so all rows are its; several names, and a
+                tenant changes something outside the text model, such as a projector of pictures; blocks
+                of several threads or tasks would overlap; or a block is left before one within it.
         """
         if "" in self.artifacts:
             raise UnsupportedError("one artifact is attached alone: attach a mapping of names")
@@ -184,11 +186,11 @@ class Attachment:
 
 def _fastest(places: Sequence[Sequence[Place]]) -> str:
     live = [place.live for mine in places for place in mine if place.patched]
-    if any(one.dtype == torch.float64 for one in live):  # kernels have none
+    if any(one.dtype == torch.float64 for one in live):  # the kernels have no float64
         return "reference"
     devices = {one.device for one in live} or {torch.device("cpu")}
     if (why := native.missing()) and any(device.type == "cpu" for device in devices):
-        warnings.warn(f"attach: the reference runs, which is slow: {why}", stacklevel=3)
+        warnings.warn(f"attach: running the slow reference implementation: {why}", stacklevel=3)
     found = {fastest(device) for device in devices}
     return found.pop() if len(found) == 1 else "reference"
 
@@ -209,7 +211,7 @@ def _freeze(stack: contextlib.ExitStack, model: nn.Module) -> None:
 
 
 def _shadow(stack: contextlib.ExitStack, module: nn.Module, name: str) -> None:
-    """Lets a method of a module refuse, until the stack unwinds."""
+    """Makes a method of a module refuse until the stack unwinds."""
     own = vars(module)
     if name in own:
         stack.callback(own.__setitem__, name, own[name])
@@ -219,7 +221,7 @@ def _shadow(stack: contextlib.ExitStack, module: nn.Module, name: str) -> None:
 
 
 def _refuse_to_save(*arguments: object, **options: object) -> NoReturn:
-    # It would hold some tensors of the base and some of the tuned model, and a copy's layers would call
+    # A saved model would mix tensors of the base and of the tuned model, and a copy's layers would call
     # those of the original.
     raise DeltaError(
         "an artifact is attached: detach before saving or copying (`Attachment.detach`), or merge into a "

@@ -1,7 +1,7 @@
-"""The base's weights in a model of the tuned model's class, for deltas that change what a model is.
+"""Puts the base's weights into a model of the tuned class, for fine-tunes that change the class.
 
 A vision-language model that was made from a text model has that model's weights under other names, and
-more of its own. `attach` changes weights and not code, so it needs a model of the tuned class to run on.
+more of its own. `attach` changes weights, not code, so it needs a model of the tuned class to run on.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def base_for(
 ) -> PreTrainedModel:
     """A model of the tuned class with the base's weights, ready for `attach`.
 
-    What the base lacks (a projector, a tower) has the tuned values already, as the artifact stores them.
+    What the base lacks (a projector, a tower) already has its tuned values, as the artifact stores them.
 
     Args:
         base: the base's folder, or its repository on the Hub.
         artifact: opened, or its folder or name on the Hub.
-        dtype: of the weights, torch's or its name; by default the tuned model's.
+        dtype: dtype of the weights, torch's or its name; by default the tuned model's.
 
     Raises:
         CheckpointError: transformers does not know the tuned model, or the base cannot be read.
@@ -70,7 +70,7 @@ def _value(base: Checkpoint, artifact: Artifact, record: Record) -> Tensor:
 
 
 def _say_rows(model: PreTrainedModel) -> None:
-    """Embeddings and heads of another number of rows than the configuration's say so."""
+    """Sets the sizes that embeddings and linears state to the rows that their weights have."""
     for module in model.modules():
         rows = getattr(getattr(module, "weight", None), "shape", [0])[0]
         if isinstance(module, torch.nn.Embedding):

@@ -1,8 +1,8 @@
 """How many tenants fit on a device beside their base and a KV cache.
 
-What a tenant takes is what its slot takes: packed terms, the tables that say where they lie, and what is
-stored exactly, in float32. `allocate` takes the memory for real and measures it, since arithmetic about
-memory is worth little until something has been allocated.
+A tenant takes a slot for its packed terms, the tables that say where they lie, and what is stored
+exactly, in float32. `allocate` really takes the memory and measures it, since arithmetic about memory is
+worth little until something has been allocated.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from deltacome.skeleton import read_config
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits; all in bytes but the counts."""
+    """What fits; all in bytes except the counts."""
 
     device: int
     usable: int
-    """Of the device, after what is kept free."""
+    """The device's bytes less the share that is kept free."""
     base: int
     kv_cache: int
     slot: int
@@ -56,20 +56,20 @@ def capacity(
     kv_bytes: int = 0,
     kv_tokens: int = 0,
 ) -> Capacity:
-    """Counts tenants of the size of the largest of some artifacts.
+    """Counts the tenants that fit, each as large as the largest of some artifacts.
 
     Args:
-        base: its folder, or a repository on the Hub, of which the configuration is enough.
-        deltas: artifacts; or none, with a ratio.
-        ratio: stands for an artifact that is yet to be made, of a fine-tune of the base's size.
+        base: its folder, or a repository on the Hub, whose configuration is enough.
+        deltas: artifacts; none if a ratio is given.
+        ratio: stands for an artifact not yet made, of a fine-tune of the base's size.
         device_bytes: memory of the device.
-        utilization: share of it that may be used; the rest is for activations and fragments.
+        utilization: share of it that may be used; the rest is for activations and fragmentation.
         kv_bytes: size of the KV cache, bytes.
         kv_tokens: its size as tokens at 16 bits; added to `kv_bytes`.
 
     Raises:
         MismatchError: neither artifact nor ratio, or both, or an artifact of another base's shapes.
-        PlanError: base and cache alone do not fit; a share that is none of the memory, or more than it.
+        PlanError: base and cache alone do not fit; or `utilization` is not above 0 and at most 1.
     """
     if not 0 < utilization <= 1:
         raise PlanError(f"utilization: expected a share above 0, at most 1, got {utilization}")
@@ -96,9 +96,7 @@ def capacity(
     else:
         slot, beside = max(map(slot_nbytes, artifacts)), max(map(beside_nbytes, artifacts))
         if not slot + beside:
-            raise PlanError(
-                f"{artifacts[0].path}: holds nothing, so that any number of tenants fits"
-            )
+            raise PlanError(f"{artifacts[0].path}: holds nothing, so any number of tenants fits")
     cache = kv_bytes + kv_tokens * kv_token_nbytes(read_config(shapes.path))
     usable = int(device_bytes * utilization)
     left = usable - weights - cache
@@ -126,7 +124,7 @@ def slot_nbytes(artifact: Artifact) -> int:
 
 
 def beside_nbytes(artifact: Artifact) -> int:
-    """Bytes that an artifact takes beside its slot: fields of tables, exact values in float32."""
+    """Bytes that an artifact takes beside its slot: table fields and exact values in float32."""
     return sum(map(_beside, artifact.manifest.records.values()))
 
 
@@ -140,7 +138,7 @@ def kv_token_nbytes(config: Any) -> int:
     """Bytes of the keys and values of one token in all layers, at 16 bits.
 
     Raises:
-        PlanError: the configuration does not say.
+        PlanError: the configuration does not state the sizes.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
@@ -155,10 +153,10 @@ def kv_token_nbytes(config: Any) -> int:
 
 @contextmanager
 def allocate(found: Capacity, device: str = "cpu") -> Iterator[int]:
-    """Takes the memory of base, cache and all tenants, and gives the bytes that the device has less of.
+    """Takes the memory of base, cache and all tenants, and yields the bytes that the device lost by it.
 
     Raises:
-        PlanError: there is not that much.
+        PlanError: there is not that much memory.
     """
     before = _used(device)
     try:
@@ -181,7 +179,7 @@ def _used(device: str) -> int:
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free
-    # glibc keeps what was freed and gives it out anew: memory taken from there would not be counted.
+    # glibc keeps freed memory and hands it out again: memory taken from there would not be counted.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
     return psutil.Process().memory_info().rss

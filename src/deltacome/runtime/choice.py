@@ -1,6 +1,6 @@
-"""Which tenant each row of a batch belongs to while an artifact, or several, are attached.
+"""Which tenant each row of a batch belongs to while one or more artifacts are attached.
 
-Every patched layer asks the one `Choice` of its attachment. Rows are grouped once for a batch of a size,
+Every patched layer asks the one `Choice` of its attachment. Rows are grouped once for each batch size,
 not once for each layer.
 """
 
@@ -47,19 +47,19 @@ class Choice:
 
     @contextlib.contextmanager
     def using(self, who: str | Sequence[str | None] | None) -> Iterator[None]:
-        """While open, all rows are one tenant's, or each its own; None is the base.
+        """Makes all rows one tenant's, or each its own tenant's, while open; None is the base.
 
         Raises:
             MismatchError: a name that was not attached.
-            UnsupportedError: several tenants, and one of them changes a layer beside the text model; a
-                block while another thread or task has one open; or one that is left before one within it.
+            UnsupportedError: several tenants, one of which changes a layer outside the text model; a
+                block while another thread or task has one open; or one left before one within it.
         """
         mine = _Block(self._slots(who), _runner())
         with self._entering:
             if self._open and self._open[-1].runner != mine.runner:
                 raise UnsupportedError(
                     "using(): expected one thread or task at a time, got a block while another has one "
-                    "open: the choice is that of the whole model"
+                    "open: the choice holds for the whole model"
                 )
             self._open.append(mine)
             self.slots = mine.slots
@@ -72,8 +72,8 @@ class Choice:
                 self.slots = self._open[-1].slots if self._open else self._outside
             if last is not mine:
                 raise UnsupportedError(
-                    "using(): expected the last block that was entered to be left first, got another: "
-                    "what ran in this one since then ran as the tenants of the later one"
+                    "using(): expected the block entered last to be left first, got an earlier one: "
+                    "what ran in it since then ran as the tenants of the later one"
                 )
 
     def _slots(self, who: str | Sequence[str | None] | None) -> Slots:
@@ -82,8 +82,8 @@ class Choice:
         slots = tuple(self._slot(name) for name in who)
         if self.beside is not None and len(set(slots)) > 1:
             raise UnsupportedError(
-                f"using(): {self.beside}: lies beside the text model, where layers may get other "
-                "rows than those of the batch: expected one name for all rows"
+                f"using(): {self.beside}: lies outside the text model, where a layer's input may not "
+                "have the batch's rows: expected one name for all rows, got several"
             )
         return slots
 
@@ -99,10 +99,10 @@ class Choice:
 
         Args:
             x: the input; its dimension 0 is the batch.
-            tokens: rows of the input as a matrix.
+            tokens: rows of the input, seen as a matrix.
 
         Raises:
-            MismatchError: there is a slot for each row, and the batch has another number of rows.
+            MismatchError: slots were given row by row, and the batch has another number of rows.
         """
         if torch.compiler.is_compiling():
             return self._group(x, tokens)
@@ -126,7 +126,7 @@ class Choice:
                 )
             slot_B = torch.tensor(self.slots, dtype=torch.int32, device=x.device)
             slot_T = slot_B.repeat_interleave(tokens // max(1, x.shape[0]), output_size=tokens)
-        if x.device.type == "cpu":  # its kernels, and the reference, look at the slots alone
+        if x.device.type == "cpu":  # its kernels, and the reference, use the slots alone
             return Rows(slot_T, slot_T, slot_T, 1)
         return group_rows(slot_T, len(self.names), tile=tile_for(tokens, len(self.names)))
 
@@ -139,7 +139,7 @@ class _Block:
 
 
 def _runner() -> tuple[int, object]:
-    """The thread, and the task of asyncio if there is one: what may run between two steps of another."""
+    """The thread, and the asyncio task if there is one: either can run between two steps of another."""
     try:
         task = asyncio.current_task()
     except RuntimeError:  # no loop

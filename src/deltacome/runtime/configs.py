@@ -1,4 +1,4 @@
-"""Whether base and tuned model run the same code, as their configurations say: a delta is of weights."""
+"""Whether base and tuned model run the same code, by their configurations: a delta is of weights only."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ HARMLESS = {
 }
 """Fields of a configuration that may differ while base and tuned model compute the same."""
 MAX_COUNT = 1 << 16
-"""Up to which a count of a tuned configuration is read even if the base's is smaller."""
+"""Largest count of a tuned configuration that is read even if the base's is smaller."""
 
 
 def check_config(model: nn.Module, tuned_config: Config | None) -> Any:
     """Checks that base and tuned model run the same code: attaching changes weights only.
 
     Returns:
-        The tuned configuration as an object, without what is harmless; None if none is known.
+        The tuned configuration as an object, without harmless fields; None if none is known.
 
     Raises:
         UnsupportedError: names the field, the tuned model's value and the base's.
@@ -46,17 +46,20 @@ def check_config(model: nn.Module, tuned_config: Config | None) -> Any:
             f"{base.model_type!r}"
         )
     _check_counts(tuned_config, base, "")
-    try:  # as this transformers reads it, defaults filled in as the base's
+    try:  # as this transformers reads it, with defaults filled in as for the base
         tuned = type(base).from_dict(_telling(tuned_config))
-    except Exception as error:  # runs through a library's code: any kind may come
+    except Exception as error:  # a library's code, which may raise anything
         raise UnsupportedError(f"tuned_config.json: not a model configuration: {error}") from error
     _compare(_plain(tuned), _plain(base), "")
     return tuned
 
 
 def _telling(document: Config) -> Config:
-    """A parsed `config.json`, parts of it too, without what is harmless: of a number of labels a
-    configuration's class makes a list of their names. What decides on a class or on a head stays."""
+    """A parsed `config.json` without its harmless fields, at every level.
+
+    A configuration's class does work for some of them: it turns a number of labels into a list of their
+    names. Fields that decide on a class or on a head stay.
+    """
     return {
         key: _telling(value) if isinstance(value, dict) else value
         for key, value in document.items()
@@ -65,12 +68,12 @@ def _telling(document: Config) -> Config:
 
 
 def _check_counts(tuned: Config, base: Any, where: str) -> None:
-    """Refuses counts far from the base's before anything makes lists as long (of layers, say).
+    """Refuses counts far above the base's before anything makes lists that long (of layers, say).
 
     Args:
         tuned: a parsed `config.json`, or a part of it.
-        base: the configuration that it is to be like.
-        where: of which part.
+        base: the configuration to compare it with.
+        where: which part, as a prefix of its fields' names.
     """
     parts = getattr(base, "sub_configs", {})
     text = base.get_text_config(decoder=True) if hasattr(base, "get_text_config") else base
@@ -98,7 +101,7 @@ def _compare(tuned: Config, base: Config, where: str) -> None:
         if ours == theirs or key in HARMLESS:
             continue
         if key == "max_position_embeddings" and rope.get("rope_type", "default") == "default":
-            continue  # a limit that plain rotary embeddings do not compute with
+            continue  # a limit that plain rotary embeddings do not use
         if isinstance(ours, dict) and isinstance(theirs, dict):
             _compare(ours, theirs, f"{where}{key}.")
             continue

@@ -1,9 +1,9 @@
 """Experts whose matrices lie stacked in one parameter, each run with its own delta from packed codes.
 
 transformers stacks what checkpoints store matrix by matrix. Its plain implementation takes the matrix of
-one expert after another, `linear(x, self.gate_up_proj[expert])`, so it is given something in the
-parameter's place whose elements answer to `linear` and to nothing else. The grouped products that
-transformers prefers would need all tuned experts dense in memory; they come back at detach.
+one expert after another, `linear(x, self.gate_up_proj[expert])`, so a list stands in for the parameter,
+whose elements answer to `linear` and to nothing else. The grouped products that transformers prefers
+would need all tuned experts dense in memory; they come back on detach.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deltacome.runtime.terms import Terms
 
 @dataclass(frozen=True)
 class Expert:
-    """A matrix of an expert: rows of the base, each run of them with the delta of a stored matrix."""
+    """A matrix of an expert: the base's rows in runs, each run with the delta of a stored matrix."""
 
     parts: Sequence[tuple[Tensor, Tables | None]]
     choice: Choice
@@ -36,7 +36,9 @@ class Expert:
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Tensor:
         if func is not nn.functional.linear or kwargs or len(args) != 2:
-            raise UnsupportedError(f"experts: expected a plain linear of each, got {func.__name__}")
+            raise UnsupportedError(
+                f"experts: expected a plain linear with each, got {func.__name__}"
+            )
         x, expert = args
         outputs = []
         for weight_OI, tables in expert.parts:
@@ -48,12 +50,12 @@ class Expert:
 def install_experts(
     stack: contextlib.ExitStack, places: Sequence[Place], terms: Terms, choice: Choice, impl: str
 ) -> None:
-    """Lets a module of experts run with deltas, until the stack unwinds.
+    """Makes a module of experts run with deltas until the stack unwinds.
 
     Args:
         stack: undoes each change.
-        places: of all stored matrices of the module.
-        terms: of the artifact.
+        places: those of all stored matrices of the module.
+        terms: those of the artifact.
         choice: the tenants of the rows.
         impl: implementation of the ops.
 

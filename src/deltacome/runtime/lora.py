@@ -1,10 +1,9 @@
-"""A delta as a PEFT LoRA adapter, for stacks that know nothing else.
+"""Writes a delta as a PEFT LoRA adapter, for stacks that can load nothing else.
 
-Bands are low-rank already: `U diag(s) Vᵀ` is `B A` without loss but for the rounding of its factors to
-16 bits, which makes them several times larger. A smaller rank keeps the largest singular values of that
-product. What LoRA has no place for (norms, biases, whatever is stored exactly) goes along as
-`modules_to_save` and biases, which PEFT loads and vLLM refuses; it is left out only if asked for, and
-listed.
+Bands are low-rank already: `U diag(s) Vᵀ` is `B A`, exact except that its factors are rounded to 16 bits,
+which makes them several times larger. A smaller rank keeps the largest singular values of that product.
+What LoRA has no place for (norms, biases, anything stored exactly) goes along as `modules_to_save` and
+biases, which PEFT loads and vLLM refuses; it is left out only on request, and then listed.
 
 Legend: O out, I in, R rank.
 """
@@ -47,7 +46,7 @@ class Exported:
     errors: dict[str, float] = field(default_factory=dict)
     """By module: `‖Δ − BA‖² / ‖Δ‖²`, Δ the artifact's delta, B and A as stored."""
     saved: list[str] = field(default_factory=list)
-    """Modules that go along whole, and biases."""
+    """Modules saved whole, and biases."""
     left_out: list[str] = field(default_factory=list)
     """Tensors that the tuned model changes and the adapter does not."""
     nbytes: int = 0
@@ -68,11 +67,11 @@ def export_lora(
     Args:
         artifact: opened, or its folder or name on the Hub.
         output: a folder that does not exist yet.
-        rank: at most this many directions a matrix, the best ones; None keeps all that the artifact has.
+        rank: keeps at most this many directions of a matrix, the best ones; None keeps all.
         lora_only: leaves out what LoRA cannot carry.
-        base: the base, read only where a module is part changed and part not; by default the one that
-            the artifact names.
-        dtype: of the adapter's matrices, torch's or its name.
+        base: the base, read only where a module is part changed and part not, and its configuration
+            where the tuned head is tied; by default the one that the artifact names.
+        dtype: dtype of the adapter's matrices, torch's or its name.
 
     Raises:
         ArtifactError: the artifact is damaged or carries no configuration.
@@ -153,7 +152,8 @@ class _Export:
             base = make_skeleton(read_config(folder), torch.float32, folder)
         except CheckpointError as error:
             warnings.warn(
-                f"the tuned model's head is its embedding; the base could not be asked for its: {error}",
+                "the tuned model ties its head to its embedding; could not check that the base does: "
+                f"{error}",
                 stacklevel=2,
             )
             return
@@ -164,7 +164,7 @@ class _Export:
             )
 
     def add_matrix(self, record: Record) -> None:
-        """The factors of a matrix, for every module that uses it."""
+        """Adds the factors of a matrix, for every module that uses it."""
         packed = self.artifact.packed(record.name)
         b_OR, a_RI = _factors(packed, self.rank)
         b_OR, a_RI = b_OR.to(self.dtype), a_RI.to(self.dtype)
@@ -182,7 +182,7 @@ class _Export:
                 self.tensors[f"{PREFIX}{path}.lora_B.weight"] = b_OR.contiguous().clone()
 
     def add_exact(self, record: Record) -> None:
-        """A tensor that is stored as it is: a bias beside a LoRA, or the module that it belongs to."""
+        """Adds a tensor that is stored exactly: a bias beside a LoRA, or its whole module."""
         path, _, attr = self.where[record.name].parameter.rpartition(".")
         module = self.modules.get(path)
         if self.lora_only or module is None or attr not in module._parameters:
@@ -196,7 +196,7 @@ class _Export:
             return
         if path in self.said.saved:
             return
-        # PEFT would take those below it from the base, without the LoRAs that they have.
+        # PEFT would take the modules inside it from the base, without their LoRAs.
         if next(module.children(), None) is not None:
             raise UnsupportedError(
                 f"{record.name}: {path or type(module).__name__} holds other modules, which PEFT saves "
@@ -213,7 +213,7 @@ class _Export:
         return base_tensor(Checkpoint(self.base), record)
 
     def config(self) -> dict[str, Any]:
-        """`adapter_config.json`."""
+        """The contents of `adapter_config.json`."""
         ranks = self.said.ranks
         most = max(ranks.values(), default=1)
         others = {_literal(path): rank for path, rank in ranks.items() if rank != most}
@@ -244,19 +244,19 @@ def _is_tied(model: Any) -> bool:
 
 
 def _literal(path: str) -> str:
-    """A module's name as the regular expression that PEFT takes patterns for."""
+    """A module's name escaped, as PEFT takes its patterns for regular expressions."""
     return path.replace(".", r"\.")
 
 
 def _factors(packed: Packed, rank: int | None) -> tuple[Tensor, Tensor]:
-    """b_OR, a_RI float32 whose product is the delta, or its best approximation of a rank."""
+    """b_OR, a_RI in float32 whose product is the delta, or its best approximation of that rank."""
     if packed.signs is not None:
         assert rank is not None
         return _balanced(*_best(packed.dense(), rank))
     b_OR = torch.cat([band.u.dequantize() for band in packed.bands]).T
     a_RI = torch.cat([band.s[:, None] * band.v.dequantize() for band in packed.bands])
     if rank is not None and rank < len(a_RI):
-        # The factors are not orthogonal once they are quantised: their triangles are, and are small.
+        # Quantised factors are not orthogonal: an SVD between the small triangles of their QRs.
         q_OR, left = torch.linalg.qr(b_OR.double())
         q_IR, right = torch.linalg.qr(a_RI.T.double())
         u, s, vt = torch.linalg.svd(left @ right.T)
@@ -275,7 +275,7 @@ def _best(delta_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _balanced(b_OR: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors of equal size in each direction, so that 16 bits hold either."""
+    """Scales both factors to equal size in each direction, so that 16 bits hold either."""
     sizes_b, sizes_a = b_OR.square().mean(0).sqrt(), a_RI.square().mean(1).sqrt()
     scale = (sizes_a / sizes_b.clamp(min=1e-30)).sqrt().clamp(min=1e-15)
     return b_OR * scale, a_RI / scale[:, None]
@@ -287,7 +287,7 @@ def _error(packed: Packed, b_OR: Tensor, a_RI: Tensor) -> float:
         return float((delta - b_OR.float() @ a_RI.float()).square().sum() / delta.square().sum())
     u = torch.cat([band.u.dequantize() for band in packed.bands]).T.double()
     v = torch.cat([band.s[:, None] * band.v.dequantize() for band in packed.bands]).double()
-    # ‖UV − BA‖² from grams of the factors side by side: a vocabulary's delta is never dense.
+    # ‖UV − BA‖² from grams of the factors side by side, so a vocabulary's delta is never made dense.
     left, right = torch.cat([u, -b_OR.double()], 1), torch.cat([v, a_RI.double()])
     size = float(((u.T @ u) * (v @ v.T)).sum())
     error = float(((left.T @ left) * (right @ right.T)).sum())

@@ -1,8 +1,9 @@
-"""Which record of an artifact belongs to which tensor of a live model, and whether they fit.
+"""Pairs the records of an artifact with the tensors of a live model, and checks that they fit.
 
-Everything that can be refused is refused here, before the model is touched. A tensor is found by
-the name that transformers loads it under; a parameter that the artifact does not have is looked up
-under its other names, so that tied heads need no knowledge of the architecture.
+Almost everything that can be refused is refused here, before the model is touched; what only a layer's
+replacement can tell is refused where that is built. A tensor is found by
+the name that transformers loads it under; a parameter whose name the artifact lacks is looked up under
+its other names, so tied heads need no knowledge of the architecture.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class Place:
     module: nn.Module
     attr: str
     live: Tensor
-    """The base's value there; of a stack of experts the rows that the record is about."""
+    """The base's value there; for a stack of experts, the rows that the record is about."""
     record: Record
     target: Target
     quantized: bool = False
-    """Whether the base's values are held as codes of another library."""
+    """Whether the base's values are held as another library's codes."""
 
     @property
     def resized(self) -> bool:
@@ -44,7 +45,7 @@ class Place:
 
     @property
     def patched(self) -> bool:
-        """Whether the module has to compute something else than with the base's tensor alone."""
+        """Whether the module needs another `forward`, for packed terms or added rows."""
         return self.record.packed or self.record.grown
 
 
@@ -59,14 +60,14 @@ def match(
 
     Args:
         model: holds the base's weights.
-        manifest: of the artifact.
+        manifest: the artifact's.
         tuned_config: `config.json` of the tuned model, if known.
         quantized_base: whether linears may hold the base's weights quantised. Their fingerprints are
             not checked; those of all other tensors are.
 
     Raises:
-        MismatchError: a record without a tensor, a tensor without a record, another shape, or other
-            values than those of the base that the delta was taken against.
+        MismatchError: a record without a tensor, a tensor without a record, another shape, or values
+            other than those of the base that the delta was taken against.
         UnsupportedError: a configuration that changes what the model computes, or a module that
             cannot run from packed codes.
     """
@@ -108,7 +109,7 @@ def _pair(
     Args:
         model: holds the base's weights.
         records: by the parameter that they are about.
-        stacked: parameters of many tensors, which are left out here.
+        stacked: parameters that stack many tensors, which are left out here.
         tuned: configuration of the tuned model, if known.
     """
     places = _places(model)
@@ -128,7 +129,7 @@ def _pair(
             unknown.append(names[0])
     if unknown:
         raise MismatchError(
-            f"the artifact has no account of {len(unknown)} parameters of the model, the first is "
+            f"the artifact has no record of {len(unknown)} parameters of the model, the first is "
             f"{unknown[0]}: is this the artifact's base?"
         )
 
@@ -144,7 +145,7 @@ def _stacks(
         try:
             module, live = model.get_submodule(path), model.get_parameter(target.parameter)
         except AttributeError:
-            continue  # then it is among those that are not found
+            continue  # `_check_all_found` reports it
         yield Place(name, module, attr, target.view(live.detach()), records[name], target)
 
 
@@ -171,7 +172,7 @@ def _holds_codes(place: Place) -> bool:
 
 
 def _computes(module: nn.Module, record: Record) -> bool:
-    """Whether a module maps vectors of the sizes of a matrix that is the base's, with terms or not."""
+    """Whether a module has the sizes of a record's matrix, which is packed or the base's as it is."""
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     multiplied = record.packed or (record.kind == "same" and len(record.shape) == 2)
     return multiplied and not record.exact_rows and record.bands_shape == sizes
@@ -221,7 +222,7 @@ def _check_all_found(model: nn.Module, records: dict[str, Record], found: set[st
 
 
 def check_base(place: Place) -> None:
-    """Compares a live tensor with the base's that the delta was taken against.
+    """Compares a live tensor with the base tensor that the delta was taken against.
 
     Raises:
         MismatchError: shape or sampled values differ.
@@ -242,7 +243,7 @@ def check_base(place: Place) -> None:
         way_out = "load the base that the artifact names, in the dtype of its checkpoint, unchanged"
         if live.dtype == torch.float16:
             way_out = (
-                "unless its checkpoint is in float16 too, that type is the likely reason: load the base "
+                "unless its checkpoint is in float16 too, that dtype is the likely reason: load the base "
                 "in bfloat16 or float32"
             )
         raise MismatchError(

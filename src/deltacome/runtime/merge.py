@@ -1,8 +1,8 @@
-"""The dense checkpoint back from base and artifact, for everything that cannot run packed codes.
+"""Merges base and artifact back into a dense checkpoint, for everything that cannot run packed codes.
 
-Tensor by tensor, so that memory holds about one shard of the output. Before a tensor is used, every
-byte of it is compared with the fingerprint of the base that the delta was taken against: a merge
-with the wrong base looks like a model and is none. The folder appears by a rename when it is whole.
+It works tensor by tensor, so that memory holds about one shard of the output. Before a tensor is used,
+all its bytes are compared with the fingerprint of the base that the delta was taken against: a merge with
+the wrong base looks like a model but is none. The folder is renamed into place once it is whole.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def tuned_tensor(base: Checkpoint, artifact: Artifact, record: Record) -> Tensor
     before = None if record.base_name is None else base_tensor(base, record)
     exact = artifact.exact(record.name) if record.exact_rows else None
     if before is None or record.replaced:
-        assert exact is not None  # the manifest has an account of every row
+        assert exact is not None  # the manifest accounts for every row
         return exact
     kept = before[: record.shape[0]] if record.shape else before
     if record.packed:
@@ -125,7 +125,7 @@ def _write_weights(
         save_file(tensors, file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(tensor.nbytes for tensor in tensors.values())
-        del tensors  # before those of the next shard
+        del tensors  # before the next shard's are made
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomic(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,9 +1,9 @@
 """The forward of a layer whose weight has deltas: one tenant's, or several tenants' side by side.
 
 A module gets another `forward` on the instance, not a forward hook: code that torch.compile made
-before the delta was attached does not look at hooks again and would serve the base in silence,
-while an instance's `forward` is guarded. Hooks of other people also see the tuned output this way.
-What it costs: a deep copy of an attached model would call the original's modules, so it is refused.
+before the delta was attached does not look at hooks again and would silently serve the base, while
+an instance's `forward` is guarded. Other people's hooks also see the tuned output this way. The cost:
+a deep copy of an attached model would call the original's modules, so it is refused.
 
 Legend: T tokens, I in, O out, N added rows, S slots, H size of a norm.
 """
@@ -27,7 +27,7 @@ from deltacome.runtime.choice import Choice
 
 Forward = Callable[[Tensor], Tensor]
 HOOKED = "_old_forward"
-"""Where accelerate's hooks keep the forward that they were put around."""
+"""Where accelerate's hooks keep the forward that they wrap."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Tables:
     signs: SignTable | None
 
     def add(self, y: Tensor, x: Tensor, choice: Choice, impl: str) -> Tensor:
-        """`y` with the deltas of its rows added, in place where y is one piece of memory."""
+        """`y` with the deltas of its rows added, in place where `y` can be viewed as a matrix."""
         y_TO, x_TI = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         rows = choice.rows(x, x_TI.shape[0])
         if self.bands is not None:
@@ -48,7 +48,7 @@ class Tables:
         return y_TO.view(y.shape)
 
     def add_rows(self, y: Tensor, ids: Tensor, choice: Choice, scale: float, impl: str) -> Tensor:
-        """`y`, rows of an embedding, with its rows' deltas times `scale` added, in place likewise."""
+        """`y`, rows of an embedding, with `scale` times the rows' deltas added, in place likewise."""
         y_TI, ids_T = y.reshape(-1, y.shape[-1]), ids.reshape(-1)
         rows = choice.rows(ids, ids_T.shape[0])
         if self.bands is not None:
@@ -59,15 +59,15 @@ class Tables:
 
 
 def own_forward(module: Any) -> Forward:
-    """What a module computes, without what a hook of accelerate does before and after it."""
+    """The forward of a module, without what an accelerate hook does before and after it."""
     return vars(module).get(HOOKED, module.forward)
 
 
 def set_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
     """Gives a module another forward on the instance, until the stack unwinds.
 
-    A hook of accelerate calls what it found, and puts that back when it goes: so where there is one,
-    that is what is replaced.
+    An accelerate hook calls the forward that it found, and puts it back when it is removed. So where
+    there is a hook, that forward is the one to replace.
     """
     attr = HOOKED if HOOKED in vars(module) else "forward"
     before = vars(module).get(attr)
@@ -76,7 +76,7 @@ def set_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
 
 
 def _unset_forward(module: Any, forward: Any, before: Any) -> None:
-    for attr in (HOOKED, "forward"):  # where hooks that have come or gone since have put it
+    for attr in (HOOKED, "forward"):  # wherever hooks added or removed since have put it
         if vars(module).get(attr) is not forward:
             continue
         if before is None and attr == "forward":
@@ -98,9 +98,9 @@ def tuned_linear(
     Args:
         base: the module's own forward.
         packed: the packed terms, or None.
-        added_NI: rows below those of the base, in the module's dtype, or None.
-        bias_SO: tuned bias minus the base's, of each slot and, last, of none; or None. It is added to
-            an output that has been rounded with the base's bias already.
+        added_NI: rows appended to those of the base, in the module's dtype, or None.
+        bias_SO: tuned bias minus the base's for each slot, and a last row for no slot; or None. It is
+            added to an output that has already been rounded with the base's bias.
         choice: the tenants of the rows.
         impl: implementation of the ops.
     """
@@ -109,7 +109,7 @@ def tuned_linear(
         y = base(input)
         if choice.idle:
             return y
-        input = input.to(y.device)  # which `base` may have been given on another GPU
+        input = input.to(y.device)  # `base` may have been given it on another GPU
         if packed is not None:
             y = packed.add(y, input, choice, impl)
         if bias_SO is not None:
@@ -137,7 +137,7 @@ def tuned_embedding(
     Args:
         base: the module's own forward.
         packed: the packed terms, or None.
-        added_NI: rows below those of the base, in the module's dtype, or None.
+        added_NI: rows appended to those of the base, in the module's dtype, or None.
         rows: rows of the base.
         scale: what the module multiplies its rows by.
         choice: the tenants of the rows.
@@ -168,7 +168,7 @@ def tuned_norm(base: Forward, weights_SH: Tensor, eps: float, choice: Choice, im
 
     Args:
         base: the module's own forward.
-        weights_SH: float32, the weight that multiplies, of each slot.
+        weights_SH: float32, each slot's weight as it multiplies, with any offset added.
         eps: of the norm.
         choice: the tenants of the rows.
         impl: implementation of the ops.
@@ -187,13 +187,13 @@ def tuned_norm(base: Forward, weights_SH: Tensor, eps: float, choice: Choice, im
 
 @torch.no_grad()
 def embedding_scale(name: str, module: nn.Embedding) -> float:
-    """The factor between an embedding's output and its rows, found by asking for some of them.
+    """The factor between an embedding's output and its rows, found by looking some of them up.
 
-    Some models multiply in the module (Gemma: the square root of the hidden size), under a name
-    that each chooses.
+    Some models multiply in the module (Gemma: by the square root of the hidden size), each by an
+    attribute of another name.
 
     Raises:
-        UnsupportedError: the output is no multiple of the row.
+        UnsupportedError: the output is not a multiple of the row.
     """
     weight = module.weight
     count = min(len(weight), 64)
@@ -217,9 +217,9 @@ def embedding_scale(name: str, module: nn.Embedding) -> float:
 
 @torch.no_grad()
 def norm_of(name: str, module: nn.Module) -> tuple[float, float]:
-    """(eps, offset) of a module that computes `x / √(mean(x²) + eps) · (w + offset)`, found by asking.
+    """(eps, offset) of a module that computes `x / √(mean(x²) + eps) · (w + offset)`, found by trial.
 
-    Families name their norms as they like, and Gemma's adds 1 to its weight.
+    Model families name their norms as they like, and Gemma's adds 1 to its weight.
 
     Raises:
         UnsupportedError: the module computes something else.
@@ -239,11 +239,11 @@ def norm_of(name: str, module: nn.Module) -> tuple[float, float]:
                 return eps, offset
     kind = type(module)
     raise UnsupportedError(
-        f"{name}: several tenants can change the weight of an RMS norm, got "
+        f"{name}: with several tenants, expected an RMS norm, got "
         f"{kind.__module__}.{kind.__qualname__}: attach this artifact alone, or merge it"
     )
 
 
 def _in_double(values: Tensor) -> Tensor:
-    """In float64, on the CPU: not every GPU has that type."""
+    """In float64, on the CPU: not every GPU has that dtype."""
     return values.cpu().double()

@@ -2,7 +2,7 @@
 
 What a tenant stores exactly is applied row by row: norms by the op `norm`, biases by adding their
 difference. A vocabulary of another size would give the rows of one batch logits of different sizes; that
-and other kinds of exact tensors are refused, with the way out.
+and other kinds of exact tensors are refused, and the error says what to do instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def install_shared(
     choice: Choice,
     impl: str,
 ) -> None:
-    """Puts tuned forwards into all modules that some tenant changes; the stack undoes each.
+    """Gives a tuned forward to every module that some tenant changes; the stack undoes each.
 
     Raises:
         UnsupportedError: something that several tenants cannot each have.
@@ -57,7 +57,7 @@ def install_shared(
                 attrs.setdefault(place.attr, [None] * len(places))[slot] = place
             _refuse(artifacts[slot].path, place)
     choice.beside = _beside_text(model, map(_any, modules.values()))
-    # What is refused is refused before anything is read.
+    # All refusals come before anything is read.
     plans = [_plan(attrs) for attrs in modules.values()]
     terms = Terms(artifacts, places)
     for attrs, (kind, numbers) in zip(modules.values(), plans, strict=True):
@@ -88,7 +88,7 @@ def _refuse(path: Path, place: Place) -> None:
     elif place.resized or place.record.grown:
         why = "a vocabulary of another size than the base's"
     elif not place.quantized and place.live is not getattr(place.module, place.attr):
-        why = "a head that is the embedding, and the base's is not"
+        why = "a head tied to the embedding, over a base whose head is not"
     if why is not None:
         raise UnsupportedError(
             f"{path}: {place.name}: {why}, which several tenants cannot each have: attach this artifact "
@@ -97,7 +97,7 @@ def _refuse(path: Path, place: Place) -> None:
 
 
 def _beside_text(model: Any, places: Iterable[Place]) -> str | None:
-    """The first of some places whose input may have other rows than the batch: pictures, positions."""
+    """Name of the first place whose input may have other rows than the batch: pictures, positions."""
     if not hasattr(model, "get_decoder"):
         return None
     ends = model.get_input_embeddings(), model.get_output_embeddings()

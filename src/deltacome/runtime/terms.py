@@ -20,14 +20,14 @@ from deltacome.runtime.modules import Tables
 
 
 class Terms:
-    """What artifacts hold, placed on the devices of the tensors that it belongs to."""
+    """The terms of artifacts, placed on the devices of the tensors that they belong to."""
 
     def __init__(self, artifacts: Sequence[Artifact], places: Sequence[Sequence[Place]]) -> None:
         """Reads the packed terms.
 
         Args:
-            artifacts: of the tenants; their numbers are their slots.
-            places: of each tenant.
+            artifacts: the tenants'; the index of each is its slot.
+            places: each tenant's.
         """
         self.artifacts = artifacts
         groups = {artifact.manifest.group_size for artifact in artifacts}
@@ -64,7 +64,7 @@ class Terms:
         """The tables of one matrix; None if no tenant has packed terms for it.
 
         Args:
-            places: of each tenant, the same matrix; None where a tenant says nothing of it.
+            places: the same matrix in each tenant; None where a tenant does not change it.
         """
         here = [place for place in places if place is not None and place.record.packed]
         if not here:

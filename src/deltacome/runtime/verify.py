@@ -1,8 +1,8 @@
-"""Whether an artifact, and the base that it is for, are what they should be, to the last byte.
+"""Checks an artifact, and the base that it is for, to the last byte.
 
-`Artifact.open` reads headers and `attach` samples; this reads everything, for after a download and
-before a fleet relies on it. It stops at the first fault: what a damaged artifact says after that is
-worth nothing.
+`Artifact.open` reads headers only, and `attach` compares samples of the base. This reads everything, for
+use after a download and before a fleet relies on it. It stops at the first fault, since nothing that a
+damaged artifact says after that can be trusted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deltacome.runtime.merge import base_tensor
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read and found right."""
+    """What was read and found correct."""
 
     tensors: int
     """Tensors of the tuned model that the artifact accounts for."""
@@ -103,7 +103,7 @@ def _check_finite(where: str, numbers: Tensor) -> None:
 def _check_padding(where: str, planes: Sequence[Tensor], bits: int, size: int) -> None:
     padded = planes[0].shape[1] * BLOCK // (2 * PLANES[bits][0])
     if unpack(planes, bits, padded)[:, size:].any():
-        raise ArtifactError(f"{where}: expected zero codes behind the last entry, got others")
+        raise ArtifactError(f"{where}: expected zero codes after the last entry, got others")
 
 
 def _check_gaps(where: str, blob: Tensor, used: Iterable[tuple[int, int]]) -> None:

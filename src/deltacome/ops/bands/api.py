@@ -1,17 +1,17 @@
 """Two custom ops, `deltacome::bands` and `deltacome::band_rows`: the entry to every implementation.
 
 Rows of a batch belong to different tenants, or to none; one call serves them all. The ops read packed
-bytes as they lie in the artifact and add to an output that the caller owns. In place, because the
-base's output is already there and a second one of the same size would be written and read again for
-nothing. All that an implementation needs comes through the arguments, and what a slot holds is data on
-the device: a layer's number in place of its tensors would be smaller, but then the op depends on state
-that neither a compiler nor a CUDA graph can see. (One thing does not come so: that a batch is known to be
-of the base alone, `rows.set_unused`.)
+bytes as they lie in the artifact and add in place to an output that the caller owns: the base's output
+is already there, and a second one of the same size would be written and read again for nothing.
+Everything that an implementation needs comes in through the arguments, and what a slot holds is data on
+the device. Passing a layer's number instead of its tensors would be smaller, but the op would then
+depend on state that neither a compiler nor a CUDA graph can see. (One thing does not come in this way:
+whether a batch is known to be of the base alone, `rows.set_unused`.)
 
-The ops are defined by `torch.library.Library`, not by its decorator `custom_op`: what that does for
-views and derivatives takes as long in each call as a small layer.
+The ops are defined by `torch.library.Library`, not by the decorator `custom_op`, whose handling of views
+and derivatives takes as long in each call as a small layer.
 
-There is no gradient. Tensors that ask for one are refused.
+There is no gradient: tensors that require one are refused.
 
 Legend: T tokens, I in, O out (all parts), S slots, N bytes of a slot, P parts, B bands, F fields,
 M tiles.
@@ -56,7 +56,7 @@ def bands(
         impl: `reference`, which waits for the device; `cpu`; or `triton`, which needs a CUDA device of
             compute capability 8.0 or newer (or Triton's interpreter), and scale groups that are
             multiples of 64. With 16-bit activations and tiles of more than one row, `triton` rounds
-            what lies between the two products to TF32, the 11 significant bits of float16.
+            the intermediate between the two products to TF32, the 11 significant bits of float16.
 
     Raises:
         UnsupportedError: an implementation that is unknown or cannot run here, or a tensor that
@@ -86,7 +86,7 @@ def band_rows(
     scale: float = 1.0,
     impl: str = "reference",
 ) -> None:
-    """Adds rows of each row's own bands term to the output of an embedding, in place.
+    """Adds to each row of an embedding's output its row of its own tenant's bands term, in place.
 
     `y[t] += scale · Σ_g Û_g[:, ids[t]]ᵀ diag(s_g) V̂_g` with the bands of row t's slot. Rows without a
     slot, and rows of an empty slot, keep every bit, and their ids are not looked at. Sums are float32
@@ -118,7 +118,7 @@ def band_rows(
 
 
 _library = torch.library.Library("deltacome", "FRAGMENT")
-for name in ("bands", "bands_python"):  # the library may take the first over
+for name in ("bands", "bands_python"):  # the native library may take over the first
     _library.define(
         f"{name}(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
         "Tensor fields, int[] outs, int tile, int max_rank, int group_size, str impl) -> ()"
@@ -246,5 +246,5 @@ def _check(y: Tensor, x: Tensor, slot: Tensor, blobs: Tensor, fields: Tensor) ->
         raise MismatchError(f"bands: expected {len(y)} slots, got {tuple(slot.shape)}")
 
 
-# From here on torch asks the library itself, for batches in which no tenant can have many rows.
+# From here on torch calls the library directly for batches in which no tenant can have many rows.
 native.few_rows(many.MANY)

@@ -1,13 +1,12 @@
-"""Many rows of one tenant on a CPU, in bfloat16: its factors decoded a piece at a time, and torch's
-matrix products.
+"""Many rows of one tenant on a CPU, in bfloat16: factors decoded in pieces, multiplied by torch.
 
-The kernels of `native.cpp` decode a direction again for every four rows.
-That is right for decoding, where a tenant has few rows. A prompt has hundreds: products are all the time
-there, and the library that torch brings (oneDNN) has what the CPU has for those of bfloat16, pairs
-(AVX-512) or tiles (AMX). It takes a while to begin, so few rows stay with the kernels.
+The kernels of `native.cpp` decode a direction again for every four rows. That suits decoding, where a
+tenant has few rows. A prompt has hundreds, and all its time goes into products; the library that torch
+brings along (oneDNN) uses what the CPU has for products of bfloat16, pairs (AVX-512) or tiles (AMX). It
+takes a while to get started, so few rows stay with the kernels.
 
-A delta's factors, and what lies between its two products, then have 8 significant bits, as the base's
-weights and activations have. Sums are float32 as ever.
+A delta's factors, and the intermediate between its two products, then have 8 significant bits, like the
+base's weights and activations. Sums are still float32.
 
 Legend: T tokens, I in, O out, R directions, N entries of a direction (of a pool: bytes of a slot),
 S slots, P parts, B bands, F fields.
@@ -26,19 +25,19 @@ from deltacome.ops import native
 from deltacome.ops.slots import COUNT, FIRST
 
 MANY = 96
-"""Rows of a tenant from which on this is faster; `benchmarks/cpu_bands.py --rows 96/1 --many 97` has the
-other way."""
+"""Rows of a tenant from which on this is faster; `benchmarks/cpu_bands.py --rows 96/1 --many 97` measures
+the kernels instead."""
 PIECE = 1 << 19
-"""Entries that are decoded at once: what a core's cache holds."""
+"""Entries that are decoded at once: as many as a core's cache holds."""
 
 Rows = slice | Tensor
 
 
 def tenants(y_TO: Tensor, x_TI: Tensor, slot_T: Tensor, slots: int) -> list[tuple[int, Rows]]:
-    """The slots that have many rows, and which: a slice where they lie in one piece.
+    """The slots that have many rows, and which rows: a slice where they are contiguous.
 
-    None unless the batch is in bfloat16 and the CPU has instructions for it; and none where a row names
-    no slot in [-1, slots), for the kernel to refuse.
+    Empty unless the batch is in bfloat16 and the CPU has instructions for it; and empty where a row names
+    a slot outside [-1, slots), which is left for the kernel to refuse.
     """
     if len(slot_T) < MANY or {y_TO.dtype, x_TI.dtype} != {torch.bfloat16} or not _has_bfloat16():
         return []
@@ -93,7 +92,7 @@ def _has_bfloat16() -> bool:
 
 
 def _places(fields_PBF: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, int]]:
-    """First and last direction of each part, among those of the slot."""
+    """First direction of each part, and the one after its last, among those of the slot."""
     places = []
     for fields_BF in fields_PBF:
         used = [fields_F for fields_F in fields_BF if fields_F[COUNT]]
@@ -103,7 +102,7 @@ def _places(fields_PBF: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, in
 
 
 def _pieces(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    """Spans of about so many, whole blocks."""
+    """Spans of about `size` entries, in whole blocks."""
     step = max(BLOCK, size // BLOCK * BLOCK)
     for start in range(first, last, step):
         yield start, min(last, start + step)

@@ -1,11 +1,12 @@
-"""Plain torch: what the ops mean, one tenant after the other. Slow, and right on every device.
+"""Plain torch, one tenant after the other: what the ops mean. Slow, and right on every device.
 
-It reads widths and counts back from the table, and from where the first band starts it asks the format
-where everything else lies: so it shares neither the table's other offsets nor the grouping of rows with
-the kernels that are tested against it. It waits for the device to read the table: no CUDA graph.
+It reads widths, counts and the start of the first band from the table, and asks the format where
+everything else lies. So it shares neither the table's other offsets nor the grouping of rows with the
+kernels that are tested against it. It waits for the device to read the table, so a CUDA graph cannot
+capture it.
 
 One factor at a time is decoded to float32 and thrown away, so the extra memory is that of the largest
-factor. Merging `Û diag(s) V̂` first would be shorter and would need the dense matrix.
+factor. Merging `Û diag(s) V̂` first would be shorter, but would need the dense matrix.
 
 Legend: T tokens, I in, O out, R directions, S slots, N bytes of a slot, P parts, B bands, F fields.
 """

@@ -1,35 +1,36 @@
 """The ops on NVIDIA GPUs (Ampere and newer): shrink `t = (x V̂ᵀ) · s`, expand `y += t Û`.
 
-One launch of each does all tenants, all bands and all parts of a layer: a program takes a tile of rows of
-one slot and a block of directions (shrink) or of a part's outputs (expand), and looks up in the table
-what lies there. For rows of an embedding, gather reads t from U and expand goes over V. The
-packed bytes are read once for a tile and become numbers in registers; dense weights are never
-written to memory. There are two ways to multiply, and the caller's tile picks one:
+One launch of each serves all tenants, all bands and all parts of a layer: a program takes a tile of rows
+of one slot and a block of directions (shrink) or of a part's outputs (expand), and looks up in the table
+what lies there. For rows of an embedding, gather reads t from U and expand goes over V. The packed bytes
+are read once for a tile and decoded in registers; dense weights are never written to memory. There are
+two ways to multiply, and the caller's tile picks one:
 
-*Tiles of one row* are for a batch of many tenants. What limits them, beside the bandwidth, is the
-instructions that a code costs. A thread unpacks the words that it has loaded and needs no other
-thread's, and a code becomes a float by a mask and the bits of 1: `1 + code · 2ᵏ` is the code within
-the mantissa of 1. A shift serves several codes, at the price of at most four bits of accuracy. The
-ones, and the zero points, are subtracted from sums, not from codes. Three bits are the sum of a 2-bit
-plane and four times a 1-bit plane. All arithmetic is float32.
+*Tiles of one row* are for a batch of many tenants. Apart from bandwidth, the instructions per code limit
+them. A thread unpacks the words that it has loaded and needs no other thread's. A mask and the bits of 1
+turn a code into a float: `1 + code · 2ᵏ` is the code within the mantissa of 1. One shift serves several
+codes, at the price of at most four bits of accuracy. The ones and the zero points are subtracted from
+sums, not from codes. A 3-bit code is the sum of a 2-bit plane and four times a 1-bit plane. All
+arithmetic is float32.
 
 *Tiles of 16 rows and more* use the tensor cores, in TF32: every float16, every bfloat16 and every
-`code − zero` is exact in its 11 bits, so one path serves both 16-bit dtypes. Products in bfloat16
-have twice the peak, which prefill would feel, but 16-bit bands do not fit into it. Only t, rounded to
-11 bits between the two products, loses anything. For float32 activations products are float32,
-without tensor cores. Scales stay outside of products (a scaled entry would need 19 bits): a chunk of
-the long axis lies within one group, shrink multiplies its partial sums and expand multiplies t.
+`code − zero` is exact in its 11 bits, so one path serves both 16-bit dtypes. Products in bfloat16 have
+twice the peak throughput, which would help prefill, but 16-bit bands do not fit into its precision. Only
+t loses anything, as it is rounded to 11 bits between the two products. With float32 activations products
+are float32, without tensor cores. Scales stay outside the products (a scaled entry would need 19 bits):
+a chunk of the long axis lies within one group, shrink scales its partial sums and expand scales t.
 
 *Splits.* Few rows make few programs, so shrink can cut its sum over `in` into several parts, which
-expand adds in a fixed order: results do not depend on timing, as those of atomic additions do. The
+expand adds in a fixed order: unlike those of atomic additions, results do not depend on timing. The
 parts of a number lie side by side, so that a thread reads them at once.
 
-*Variants.* A kernel is compiled anew, for seconds, for each set of its constants. So there are few: a sum
-has one part or `SPLITS`, no number between, and how many directions there are is no constant.
+*Variants.* Each set of a kernel's constants takes seconds to compile, so there are few: a sum has either
+one part or `SPLITS`, and the number of directions is not a constant.
 
 What is not known: no GPU has run this. It is checked in Triton's interpreter and compiled ahead of time
-for sm_80 and sm_90, its registers and shared memory read from the compiler's report. By its instructions
-(about 4.5 for a 2-bit code at a tile of one row) decoding will be limited by them and not by bandwidth.
+for sm_80 and sm_90, with registers and shared memory read from the compiler's report. Judging by the
+number of instructions (about 4.5 for a 2-bit code at a tile of one row), they will limit decoding, not
+bandwidth.
 
 Legend: T tokens, I in, O out, R directions, X splits, S slots, N bytes of a slot, P parts, B bands,
 F fields, M tiles.
@@ -51,7 +52,7 @@ from deltacome.ops.slots import BandTable, PlacedBands, Pool, U, V, arrange
 from deltacome.ops.triton_launch import Tensors, bucket, check_gpu, full_batch, tuned
 
 PROGRAMS = 512
-"""Shrink splits its sums where it has fewer programs: about four for each multiprocessor."""
+"""Shrink splits its sums where it has fewer programs than this, about four for each multiprocessor."""
 SPLITS = 8
 """Parts of a sum that is split."""
 TIMED = 1024
@@ -67,7 +68,7 @@ class Config(NamedTuple):
     stages: int
     """Iterations whose loads are in flight, where a loop has dots."""
     registers: int | None
-    """Limit of a thread's; without one ptxas spills some to fit one more program."""
+    """Limit per thread; without one, ptxas spills some to fit one more program."""
 
 
 SHRINKS = {
@@ -80,7 +81,7 @@ EXPANDS = {
     16: (Config(8, 2, 240),),
     64: (Config(8, 1, 240),),
 }
-"""By rows of a tile; those that spill no registers. The first is used until they have been timed."""
+"""By rows of a tile: those that spill no registers. The first is used until they have been timed."""
 
 
 def bands(
@@ -97,8 +98,8 @@ def bands(
 ) -> None:
     """See `api.bands`; launches two kernels and allocates t, T × max_rank × splits floats.
 
-    For each call, and not once for all layers: calls on two streams must not share one, and one that
-    grows would have to keep whatever a graph was captured with.
+    It is allocated in each call, not once for all layers: calls on two streams must not share one, and
+    one that grows would have to keep every buffer that a graph was captured with.
 
     Raises:
         UnsupportedError: the device, a dtype, the group size or the tile is not covered.
@@ -209,7 +210,7 @@ def _expand(
         )
 
     def made_up() -> Tensors:
-        # Only one side is read, of the sizes `outs`: as long as the longest, either side has room.
+        # Only one side is read, of sizes `outs`: with the longest as input size, either side has room.
         tenant = _made_up(device, max(outs), outs, max_rank, max_bands, group_size)
         return torch.empty_like(y_TO), t_TRX, *full_batch(tokens, tiles, device), *tenant
 
@@ -226,7 +227,7 @@ def _made_up(
     max_bands: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Blobs and fields of a pool with one tenant: 2-bit directions of zeros, as many in each part."""
+    """Blobs and fields of a pool with one tenant: zero 2-bit directions, equally many in each part."""
     plan = (Band(2, max(1, min(TIMED, max_rank) // len(outs))),)
     sizes = {part: bands_nbytes((out, in_size), plan, group_size) for part, out in enumerate(outs)}
     offsets, nbytes = arrange(sizes)
@@ -241,7 +242,7 @@ def _made_up(
 
 
 def _workspace(tokens: int, max_rank: int, splits: int, device: torch.device) -> Tensor:
-    """t, with rows of a multiple of 16, as the kernels are compiled for whatever the rank is."""
+    """t, its rows padded to a multiple of 16, for which the kernels are compiled whatever the rank."""
     row = triton.cdiv(max_rank, 16) * 16
     return torch.empty(tokens, row, splits, dtype=torch.float32, device=device)
 
@@ -260,20 +261,20 @@ def _options(config: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _blocks(max_rank: int, bands: int) -> int:
-    """As many blocks of directions as any plan needs: each band may fill its last one in part."""
+    """As many blocks of directions as any plan needs: each band may leave its last one partly empty."""
     return (max_rank + bands * (DIRECTIONS - 1)) // DIRECTIONS
 
 
 def chunk_size(tile: int, group_size: int) -> int:
-    """Entries of the long axis that a program takes at a time; for dots within one scale group."""
+    """Entries of the long axis that a program takes at a time; for dots, within one scale group."""
     return 2 * BLOCK if tile == 1 or group_size % (2 * BLOCK) == 0 else BLOCK
 
 
 def split_count(tile: int, programs: int, steps: int) -> int:
     """Parts that shrink cuts its sums into: 1, or `SPLITS` if at least half of them have a step.
 
-    The largest tiles are for so many rows that there are programs; t in parts would not fit into their
-    registers.
+    The largest tiles are for so many rows that there are enough programs, and t in parts would not fit
+    into their registers.
     """
     few = programs < PROGRAMS and tile < max(SHRINKS)
     return SPLITS if few and 2 * steps >= SPLITS else 1

@@ -5,7 +5,7 @@ packed blocks of a chunk, W words of a block, J codes of a word, X splits, S slo
 F fields, M tiles. Upper case names are constants of a compilation.
 """
 
-# Kernels are Python by syntax alone: their ints are constants, their loops unrolled by a compiler.
+# Kernels are Python only in syntax: their ints are constants, their loops unrolled by a compiler.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false
@@ -85,7 +85,7 @@ def _digits(words_RBW, PLANE: tl.constexpr):
     mask = (((1 << PLANE) - 1) << place_J)[None, None, :, None]
     R: tl.constexpr = words_RBW.shape[0]
     B: tl.constexpr = words_RBW.shape[1]
-    # A reshape, as `[:, :, None, :]` lets the compiler spread J over threads.
+    # A reshape, because `[:, :, None, :]` lets the compiler spread J over threads.
     moved = (tl.reshape(words_RBW, (R, B, 1, 2 * PLANE)) << left) >> right
     digits = (moved & mask | _ONE).to(tl.float32, bitcast=True)
     return digits, ((127 + 23 - place_J) << 23).to(tl.float32, bitcast=True)
@@ -111,7 +111,7 @@ def _shrink_plane(
 ):
     """float32 (R,): `Σ_i x · scale · (code − zero)` of one plane; HIGH: `Σ_i x · scale · 4 code`."""
     WORDS: tl.constexpr = 2 * PLANE
-    # Each word keeps its sum: all sums but the last stay within a thread.
+    # Each word has its own sum, so all sums but the last stay within a thread.
     sum_RBW = tl.full((DIRECTIONS, _ROW_BLOCKS, WORDS), 0.0, tl.float32)
     for step in range(first_step, last_step):
         block_B = step * _ROW_BLOCKS + tl.arange(0, _ROW_BLOCKS)
@@ -183,7 +183,7 @@ def _t(t_ptr_TR, live_TR, SPLITS: tl.constexpr):
     if SPLITS == 1:
         t_TR = tl.load(t_ptr_TR, live_TR, other=0.0)
     else:
-        # A sum along an axis, not a loop: the compiler would let each thread load all of t itself.
+        # A sum along an axis: in a loop, the compiler would let each thread load all of t itself.
         t_ptr_TRX = t_ptr_TR[:, :, None] + tl.arange(0, SPLITS)[None, None, :]
         t_TR = tl.sum(tl.load(t_ptr_TRX, live_TR[:, :, None], other=0.0), 2)
     return t_TR
@@ -215,7 +215,7 @@ def _expand_plane(
 ):
     """float32 (B, K): `Σ_r t · scale · (code − zero)` of one plane; HIGH: `Σ_r t · scale · 4 code`."""
     BLOCKS: tl.constexpr = block_B.shape[0]
-    # An accumulator for each code: all sums but the last stay within a thread.
+    # An accumulator for each code, so all sums but the last stay within a thread.
     sum_RBJW = tl.full((DIRECTIONS, BLOCKS, 32 // PLANE, 2 * PLANE), 0.0, tl.float32)
     ones_RB = tl.full((DIRECTIONS, BLOCKS), 0.0, tl.float32)
     zeros_RB = tl.full((DIRECTIONS, BLOCKS), 0.0, tl.float32)
@@ -303,7 +303,7 @@ def _codes(
     TAKEN: tl.constexpr = CHUNK // _BLOCK
     words_ptr = (slot_ptr + tl.multiple_of(offset, 16)).to(tl.pointer_type(tl.int32))
     word_W = chunk * (TAKEN * WORDS) + tl.arange(0, TAKEN * WORDS)
-    # A chunk may reach over the end of a direction.
+    # A chunk may reach past the end of a direction.
     live_RW = live_R[:, None] & (word_W < blocks * WORDS)[None, :]
     words_RW = tl.load(
         words_ptr + direction_R[:, None] * (blocks * WORDS) + word_W[None, :], live_RW, other=0
@@ -329,7 +329,7 @@ def _entries(
     CHUNK: tl.constexpr,
     DIRECTIONS: tl.constexpr,
 ):
-    """Entries of a chunk, float32 (R, K), and the scale (R,) that they still lack."""
+    """Entries of a chunk, float32 (R, K), and the scale (R,) still to be applied to them."""
     if BITS == 16:
         column_K = chunk * CHUNK + tl.arange(0, CHUNK)
         values_ptr = (slot_ptr + tl.multiple_of(low, 16)).to(tl.pointer_type(tl.float16))
@@ -438,7 +438,7 @@ def _shrink_band(
 def _band_of(block, bands_ptr, BANDS: tl.constexpr, DIRECTIONS: tl.constexpr):
     """(band, its block of directions) of a program; band −1 if there is none.
 
-    Blocks do not reach over bands. BANDS are those of all parts: bands fill a part from the front, and
+    Blocks do not span bands. BANDS counts those of all parts: bands fill a part from the front, and
     those left over have no directions.
     """
     band = -1
@@ -646,7 +646,7 @@ def expand(
         return
     part, chunk, size, column = _part_of(tl.program_id(1), OUTS, PARTS, CHUNK)
     bands_ptr = table_ptr + (slot * PARTS + part) * (BANDS * _FIELDS)
-    if tl.load(bands_ptr + _COUNT) == 0:  # bands fill a part from the front: it has none
+    if tl.load(bands_ptr + _COUNT) == 0:  # bands fill a part from the front, so it has none
         return
     start = tl.load(tiles_ptr + 3 * tl.program_id(0) + 1)
     rows = tl.load(tiles_ptr + 3 * tl.program_id(0) + 2)
@@ -708,7 +708,7 @@ def gather(
 ):
     """t (T, R) = scale · Û[:, ids] · s: one program for (tile, block of directions).
 
-    One code is read for each row and direction, so widths are numbers here and not constants.
+    One code is read for each row and direction, so widths are run-time numbers here, not constants.
     """
     slot = tl.load(tiles_ptr + 3 * tl.program_id(0))
     if slot < 0:
@@ -728,7 +728,7 @@ def gather(
     live_T = row_T < rows
     token_T = tl.load(order_ptr + start + row_T, live_T, other=0)
     id_T = tl.load(ids_ptr + token_T, live_T, other=0).to(tl.int32)
-    live_T &= (id_T >= 0) & (id_T < out)  # others were reported; nothing else may be read
+    live_T &= (id_T >= 0) & (id_T < out)  # other ids were reported; nothing is read for them
     live_TR = live_T[:, None] & live_R[None, :]
 
     low, high = tl.load(band_ptr + _U), tl.load(band_ptr + _U + 1)

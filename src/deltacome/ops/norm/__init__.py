@@ -1,4 +1,4 @@
-"""RMS norms whose weight is each row's own tenant's."""
+"""RMS norms with the weight of each row's own tenant."""
 
 from deltacome.ops.norm.api import norm
 

@@ -3,7 +3,7 @@
 A tenant's norm weights are stored exactly, a few kilobytes a layer, so there is nothing to unpack: the
 rows of tenants are normalised again with their own weight, and the rows of the base keep, bit for bit,
 what the engine's own norm gave them. Multiplying the engine's result by a ratio of weights would be
-less work, and wrong where a weight of the base is zero.
+less work, but wrong where a weight of the base is zero.
 
 Legend: T tokens, H size, S slots.
 """
@@ -36,9 +36,9 @@ def norm(
     Args:
         y_TH: (T, H), float32, float16 or bfloat16 (the reference: any float dtype), any strides. Or
             (T, heads, H), each head normalised by itself.
-        x_TH: likewise; what the norm is of.
+        x_TH: likewise; the input of the norm.
         rows: the slots of the rows, from `group_rows`.
-        weights_SH: float32 (S, H), each slot's weight (one that multiplies: Gemma's with the 1 added).
+        weights_SH: float32 (S, H), each slot's weight (as it multiplies: Gemma's with the 1 added).
         eps: added to the mean of squares.
         impl: `reference`, `cpu` or `triton`.
 
@@ -52,7 +52,7 @@ def norm(
 
 
 _library = torch.library.Library("deltacome", "FRAGMENT")
-for name in ("norm", "norm_python"):  # the library may take the first over
+for name in ("norm", "norm_python"):  # the native library may take over the first
     _library.define(
         f"{name}(Tensor(a!) y, Tensor x, Tensor slot, Tensor weights, float eps, str impl) -> ()"
     )
@@ -81,7 +81,7 @@ def _(y: Tensor, x: Tensor, slot: Tensor, weights: Tensor, eps: float, impl: str
 
 
 def _flat(y: Tensor, x: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads as rows. Here and not before the op, which knows a buffer of slots by its address."""
+    """Heads as rows. Done within the op, as `nobody` knows a buffer of slots by its address."""
     if y.dim() != 3 or y.shape != x.shape:
         return y, x, slot
     size = y.shape[2]

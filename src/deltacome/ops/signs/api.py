@@ -1,6 +1,6 @@
 """Two custom ops, `deltacome::signs` and `deltacome::sign_rows`: dense 1-bit deltas, in place.
 
-It is to BitDelta's deltas (Liu et al. 2024, equation 2: `α · sign(Δ)`) what `deltacome::bands` is to
+They are to BitDelta's deltas (Liu et al. 2024, equation 2: `α · sign(Δ)`) what `deltacome::bands` is to
 Delta-CoMe's, and built the same way: one call for all tenants, plans as data on the device, the
 implementation named by the caller, no gradient.
 
@@ -65,11 +65,11 @@ def signs(
 def sign_rows(
     y_TI: Tensor, ids_T: Tensor, rows: Rows, table: SignTable, *, scale: float = 1.0
 ) -> None:
-    """Adds rows of each row's own signs term to the output of an embedding, in place.
+    """Adds to each row of an embedding's output its row of its own tenant's signs term, in place.
 
     `y[t] += scale · α[ids[t]] · (2 · code[ids[t]] − 1)` with the signs of row t's slot. Rows without a
     slot, and rows of an empty slot, keep every bit, and their ids are not looked at. Sums are float32
-    and rounded to y's dtype once. There is one implementation, so there is none to choose.
+    and rounded to y's dtype once. There is only one implementation.
 
     Args:
         y_TI: (T, I), any float dtype, any strides; I is the size of an embedding.
@@ -96,7 +96,7 @@ def sign_rows(
 
 
 _library = torch.library.Library("deltacome", "FRAGMENT")
-for name in ("signs", "signs_python"):  # the library may take the first over
+for name in ("signs", "signs_python"):  # the native library may take over the first
     _library.define(
         f"{name}(Tensor(a!) y, Tensor x, Tensor slot, Tensor order, Tensor tiles, Tensor blobs, "
         "Tensor fields, int[] outs, int tile, str impl) -> ()"

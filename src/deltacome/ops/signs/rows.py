@@ -1,8 +1,8 @@
 """Rows of an embedding: one implementation in plain torch, for every device.
 
-A row is a bit for each entry and is looked up once a step, where a layer's op runs hundreds of times.
-What is here is a dozen calls of torch on the rows looked up, with no loop over tenants and no wait for
-the device, so a kernel of our own would save nothing that shows.
+A row has one bit for each entry and is looked up once per step, while the layers' op runs hundreds of
+times. This is a dozen torch calls on the rows looked up, with no loop over tenants and no wait for the
+device, so a kernel of our own would save nothing noticeable.
 
 Legend: T tokens, I in, W words of a row, S slots, N bytes of a slot, P parts, F fields.
 """

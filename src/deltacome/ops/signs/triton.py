@@ -1,12 +1,12 @@
 """The op on NVIDIA GPUs (Ampere and newer): a product with ±1 from packed bits, BitDelta's in one launch.
 
 A program takes a tile of rows of one slot and a block of a part's outputs, and goes along the inputs.
-A sign is exact in every dtype, so products are of the activations' own on tensor cores, summed in
+A sign is exact in every dtype, so products are taken in the activations' own on tensor cores, summed in
 float32; float32 activations are split into three parts of 11 bits, which together lose nothing. Scales
-come last, to the sums. Few rows are padded to the 16 that a tensor core takes: what limits decoding is
-unpacking the bits, not multiplying.
+are applied last, to the sums. Few rows are padded to the 16 that a tensor core takes: decoding is limited
+by unpacking the bits, not by multiplying.
 
-Checked in the interpreter and compiled ahead of time, as the kernels of `bands`; no GPU has run it.
+Checked in the interpreter and compiled ahead of time, like the kernels of `bands`; no GPU has run it.
 
 Legend: T rows of a tile, I in, O outputs of a block, K inputs of a chunk, W words, S slots, N bytes of
 a slot, P parts, F fields, M tiles.
