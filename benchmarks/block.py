@@ -4,8 +4,8 @@
 
 Writes a pair of one-block checkpoints (random base; a long-tailed delta plus the rounding of
 bfloat16), compresses it in a process of its own, with and without calibration, and prints where the
-time went: seconds spent below each of our functions. The embedding is kept out (it is the same on
-both sides), so the figures are those of one block. The extrapolation is blocks × that.
+time went: cumulative seconds of our main functions. The embedding is left out (it is the same on
+both sides), so the figures are those of one block. Those of a whole model are that times its blocks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def make_pair(folder: Path, hidden: int, intermediate: int) -> None:
-    """Base and tuned with one block, 405 MB of it each in bfloat16 at 7B, and a tokenizer."""
+    """Base and tuned with one block each: 405 MB in bfloat16 at 7B sizes."""
     if (folder / "tuned" / "config.json").exists():
         return
     torch.manual_seed(0)
@@ -83,14 +83,17 @@ def _long_tailed(shape: torch.Size) -> torch.Tensor:
 
 
 def _whole_over_block(folder: Path) -> float:
-    """The ratio is of whole models; embedding and head are free here, the block is to pay."""
+    """Bytes of the whole model ÷ those of its block.
+
+    A ratio counts whole models, but here only the block takes bytes.
+    """
     tensors = Checkpoint(folder / "tuned").tensors
     sizes = {name: torch.Size(info.shape).numel() for name, info in tensors.items()}
     return sum(sizes.values()) / sum(n for name, n in sizes.items() if ".layers." in name)
 
 
 def measure(options: argparse.Namespace, calibration: str) -> dict:
-    """One compression, in a process of its own so that the peak is its own."""
+    """One compression. Runs in a process of its own, so that the peak is its own."""
     output = options.folder / "delta"
     shutil.rmtree(output, ignore_errors=True)
     shutil.rmtree(output.with_name("delta.partial"), ignore_errors=True)

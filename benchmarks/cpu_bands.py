@@ -3,13 +3,13 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_bands.py -o docs/results/cpu_bands.md
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_bands.py --shape 576x1536 --rows 1/1 --seconds 2
 
-Before anything is timed, `cpu` is held against the dense delta in float64; a wrong result ends the
+Before anything is timed, `cpu` is compared with the dense delta in float64; a wrong result ends the
 run. Base, `cpu` and `reference` then take turns, so that another job on the machine slows all of them,
-and the ratios are medians of the ratios of each turn. Weights and blobs come out of a pool larger
-than the caches of a core, as the layers of a model do.
+and the ratios are medians of the ratios of each turn. Weights and blobs come from a pool larger
+than a core's caches, as the layers of a model do.
 
-GB/s counts the packed bytes of the batch's tenants once; the limit is a sum over memory that was not in
-a cache, measured in the same run: decoding reads and hardly writes.
+GB/s counts the packed bytes of the batch's tenants once; the limit is a sum over memory that is not in
+a cache, measured in the same run, since decoding reads much and writes little.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ SHAPES = ("4096x4096", "11008x4096", "576x576", "1536x576", "576x1536", "49152x5
 """Llama-2-7B's attention and half of its MLP; all of SmolLM2-135M, its head last."""
 POOL = 128 << 20
 MANY_ROWS = (2 * many.MANY, torch.bfloat16, 2**-7)
-"""Rows of two tenants that both have many, and how far off bfloat16 may be."""
+"""Rows (enough that both tenants have many), their dtype, and the error that bfloat16 may have."""
 COPIES = 256
-"""Copies of an operand that take turns: so many bytes, but no more than a model has matrices."""
+"""Copies of an operand that take turns: `POOL` bytes of them, but no more than a model has matrices."""
 TERMS = {"bands 1/16": 16, "bands 1/64": 64, "signs": 0}
 """What the tenants hold: the plan of the Delta-CoMe paper, the same with a quarter of its directions, or
 BitDelta's signs."""
@@ -55,7 +55,7 @@ BitDelta's signs."""
 
 @dataclass
 class Delta:
-    """A term of one matrix: its blob, how a table names it, and the dense value."""
+    """A term of one matrix: its blob, its plan (None for signs), and the dense value in float64."""
 
     blob: Tensor
     plan: Plan | None
@@ -75,7 +75,7 @@ class Delta:
         return cls(write_bands(terms), plan, dense(terms).double())
 
     def table(self, tenants: int) -> BandTable | SignTable:
-        """A table whose tenants' bytes lie apart, though they are the same."""
+        """A table whose tenants have equal bytes at separate addresses."""
         out, inputs = self.dense_OI.shape
         pool = Pool(tenants, self.blob.numel())
         if self.plan is None:
@@ -107,7 +107,7 @@ def factor(band: Band, size: int) -> Factor:
 
 
 def add(y_TO: Tensor, x_TI: Tensor, rows: Rows, table: BandTable | SignTable, impl: str) -> None:
-    """The op of a table."""
+    """Runs the op of a table."""
     if isinstance(table, BandTable):
         bands(y_TO, x_TI, rows, table, impl=impl)
     else:
@@ -135,7 +135,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def read_bandwidth() -> float:
-    """GB/s of a sum over memory out of the caches, the best of some."""
+    """GB/s of a sum over memory outside the caches, the best of nine."""
     source = torch.ones(4 * POOL // 4)
     return source.nbytes / min(seconds_of(source.sum) for _ in range(9)) / 1e9
 
@@ -147,7 +147,7 @@ def copies(nbytes: int) -> int:
 def measure(
     delta: Delta, tokens: int, tenants: int, dtype: torch.dtype, seconds: float
 ) -> dict[str, list[float]]:
-    """Takes turns for some seconds; the seconds of each turn, NaN where the reference was left out."""
+    """Takes turns for some seconds; returns those of each turn, NaN where the reference was left out."""
     out, inputs = delta.dense_OI.shape
     weight_OI = torch.randn(out, inputs, dtype=dtype)
     weights = [weight_OI.clone() for _ in range(copies(weight_OI.nbytes))]
@@ -167,7 +167,7 @@ def measure(
     while time.perf_counter() < end or len(times["base"]) < 5:
         turn += 1
         for name, call in calls.items():
-            # The reference takes as long as all the rest; some turns of it are enough.
+            # The reference takes as long as all the rest, so only some turns include it.
             left_out = name == "reference" and turn % 8 != 1 and len(times["base"]) > 4
             times[name].append(float("nan") if left_out else seconds_of(call))
     return times
@@ -179,7 +179,7 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
 
 
 def table(options: argparse.Namespace, limit: float) -> Iterator[str]:
-    """The lines of the table, each when it has been measured."""
+    """The lines of the table, each as soon as it is measured."""
     yield (
         "| out × in | delta | dtype | rows / tenants | base ms | cpu ms | reference ms | "
         "reference ÷ cpu | cpu ÷ base | GB/s | of the read |"
@@ -246,17 +246,19 @@ def _parse() -> argparse.Namespace:
         "--rows",
         nargs="+",
         default=["1/1", "8/1", "16/16"],
-        help="rows of the batch / tenants that they belong to",
+        help="rows of the batch / tenants that share them",
     )
     parser.add_argument(
         "--many",
         type=int,
         default=many.MANY,
-        help="rows of a tenant from which on torch multiplies",
+        help="rows per tenant from which torch does the products",
     )
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each row of the table")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="seconds for each row of the table"
+    )
     parser.add_argument("-o", "--output", type=Path, help="writes the page")
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""What is left of a direction that is stored at a width: the figures of `methods.adaptive`.
+"""What a direction loses when it is stored at a width: the figures of `methods.adaptive`.
 
     deltacome compress BASE TUNED -o DELTA --method adaptive --ratio 32 --sweeps work/sweeps
     python benchmarks/distortion.py BASE TUNED work/sweeps/…
 
-Both vectors of the first directions of a matrix are stored at one width, and the squared error that
-this adds to that of cutting the rest off is compared with the directions' weight, Σ σ², all under the
-weights that the sweep measured. Printed: the median over matrices of each kind, and their range.
+Both vectors of the first directions of a matrix are stored at one width. The squared error that this
+adds to the error of leaving out the rest is divided by the directions' weight, Σ σ², all under the
+weights that the sweep measured. Prints the median over matrices of each kind, and the range.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("tuned", type=Path)
     parser.add_argument("sweep", type=Path, help="folder of a sweep, with a file for each matrix")
     parser.add_argument("--directions", type=int, default=24)
-    parser.add_argument("--every", type=int, default=12, help="of the matrices one in so many")
+    parser.add_argument("--every", type=int, default=12, help="take one matrix in so many")
     options = parser.parse_args()
     base, tuned = Checkpoint(options.base), Checkpoint(options.tuned)
     names = sorted(file.stem for file in options.sweep.glob("*.safetensors"))
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def distortion(delta_OI: Tensor, inputs: Tensor, outputs: Tensor, bits: int, count: int) -> float:
-    """Squared error of the first directions at a width over their weight."""
+    """Squared error of the first directions at a width, divided by their weight."""
     method = Adaptive()
 
     def weight(error_OI: Tensor) -> float:

@@ -1,7 +1,7 @@
 """What a GPTQ sweep costs, where the time goes, and what it is worth over plain rounding.
 
 Before anything is timed, `quantize_v` must take the codes of a plain loop over columns (no blocks,
-no activation order, the updates of GPTQ's own paper in float64), and at every shape the error must
+no activation order, the updates of the GPTQ paper in float64), and at every shape the error must
 be below that of rounding. The plain loop's time is the yardstick of the first table.
 
 Inputs are synthetic: a decaying spectrum, noise, and four channels fifty times as loud as the rest.
@@ -27,7 +27,7 @@ BITS = 2
 
 
 def loud_gram(n: int, generator: torch.Generator) -> Tensor:
-    """float32 (n, n), of 2n tokens."""
+    """Gram of 2n tokens, float32 (n, n), with four loud channels."""
     d = min(n, 1024)
     x = torch.randn(2 * n, d, generator=generator) / torch.arange(1, d + 1)
     x = x @ torch.randn(d, n, generator=generator)
@@ -37,7 +37,7 @@ def loud_gram(n: int, generator: torch.Generator) -> Tensor:
 
 
 def plain_loop(w: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, group: int = 128) -> Tensor:
-    """Codes of GPTQ column by column: every update goes to all later columns at once."""
+    """Codes of GPTQ column by column; every update goes to all later columns at once."""
     w, n = w.double().clone(), len(gram)
     damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(n).double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -65,7 +65,7 @@ def rounded(w: Tensor) -> Quantized:
 
 
 def check_and_race(clock) -> None:
-    """The gate, and the ratio to the plain loop."""
+    """Checks the codes against the plain loop's, and prints how much faster `quantize_v` is."""
     generator = torch.Generator().manual_seed(0)
     n, r = 576, 144
     gram = loud_gram(n, generator)

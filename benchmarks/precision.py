@@ -3,7 +3,7 @@
     python benchmarks/precision.py work/base work/sums --calibration work/text.txt
 
 All variants have the same bytes on disk and the same calibration text. The error is the mean over
-the linears of blocks of ‖(D − D̂)X‖² / ‖DX‖², X the inputs that reach the linear in the model
+the linears of blocks of ‖(D − D̂)X‖² / ‖DX‖², X being the inputs that reach the linear in the model
 compressed so far. Exits with 1 if the order does not hold.
 """
 

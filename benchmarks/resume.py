@@ -2,10 +2,10 @@
 
     python benchmarks/resume.py work/base work/sums --kills 50
 
-Each trial forks a process that works, kills it (SIGKILL) after a time drawn from all of a whole run's,
-looks at what is there, and starts again until it is done; one trial in three is killed a second time. The
-output must be absent or whole after each kill, and in the end hold the bytes of a run left alone.
-Forking leaves the imports out of the time in which the kill falls.
+Each trial forks a process that works, kills it (SIGKILL) after a random part of a whole run's time,
+checks the output, and starts again until it is done; one trial in three is killed a second time. The
+output must be absent or whole after each kill, and in the end have the bytes of an uninterrupted run.
+Forking keeps the imports out of the time in which the kill may fall.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from deltacome.format.folder import partial_of
 from deltacome.skeleton import make_skeleton, read_config
 
 Work = Callable[[Path], object]
-"""Makes an output, or goes on with one."""
+"""Makes an output, or continues one."""
 
 
 def main() -> None:
     options = _parse()
-    torch.set_num_threads(1)  # no thread but this one: a fork copies no other
+    torch.set_num_threads(1)  # a fork copies only the current thread
     preload(options.base)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
@@ -52,26 +52,27 @@ def main() -> None:
 
 
 def preload(base: str | Path) -> None:
-    """Imports what a run imports when it gets there, so that forked processes need not."""
+    """Imports what a run would import later, so that forked processes need not."""
     make_skeleton(read_config(Path(base)), torch.float32, base)
     AutoTokenizer.from_pretrained(base)
 
 
 def compressing(base: str | Path, tuned: str | Path, options: dict) -> Work:
-    """Compression of a pair, resumed where it was begun."""
+    """Compression of a pair, resumed if it was begun before."""
     return lambda output: deltacome.compress(base, tuned, output, resume=True, **options)
 
 
 def merging(base: str | Path, delta: str | Path) -> Work:
-    """Merging, which begins anew."""
+    """Merging, which starts over each time."""
     return lambda output: deltacome.merge(base, delta, output)
 
 
 def trials(work: Work, output: Path, kills: int, seed: int) -> dict:
-    """Kills `work` at random moments and counts what was found; `output` is left whole.
+    """Kills `work` at random moments and counts the outcomes; leaves `output` whole.
 
     Returns:
-        Counts: `absent`, `whole` after a kill; `finished` before it; `wrong` outputs with a reason each.
+        Counts of outputs `absent` and `whole` after a kill, and of runs `finished` before it; a reason
+        for each `wrong` output.
     """
     draw = random.Random(seed)
     start = time.monotonic()
@@ -95,7 +96,7 @@ def trials(work: Work, output: Path, kills: int, seed: int) -> dict:
             _run(work, output)
         if digests(output) != whole:
             wrong.append("other bytes after the run was continued")
-        # A kill between the rename and the last line may leave the folder in which it was made.
+        # A kill between the rename and the clean-up may leave the folder that the output was made in.
         shutil.rmtree(partial_of(output), ignore_errors=True)
     return {
         "kills": found["absent"] + found["whole"],
@@ -107,7 +108,7 @@ def trials(work: Work, output: Path, kills: int, seed: int) -> dict:
 
 
 def _kill_after(work: Work, output: Path, seconds: float) -> str:
-    """`absent` or `whole`: what is at the output after a kill; `finished` where it came too late."""
+    """The state of the output after a kill, `absent` or `whole`; `finished` if the kill came too late."""
     child = _fork(work, output)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)

@@ -1,14 +1,14 @@
-"""A pair of Llama-2-7B geometry: is it compressed within the memory that it should be, and at what rate?
+"""A pair of Llama-2-7B geometry: does compressing it stay within its memory, and how fast is it?
 
     python benchmarks/scale.py make work/7b                       # 27 GB, shard by shard
-    python benchmarks/scale.py base work/7b                       # how soon another base is refused
+    python benchmarks/scale.py base work/7b                       # how fast another base is refused
     python benchmarks/scale.py run work/7b --stop-after 1         # survey all, compress one block
     python benchmarks/scale.py make work/1b --blocks 1
     python benchmarks/scale.py run work/1b --text work/text.txt --tokenizer work/base
 
 The base is random; the delta has singular values that fall as a power law and the rounding of bfloat16. A
 whole 7B takes hours on two cores: `run` measures a few blocks in a process of its own, prints seconds and
-peak memory of each phase, the whole extrapolated from them, and what `deltacome plan` had said.
+peak memory of each phase, the whole extrapolated from them, and the forecast of `deltacome plan`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def make_pair(folder: Path, blocks: int) -> None:
 
 
 def _long_tailed(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Of unit size, with singular values that fall as a power law."""
+    """A delta of unit size whose singular values fall as a power law."""
     if len(shape) == 1:
         return torch.randn(shape, generator=generator)
     s = torch.arange(1, 65).float().pow(-0.7)
@@ -141,12 +141,12 @@ def _long_tailed(shape: tuple[int, ...], generator: torch.Generator) -> torch.Te
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peaks of a run that may be stopped; in a process of its own."""
+    """Seconds and peaks of a run, which may be stopped early. Runs in a process of its own."""
     output = options.folder / "delta"
     for folder in (output, partial_of(output)):
         shutil.rmtree(folder, ignore_errors=True)
     if options.tokenizer:
-        # One of this kind whose words fit into the vocabulary.
+        # Trained anew, so that its token ids fit into the vocabulary.
         texts = options.text.read_text().splitlines()
         kind = AutoTokenizer.from_pretrained(options.tokenizer)
         kind.train_new_from_iterator(texts, VOCAB).save_pretrained(options.folder / "tuned")
@@ -179,7 +179,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
     blocks = Checkpoint(options.folder / "tuned").config["num_hidden_layers"]
     measured = seconds["blocks"][: min(blocks, options.stop_after or blocks)]
-    # Survey, blocks and canary grow with the blocks; embedding and head are there once.
+    # Survey, blocks and canary grow with the number of blocks; embedding and head do not.
     outside = seconds["blocks"][blocks:] if artifact else []
     each = (sum(seconds["survey"]) + sum(seconds.get("canary", []))) / blocks
     whole = BLOCKS * (each + sum(measured) / len(measured)) + sum(outside)
@@ -199,7 +199,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def wrong_base(folder: Path) -> dict[str, Any]:
-    """Seconds in which an artifact finds its base right, or another wrong, by sampled values."""
+    """Seconds to accept the right base of an artifact and to refuse a wrong one, by sampled values."""
     base = Checkpoint(folder / "base")
     records = [
         Record(
@@ -240,7 +240,7 @@ def wrong_base(folder: Path) -> dict[str, Any]:
 
 
 def _forget(checkpoint: Checkpoint) -> None:
-    """Drops the system's copies of a checkpoint's files."""
+    """Drops a checkpoint's files from the system's page cache."""
     for file in {info.file for info in checkpoint.tensors.values()}:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -255,11 +255,13 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="7B geometry: memory, rate, wrong bases.")
     parser.add_argument("step", choices=("make", "base", "run"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the model that is made")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="blocks of the model to make")
     parser.add_argument("--stop-after", type=int, default=0, help="blocks; 0: a whole run")
     parser.add_argument("--ratio", type=float, default=16)
-    parser.add_argument("--text", type=Path, help="calibration text; without it there is none")
-    parser.add_argument("--tokenizer", type=Path, help="folder of one, to be trained anew")
+    parser.add_argument("--text", type=Path, help="calibration text; default: no calibration")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a tokenizer, which is trained anew"
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--workers", type=int, default=1)

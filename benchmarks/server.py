@@ -50,8 +50,8 @@ def random_tenant(
     """An artifact of random codes that changes every tensor of a base.
 
     Args:
-        like: an artifact whose plans it has; by default the plans of Delta-CoMe at 1/16.
-        size: of a delta, relative to the matrix it changes.
+        like: an artifact whose plans to use; by default those of Delta-CoMe at 1/16.
+        size: norm of a delta, relative to the matrix it changes.
     """
     torch.manual_seed(seed)
     checkpoint = Checkpoint(base)
@@ -72,7 +72,7 @@ def random_tenant(
                 )
                 for b in plan
             ]
-            # Random factors are about orthogonal, so squares add up.
+            # Random factors are nearly orthogonal, so squares add up.
             square = sum(
                 float(
                     (b.v.dequantize().square().sum(1) * b.u.dequantize().square().sum(1)) @ b.s**2
@@ -108,10 +108,10 @@ def random_tenant(
 def tenants(
     base: Path, folder: Path, count: int, prefix: str = "tenant", like: Artifact | None = None
 ) -> dict[str, Path]:
-    """Name → artifact; those of an earlier run are used again.
+    """Name → artifact; those of an earlier run are reused.
 
-    Few random directions disturb a model more than many of the same size: bfloat16 then rounds away what
-    a check of its logprobs looks at. So those that are like another artifact are smaller.
+    A few random directions disturb a model more than many of the same total size do, and bfloat16 then
+    rounds away what a check of logprobs looks at. So deltas made like another artifact are smaller.
     """
     made = {}
     for i in range(count):
@@ -151,9 +151,10 @@ def random_lora(base: Path, folder: Path, rank: int, seed: int) -> Path:
 
 @torch.no_grad()
 def expected_logprobs(base: Path, artifact: Path) -> Canary:
-    """What transformers says on base + terms, all of it in float32.
+    """The logprobs of transformers on base + terms, all in float32.
 
-    Not on a merged checkpoint: that is rounded to the tuned model's dtype, which random weights show.
+    A merged checkpoint would not do: it is rounded to the tuned model's dtype, which shows with random
+    weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -174,15 +175,15 @@ def expected_logprobs(base: Path, artifact: Path) -> Canary:
 
 
 class Server:
-    """A server in processes of its own."""
+    """A server running in its own processes."""
 
     def __init__(self, arguments: Sequence[object], log: Path, *, stock: bool = False) -> None:
-        """Prepares one.
+        """Prepares a server; `with` starts and stops it.
 
         Args:
-            arguments: of `deltacome serve`, or of vLLM's own server where it is stock.
-            log: what it says.
-            stock: without the plugin.
+            arguments: those of `deltacome serve`, or of vLLM's own server if `stock`.
+            log: file for its output.
+            stock: run vLLM without the plugin.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -215,7 +216,7 @@ class Server:
         self.process.wait()
 
     def memory(self, kind: str = "Pss") -> dict[str, int]:
-        """Process → bytes of memory; pages that they share count once (Pss).
+        """Process → bytes of memory; pages that processes share are divided among them (Pss).
 
         `Pss_Anon` is what they allocated: libraries count for less while other processes use them too.
         """
@@ -229,7 +230,7 @@ class Server:
         return found
 
     def resident(self, kind: str = "Pss") -> int:
-        """Bytes of memory of all of its processes."""
+        """Bytes of memory of all its processes."""
         return sum(self.memory(kind).values())
 
     def post(self, path: str, **body: object) -> dict:
@@ -241,13 +242,13 @@ class Server:
         return json.loads(text) if text.startswith("{") else {"said": text}
 
     def logprobs(self, name: str, ids: Sequence[int]) -> list[float]:
-        """How likely a model finds each of some tokens but the first."""
+        """The model's logprob of each token but the first."""
         body = {"model": name, "prompt": list(ids), "max_tokens": 1, "prompt_logprobs": 0}
         said = self.post("/v1/completions", **body)["choices"][0]["prompt_logprobs"]
         return [one[str(id)]["logprob"] for id, one in zip(ids, said, strict=True) if one]
 
     def check(self, name: str, expected: Canary, tolerance: float) -> float:
-        """Ends the run unless a tenant's logprobs are the expected ones; their distance in nats."""
+        """Ends the run unless a tenant's logprobs are as expected; returns their distance in nats."""
         distance = expected.distance(self.logprobs(name, expected.ids))
         if not distance <= tolerance:
             raise SystemExit(
@@ -262,7 +263,7 @@ class Server:
 
 @dataclass
 class Load:
-    """Requests that a fixed number of clients send, each the next when the last is answered."""
+    """Requests from a fixed number of clients, each sending its next when its last is answered."""
 
     clients: int = 16
     requests: int = 64
@@ -273,7 +274,7 @@ class Load:
 
 @dataclass
 class Measured:
-    """Of one load."""
+    """The figures of one load."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -284,7 +285,7 @@ class Measured:
 
     @property
     def throughput(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
     def __add__(self, other: Measured) -> Measured:
@@ -301,12 +302,12 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def run(url: str, names: Sequence[str], load: Load, seed: int = 0) -> Measured:
-    """Asks a server in turn for each of some models."""
+    """Sends a load to one server, asking for the given models in turn."""
     return asyncio.run(_run(lambda i: url, names, load, seed))
 
 
 def run_many(urls: Sequence[str], names: Sequence[str], load: Load, seed: int = 0) -> Measured:
-    """As `run`, over several servers with a model each."""
+    """As `run`, over several servers with one model each."""
     return asyncio.run(_run(lambda i: urls[i % len(urls)], names, load, seed))
 
 

@@ -1,4 +1,4 @@
-"""Throughput, latency and memory of a server with many tenants, beside what else one could run.
+"""Throughput, latency and memory of a server with many tenants, beside the alternatives.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/serving.py BASE --stage mix -o work/mix.json
     OMP_WAIT_POLICY=PASSIVE python benchmarks/serving.py BASE --stage apart -o work/apart.json
@@ -6,13 +6,13 @@
     python benchmarks/serving.py --page work/mix.json work/turns.json work/apart.json -o page.md BASE
 
 `mix`: stock vLLM without the plugin, vLLM with the plugin and its tenants, and stock vLLM with ordinary
-LoRA adapters run side by side and idle while another is measured; they take turns, several times, so
-that another job on the machine slows all of them. `apart`: what is done today with full fine-tunes: a
-process for each, or one process that is ended and started again with the next model.
+LoRA adapters. All run side by side and are measured in turn, several times, while the others idle, so
+that another job on the machine slows all of them. `apart`: what is done today with full fine-tunes, which
+is a process for each, or one process that is stopped and restarted with the next model.
 
-Before anything is timed, the logprobs of some tenants are held against transformers on base + terms in
+Before anything is timed, the logprobs of some tenants are compared with transformers on base + terms in
 float32; a wrong one ends the run. Tenants are random codes under the plans of
-Delta-CoMe (8+3+2 bits) at 1/16, or under those of another artifact (`--like`), every tensor changed.
+Delta-CoMe (8+3+2 bits) at 1/16, or under those of another artifact (`--like`), with every tensor changed.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ APART = 4
 """Models of the second stage."""
 CHECKED = 3
 ROUNDING = 0.25
-"""A tenant's logprobs may be that much of the base's distance from the expected ones: bfloat16 rounds
-those of random weights a lot."""
+"""How far a tenant's logprobs may be from the expected ones, as a share of the base's distance from them:
+bfloat16 rounds those of random weights a lot."""
 
 
 def mix(options: argparse.Namespace, load: Load, engine: list[str]) -> dict:
@@ -164,7 +164,7 @@ def apart(options: argparse.Namespace, load: Load, engine: list[str]) -> dict:
 def while_loading(
     server: Server, folders: Sequence[Path], measure: Callable[[], Measured]
 ) -> Measured:
-    """What is measured while tenants are loaded under another name, one after the other."""
+    """A measurement made while tenants are loaded under another name, one after the other."""
     done = threading.Event()
 
     def load() -> None:
@@ -187,7 +187,7 @@ def while_loading(
 def take_turns(
     rows: dict[str, Callable[[int], Measured]], rounds: int
 ) -> dict[str, list[Measured]]:
-    """Each row once a round; what is before the first is not counted."""
+    """Measures each row once a round; a round before the first is not counted."""
     found: dict[str, list[Measured]] = {row: [] for row in rows}
     for turn in range(rounds + 1):
         for row, measure in rows.items():
@@ -199,7 +199,7 @@ def take_turns(
 
 
 def table(found: dict[str, list[Measured]], memory: dict[str, int]) -> dict:
-    """What is kept of each row."""
+    """The figures that are kept of each row."""
     first, *_ = found
     said = {}
     for row, turns in found.items():
@@ -218,7 +218,7 @@ def table(found: dict[str, list[Measured]], memory: dict[str, int]) -> dict:
 
 
 def page(results: list[dict]) -> Iterator[str]:
-    """Markdown."""
+    """The page in Markdown."""
     yield "# Serving\n"
     yield str(__doc__).strip().partition("\n\n")[2].partition("\n\n")[2] + "\n"
     commands = " ".join(result["command"] for result in results)
@@ -262,12 +262,12 @@ def main() -> None:
     parser.add_argument(
         "--no-adapters",
         action="store_true",
-        help="rows of LoRA, which take minutes a turn, left out",
+        help="leave out the LoRA rows, which take minutes a turn",
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=48, help="of a prompt, and of an answer")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per prompt, and per answer")
     parser.add_argument("--engine", nargs=argparse.REMAINDER, default=[], help="arguments of vLLM")
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,17 +3,17 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/soak.py BASE -o docs/results/soak.md
 
 Forty tenants of random codes with Zipf popularity, twelve slots, twenty held on the host. Clients ask for
-short greedy answers, some of the base and streamed; beside them others load tenants under new names,
-load other weights in the place of running ones, unload them, and ask for what cannot be had. Each
-answer is held against the engine's own first answer to that prompt and those weights, and those against
-transformers on base + terms in float32 where the base is small (`--checked` tenants). A request whose
-name got other weights while it was on its way must have the whole answer of the old ones or of the new.
-The server runs float32: in bfloat16 a tie between two tokens may fall either way from one batch to the
-next.
+short greedy answers, some of them from the base and some streamed. Meanwhile others load tenants under
+new names, replace the weights of running ones, unload them, and ask for names that do not exist. Each
+answer is compared with the engine's own first answer to that prompt and those weights. Beforehand, some
+tenants (`--checked`) are compared with transformers on base + terms in float32, where the base is small.
+A request whose name gets other weights while it is running must have the whole answer of either the old
+weights or the new. The server runs in float32: in bfloat16 a tie between two tokens may fall either way
+from one batch to the next.
 
-Memory is what all of the server's processes have allocated: the means while the second fifth of the
+Memory is what all of the server's processes have allocated, as the mean while the second fifth of the
 requests was answered and while the last was. vLLM keeps a oneDNN primitive of some 20 kB for each number
-of tokens that a layer has met, 128 at most, so it grows until none is new. As a control, stock vLLM
+of tokens that a layer has seen, 128 at most, so it grows until none is new. As a control, stock vLLM
 without adapters then answers the same prompts from as many clients. The soak may grow by two percent
 more.
 """
@@ -40,9 +40,9 @@ TENANTS, SLOTS, HELD = 40, 12, 20
 PROMPTS = 6
 """Different prompts, so that answers repeat and can be compared."""
 MOVERS = 4
-"""Names whose weights change while they are asked for."""
+"""Names whose weights change while clients ask for them."""
 GROWTH = 0.02
-"""Of memory, beyond what stock vLLM grows by, that passes for flat."""
+"""Growth of memory beyond that of stock vLLM that still counts as flat."""
 
 
 @dataclass
@@ -54,21 +54,21 @@ class Soak:
     prompts: list[list[int]]
     tokens: int
     answers: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
-    """(weights, prompt) → what was said first."""
+    """(weights, prompt) → the first answer."""
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[int, int]] = field(default_factory=list)
     movers: dict[str, list[str]] = field(default_factory=dict)
-    """Names that move → whose weights they have had; the last are those that they have or are to get."""
+    """Name of a mover → the tenants whose weights it has had; the last is its current or its next."""
     ready: set[str] = field(default_factory=set)
-    """Names that move and are loaded."""
+    """Movers that are loaded."""
     doubtful: list[tuple[str, list[str], int, list[int]]] = field(default_factory=list)
-    """(name, weights, prompt, answer): asked for while the name had these weights, one after another."""
+    """(name, weights, prompt, answer) of requests during which the name had these weights in turn."""
     turns: collections.Counter[str] = field(default_factory=collections.Counter)
-    """How often a name was unloaded: a request on its way meanwhile is refused, and rightly so."""
+    """How often each name was unloaded; a request running at that time may rightly be refused."""
 
     async def ask(self, http: aiohttp.ClientSession, name: str, prompt: int) -> None:
-        """One request, streamed or not, whose tokens must be those said before."""
+        """Sends one request, streamed or not, whose tokens must be those of the first answer."""
         before = len(self.movers.get(name, ())) - 1
         stream = prompt % 2 == 1
         body = {"model": name, "prompt": self.prompts[prompt], "max_tokens": self.tokens}
@@ -109,7 +109,7 @@ class Soak:
             )
 
     async def settle(self, http: aiohttp.ClientSession) -> None:
-        """Holds what was doubtful against the answers of all the weights that it could have been of."""
+        """Checks each doubtful answer against those of all the weights that may have given it."""
         doubtful, self.doubtful = self.doubtful, []
         for name, weights, prompt, said in doubtful:
             for one in weights:
@@ -127,8 +127,10 @@ class Soak:
 
 
 async def client(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, todo: Any) -> None:
-    """Asks for tenants by popularity, now and then for the base, for movers, and for nobody; where there
-    are no tenants, for the base alone."""
+    """Asks for tenants by popularity, and now and then for the base, a mover or an unknown name.
+
+    Where there are no tenants, it asks for the base alone.
+    """
     names = list(soak.made)
     weights = [1 / (rank + 1) for rank in range(len(names))]
     for _ in todo:
@@ -150,7 +152,7 @@ async def client(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, t
 
 
 async def mover(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, name: str) -> None:
-    """Loads a name, reloads it with other weights, and unloads it, on and on."""
+    """Loads a name, reloads it with other weights and unloads it, over and over."""
     while True:
         for turn in range(3):
             weights = draw.choice(list(soak.made))
@@ -173,7 +175,7 @@ async def mover(soak: Soak, http: aiohttp.ClientSession, draw: random.Random, na
 
 
 async def watch(soak: Soak, server: Server) -> None:
-    """Notes memory as requests are answered."""
+    """Records memory while requests are answered."""
     while True:
         found = await asyncio.to_thread(server.memory, "Pss_Anon")
         soak.memory.append((soak.counts["requests"], sum(found.values())))
@@ -183,12 +185,12 @@ async def watch(soak: Soak, server: Server) -> None:
 
 
 async def run(soak: Soak, server: Server, requests: int, clients: int, seconds: float) -> None:
-    """All of it, until enough is answered or time is over."""
+    """Runs clients and movers until enough requests are answered or time is up."""
     draw = random.Random(0)
     end, todo = time.monotonic() + seconds, iter(range(requests))
     bounded = iter(lambda: next(todo, None) if time.monotonic() < end else None, None)
     timeout = aiohttp.ClientTimeout(total=None)
-    # A connection for each request: the server closes those that idle, perhaps as one is taken up again.
+    # A connection per request: the server closes idle ones, perhaps just as one is to be reused.
     connector = aiohttp.TCPConnector(force_close=True, limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         others = [asyncio.create_task(watch(soak, server))]
@@ -211,9 +213,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work/soak"))
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=8, help="of an answer")
-    parser.add_argument("--checked", type=int, default=3, help="tenants held against transformers")
-    parser.add_argument("--seconds", type=float, default=3600, help="after which no more is asked")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens per answer")
+    parser.add_argument("--checked", type=int, default=3, help="tenants compared with transformers")
+    parser.add_argument("--seconds", type=float, default=3600, help="time limit for new requests")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     where, made = origin(), tenants(options.base, options.work / "tenants", TENANTS)
@@ -260,7 +262,7 @@ def main() -> None:
 
 
 def _fifths_mib(memory: list[tuple[int, int]], requests: int) -> tuple[float, float]:
-    """Means of what was seen while the second fifth of the requests was answered, and the last."""
+    """Mean MiB while the second fifth of the requests was answered, and while the last was."""
 
     def mean(fifth: int) -> float:
         seen = [size for count, size in memory if fifth <= 5 * count / requests < fifth + 1]

@@ -2,9 +2,9 @@
 
     python benchmarks/stock_tests.py -o docs/results/stock_tests.md
 
-The tests are those of the installed version's source distribution, which is downloaded; what they import
-beyond vLLM goes into a folder of its own. Taken are those that run on a CPU; of them those that want a
-model from the Hub or a GPU fail either way where there is none, and the page counts their reasons.
+The tests are those of the installed version's source distribution, which is downloaded; the packages they
+need beyond vLLM go into a separate folder. Only tests that run on a CPU are taken. Those that still need
+a model from the Hub or a GPU fail either way without one, and the page counts the reasons.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FILES = [
     "tests/plugins_tests/lora_resolvers",
 ]
 NEEDS = ("tblib", "pytest-asyncio", "pytest-timeout", "ray", "msgpack")
-"""Installed alone: a test that imports more fails either way."""
+"""Installed without their dependencies; a test that imports more fails either way."""
 RUN = """
 import sys, pytest
 from vllm.plugins import load_general_plugins
@@ -63,7 +63,7 @@ def sources(work: Path) -> Path:
 def outcomes(
     folder: Path, needs: Path, *, plugin: bool
 ) -> tuple[dict[str, str], collections.Counter[str]]:
-    """Test → `passed`, `failed`, `error` or `skipped`; and why those in the middle did not pass."""
+    """Test → `passed`, `failed`, `error` or `skipped`; and counts of reasons for failures, errors."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(needs)]),
         "HF_HUB_OFFLINE": "1",

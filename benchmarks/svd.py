@@ -1,11 +1,11 @@
 """Which decomposition gives the leading singular triples of a delta, and what each costs.
 
-The delta is made as a real one comes to be: a base of bfloat16 weights, a change whose singular
+The delta is made the way a real one arises: a base of bfloat16 weights, a change whose singular
 values fall as a power law, and the sum rounded to bfloat16, which adds noise of full rank about as
 large as the change itself. The rank is what 2-bit directions at 1/16 of the bytes allow.
 
-First the truncation error of each method is held against LAPACK's; only a method within 1e-4 of it
-is worth its seconds. Prints both.
+The truncation error of each method is compared with LAPACK's first; the seconds of a method count
+only if it is within 1e-4. Prints both.
 
     python benchmarks/svd.py                     # a table of the shapes below
     python benchmarks/svd.py --shape 11008x4096  # one shape
@@ -42,7 +42,7 @@ def realistic_delta(out: int, inputs: int, seed: int = 0) -> Tensor:
 
 
 def nominal_rank(out: int, inputs: int) -> int:
-    """Directions at 2 bits in 1/16 of the bytes of a 16-bit matrix, codes alone counted."""
+    """2-bit directions that fit in 1/16 of the bytes of a 16-bit matrix, counting codes alone."""
     return out * inputs // (2 * (out + inputs))
 
 

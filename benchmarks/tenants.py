@@ -3,9 +3,9 @@
     python benchmarks/tenants.py work/base work/sums work/spell work/sort -o work/tenants \
         --report docs/results/tenants.md
 
-Each tenant is a folder made by `examples/tenants/finetune.py`. Artifacts that exist are used as they
-are. KL and scores are computed in float32: in bfloat16 the arithmetic alone differs by about as much
-as a good delta does.
+Each tenant is a folder made by `examples/tenants/finetune.py`. Existing artifacts are reused. KL and
+scores are computed in float32: in bfloat16 the arithmetic alone differs by about as much as a good
+delta does.
 """
 
 from __future__ import annotations

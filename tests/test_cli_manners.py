@@ -171,7 +171,7 @@ def test_exit_codes_are_documented(cli):
     ("kind", "code", "said"),
     [
         ("refused", 1, "error: because\n"),
-        ("fault", 3, "unexpected ValueError: because (where: deltacome --debug …)\n"),
+        ("fault", 3, "unexpected ValueError: because (for a traceback: deltacome --debug …)\n"),
         ("interrupt", 130, "interrupted\n"),
     ],
 )

@@ -1,7 +1,7 @@
 """Ablation of `adaptive`: what each of its parts is worth at 1/32, one left out at a time.
 
-The parts are left out without the last step, distillation, which makes up for much of what any of them
-costs; its own worth is the difference of the first two rows.
+The parts are left out of a run without the last step, distillation, which makes up for much of what
+leaving one out costs; its own worth is the difference of the first two rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RATIO = 32.0
 
 @dataclass(frozen=True)
 class Without(Adaptive):
-    """Adaptive less a part, which the artifact names."""
+    """Adaptive without one part, which is named in the artifact."""
 
     distill: int = 0
     part: str = ""
@@ -36,7 +36,7 @@ class Without(Adaptive):
 
 @dataclass(frozen=True)
 class WithoutOutputs(Without):
-    """Inputs weigh alone: what an output is worth in the answer is not looked at."""
+    """Errors are weighted by inputs alone: how much an output matters to the answer is ignored."""
 
     part: str = "outputs"
 
@@ -51,7 +51,7 @@ class WithoutOutputs(Without):
 
 @dataclass(frozen=True)
 class WithoutSharing(Without):
-    """Every matrix has bytes in proportion to its size, as in the paper; widths are still chosen."""
+    """Every matrix gets bytes in proportion to its size, as in the paper; widths are still chosen."""
 
     part: str = "sharing"
 
@@ -106,7 +106,7 @@ def make(lab: Lab) -> str:
 
 
 def _against(cells: dict[str, dict[str, Any]], name: str, kind: str) -> str:
-    """The difference to the row that it is to be compared with."""
+    """The difference to the row that this one is compared with."""
     other = "less distillation" if name.startswith("…") else "Delta-CoMe"
     return (
         "–" if name == other or other not in cells else md.farther(cells[name], cells[other], kind)

@@ -52,5 +52,5 @@ def make(lab: Lab) -> str:
 
 
 def _line(answer: str) -> str:
-    """An answer as a cell can hold it: on one line, without what ends code or a cell."""
+    """An answer for a table cell: on one line, without characters that end code or a cell."""
     return answer.strip().replace("\n", "⏎").replace("`", "'").replace("|", "¦")

@@ -27,9 +27,9 @@ def right(cell: dict[str, Any], questions: Sequence[Question]) -> list[bool]:
 
 
 def lost_won(cell: dict[str, Any], tuned: dict[str, Any], questions: Sequence[Question]) -> str:
-    """`3 / 1`: questions that the tuned model has right and a cell has not, and the other way round.
+    """`3 / 1`: questions that the tuned model answers right and a cell does not, and the reverse.
 
-    Both were asked the same, so this tells what a difference of two scores with their intervals does not.
+    Both were asked the same questions, so this says more than a difference of two scores with intervals.
     """
     pairs = list(zip(right(cell, questions), right(tuned, questions), strict=True))
     lost = sum(theirs and not ours for ours, theirs in pairs)
@@ -46,8 +46,8 @@ def kl(cell: dict[str, Any], kind: str) -> str:
 def farther(cell: dict[str, Any], than: dict[str, Any], kind: str) -> str:
     """`+0.000382 ± 0.000184`: how much farther from the tuned model a cell is than another.
 
-    Both were asked the same, so the error is that of differences, row by row: much smaller than those
-    of the two KLs where both find the same rows hard.
+    Both were asked the same, so the error is that of differences, row by row, which is much smaller than
+    those of the two KLs where both find the same rows hard.
     """
     pairs = zip(cell[f"rows_{kind}"], than[f"rows_{kind}"], strict=True)
     found = over_rows([(a - b, tokens) for (a, tokens), (b, _) in pairs])
@@ -56,7 +56,7 @@ def farther(cell: dict[str, Any], than: dict[str, Any], kind: str) -> str:
 
 
 def nats(value: float | None, error: float | None = None) -> str:
-    """A KL in nats per token and its standard error; float32 may find a little less than nothing."""
+    """A KL in nats per token and its standard error; a value slightly below 0 (float32) is shown as 0."""
     if value is None:
         return "–"
     digits = _digits(value)
@@ -64,7 +64,7 @@ def nats(value: float | None, error: float | None = None) -> str:
 
 
 def _digits(value: float) -> int:
-    """Behind the point: of small ones five would leave a figure or none."""
+    """Decimals to show: of small values five would leave one significant digit or none."""
     return 5 if value == 0 else 7 if abs(value) < 1e-5 else 6 if abs(value) < 1e-3 else 5
 
 

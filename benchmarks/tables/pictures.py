@@ -1,4 +1,4 @@
-"""Generated pictures and what is to be said of them: how many shapes, of which colour, which shape.
+"""Generated pictures and the right answers to them: how many shapes, of which colour and kind.
 
 Up to four shapes of one kind and colour lie in cells of a grid; each answer names all three ("three red
 rings"), so that exact match needs colour, count and shape.
@@ -16,7 +16,7 @@ from PIL import Image
 CELL, CELLS = 8, 4
 SIDE = CELL * CELLS
 NOISE = 12.0
-"""Standard deviation, of 255."""
+"""Standard deviation, on a scale of 255."""
 PROMPT = "What is in the picture?"
 COUNTS = ("one", "two", "three", "four")
 COLOURS = {
@@ -42,7 +42,7 @@ class Picture:
     answer: str
 
     def line(self, folder: Path, number: int) -> dict[str, str]:
-        """Saved, and as a line of a calibration file."""
+        """Saves the picture and returns it as a line of a calibration file."""
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{number}.png"
         self.image.save(file)
@@ -50,7 +50,7 @@ class Picture:
 
 
 def picture(seed: int) -> Picture:
-    """One for each seed."""
+    """The picture of a seed."""
     draw = random.Random(seed)
     count = draw.randrange(len(COUNTS))
     colour, shape = draw.choice(list(COLOURS)), draw.choice(list(SHAPES))

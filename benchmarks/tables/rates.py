@@ -1,4 +1,4 @@
-"""BitDelta's scales at several rates of the Adam that finds them: whether ours is a fair one."""
+"""BitDelta's scales fitted at several learning rates of Adam: whether the one we use is fair."""
 
 import cells as md
 from lab import Lab
@@ -11,7 +11,7 @@ RATES = (0.01, 0.03, 0.1)
 
 
 def make(lab: Lab) -> str:
-    """The initial scales, what each rate makes of them, and Delta-CoMe at about the same bytes."""
+    """The initial scales, the scales that each rate gives, and Delta-CoMe at about the same bytes."""
     task, steps = lab.size.side[0], lab.size.distill
     found: list[tuple[str, Method, float | None]] = [("initial scales", BitDelta(), None)]
     found += [(f"rate {r:g}", BitDelta(distill=steps, rate=r), None) for r in RATES]

@@ -1,4 +1,4 @@
-"""The rows that tables share: each method at the ratio that it is compared at."""
+"""The rows that tables share: each method, with the ratio at which it is compared."""
 
 from lab import Size
 
@@ -12,8 +12,8 @@ Row = tuple[str, Method, float | None]
 def baselines(size: Size) -> list[Row]:
     """The rows of the paper's main table, and its successors.
 
-    BitDelta's size follows from its one bit. What the residual adds to that has to go somewhere, so
-    its ratio is smaller: 12.
+    BitDelta's size follows from its one bit. The residual method stores more on top of that, so its ratio
+    is smaller: 12.
     """
     initial: list[Row] = [("BitDelta, initial scales", BitDelta(), None)]
     return [
@@ -27,7 +27,7 @@ def baselines(size: Size) -> list[Row]:
 
 
 def main_rows(size: Size) -> list[Row]:
-    """All methods, ours last, at half the bytes too, and before it what its last step is worth."""
+    """All methods; ours last, also at half the bytes, after rows that show what its last step adds."""
     beside: list[Row] = [
         ("Delta-CoMe, distilled too", DeltaCome(distill=size.fit), RATIO),
         ("PrinMix, distilled too", PrinMix(distill=size.fit), RATIO),
@@ -42,7 +42,7 @@ def main_rows(size: Size) -> list[Row]:
 
 
 def curves(size: Size) -> list[tuple[str, Method]]:
-    """Methods that exist at every ratio."""
+    """The methods that work at every ratio."""
     return [
         ("low rank", LowRank()),
         ("Delta-CoMe", DeltaCome()),

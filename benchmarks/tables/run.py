@@ -1,9 +1,9 @@
 """Makes the tables: `python benchmarks/tables/run.py --base work/base [t2 t3 …] [--size small]`.
 
-Without names all are made, in the small size what two cores do in an hour (`HOUR`), training and all.
-Results go to `docs/results/tables.md`, a section for each table and, where they are not the
-usual ones, its tasks and calibration rows; other sections stay as they are. Tenants that exist can be
-given, others are trained.
+Without names all tables are made; in the small size, those that two cores can make in an hour (`HOUR`),
+training included. Results go to `docs/results/tables.md`, with a section for each table and, where they
+are not the usual ones, for its tasks and calibration rows. Other sections stay as they are. Existing
+tenants can be given; others are trained.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
 TABLES += ("vlm", "case", "ablation", "unseen", "rates")
 HOUR = ("t3", "t8", "case")
 LESS = {"steps": 80, "rows": 128, "fit": 24, "distill": 96, "kl_questions": 250, "beside": False}
-"""Of training, calibration text and distillation, alike for all methods that have a last step."""
+"""Reduced training, calibration text and distillation, alike for all methods that have a last step."""
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
         started = time.monotonic()
         section = importlib.import_module(name).make(lab)
         other = size.tasks != SIZES["full"].tasks and " on " not in _name(section)
-        if other:  # a section of its own beside that of the usual tasks
+        if other:  # a separate section beside that of the usual tasks
             section = section.replace(":", f" on {' and '.join(size.tasks)}:", 1)
         if options.rows:
             section = section.replace(":", f", {options.rows} calibration rows:", 1)
@@ -97,15 +97,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("work/tables"))
     parser.add_argument("--size", choices=sorted(SIZES), default="full")
     parser.add_argument(
-        "--tenant", action="append", default=[], help="TASK=FOLDER, trained already"
+        "--tenant", action="append", default=[], help="TASK=FOLDER of a trained tenant"
     )
-    parser.add_argument("--tasks", nargs="+", help="instead of sums, code and chat")
-    parser.add_argument("--rows", type=int, help=f"of calibration text, instead of {Size.rows}")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of calibration, for the main rows")
+    parser.add_argument("--tasks", nargs="+", help="tasks instead of sums, code and chat")
+    parser.add_argument("--rows", type=int, help=f"calibration rows, instead of {Size.rows}")
+    parser.add_argument("--seeds", type=int, nargs="+", help="calibration seeds for the main rows")
     parser.add_argument(
         "--only-kept",
         action="store_true",
-        help="of a t3, t5, t11, ablation, unseen or rates that was cut off, the cells that are there",
+        help="show only the cells that exist, for an interrupted t3, t5, t11, ablation, unseen or rates",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", type=Path, default=Path("docs/results/tables.md"))

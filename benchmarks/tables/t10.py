@@ -1,7 +1,7 @@
-"""Table 10: a base that is quantised to 4 bits when served, under a delta against the 16-bit base.
+"""Table 10: a base served at 4 bits, under a delta that was taken against the 16-bit base.
 
 Weights of the blocks' linears are rounded to nearest, asymmetric, in groups of 128 inputs: what a plain
-4-bit server does. The delta is not told.
+4-bit server does. The delta takes no account of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Table 8: how far activations are from the tuned model's, by depth and by projection.
 
-Each linear's output on held-out questions, in the compressed model from end to end: the mean squared
-difference to the tuned model's over its mean square. "Outliers" are the 1 % of the tuned model's
-entries that are largest in magnitude.
+Each linear's output on held-out questions, run through the whole compressed model: the mean squared
+difference from the tuned model's output, divided by the mean square of the latter. "Outliers" are the
+1 % of the tuned model's entries that are largest in magnitude.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def make(lab: Lab) -> str:
 
 @torch.inference_mode()
 def _outputs(lab: Lab, task: str, variant: Variant) -> dict[str, Tensor]:
-    """Output of every linear of the blocks at all tokens of some questions, half precision."""
+    """Output of every linear of the blocks at all tokens of some questions, in float16."""
     rows = question_rows(lab.tokenizer(task), lab.questions(task)[:QUESTIONS])
     outputs: dict[str, list[Tensor]] = defaultdict(list)
     with lab.weights(variant) as model:
@@ -72,7 +72,7 @@ def _outputs(lab: Lab, task: str, variant: Variant) -> dict[str, Tensor]:
 
 
 def _errors(lab: Lab, wanted: dict[str, Tensor], got: dict[str, Tensor]) -> dict[Key, float]:
-    """Means over linears: by third of the depth and by projection, of all entries and of outliers."""
+    """Means over linears, by third of the depth and by projection, of all entries and of outliers."""
     depth = len(find_layout(lab.model).blocks)
     groups: dict[Key, list[float]] = defaultdict(list)
     for name, target in wanted.items():

@@ -1,4 +1,4 @@
-"""Table 9: how the plan is found: set beforehand, greedy search, genetic search, integer program."""
+"""Table 9: ways to find the plan: fixed beforehand, greedy search, genetic search, integer program."""
 
 import time
 
@@ -58,7 +58,7 @@ def _searched(lab: Lab, task: str, way: str) -> tuple[str, float, int]:
 
 
 def _program_seconds(lab: Lab, task: str) -> float:
-    """Planning all matrices: an SVD of each delta, its costs, and the programs."""
+    """Seconds to plan all matrices: an SVD of each delta, its costs, and the integer programs."""
     before, after = Checkpoint(lab.base), Checkpoint(lab.tenant(task))
     names = [n for n, info in after.tensors.items() if len(info.shape) == 2 and ".layers." in n]
 

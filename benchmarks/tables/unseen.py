@@ -1,7 +1,7 @@
-"""Kinds of programs that calibration text has none of: what each method keeps of a skill it is not shown.
+"""What each method keeps of a skill that the calibration text does not show: some kinds of programs.
 
-All rows have the same text, the usual one less these kinds, which the fine-tune was trained on like the
-others. So this is what happens to a skill that whoever compresses a model did not think of.
+All rows have the same text: the usual one without these kinds, which the fine-tune was trained on like
+the others. So this is what happens to a skill that nobody thought of when compressing the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deltacome.evals.tasks import Question
 from deltacome.methods.method import Method
 
 MARKS = ("sorted(", ".append(", ".join(", " if ")
-"""What makes a program one of these: four of the eleven kinds of `snippets.py`."""
+"""Marks of the hidden programs: four of the eleven kinds of `snippets.py`."""
 
 
 def make(lab: Lab) -> str:
@@ -56,7 +56,7 @@ def make(lab: Lab) -> str:
 def _halves(
     asked: list[Question], cell: dict[str, Any], tuned: dict[str, Any], hidden: list[bool]
 ) -> list[str]:
-    """Score, lost and won questions and KL, of shown kinds and of hidden ones."""
+    """Score, lost and won questions, and KL, for shown kinds and for hidden ones."""
     found = []
     for wanted in (False, True):
         of = [i for i, kind in enumerate(hidden) if kind == wanted]

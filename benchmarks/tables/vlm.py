@@ -1,9 +1,10 @@
-"""The vision-language row: a model that sees, tuned from a base that reads text alone.
+"""The vision-language table: a model that sees, tuned from a text-only base.
 
-A LLaVA-style model is put together from the text base, a small tower and a projector of random weights,
-and all of it is trained on generated pictures (`pictures.py`). Its names differ from the base's by a
-prefix, one token is new, tower and projector have no base and are stored as they are. Each method has
-text alone to calibrate with, or pictures too; answers to held-out pictures come from the packed runtime.
+A LLaVA-style model is assembled from the text base and a small tower and projector of random weights,
+and all of it is trained on generated pictures (`pictures.py`). Its tensor names differ from the base's by
+a prefix, one token is new, and tower and projector have no base and are stored as they are. Each method
+that calibrates does so with text alone, and with pictures too; answers to held-out pictures come from the
+packed runtime.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from deltacome.evals.tasks import read_questions
 from deltacome.methods.method import Method
 
 HELD_OUT, TRAINED, CALIBRATED = 0, 1_000_000, 2_000_000
-"""Seeds from which pictures are counted."""
+"""First seeds of the pictures of each kind."""
 BATCH, RATE, RATE_OF_NEW = 24, 1e-4, 1e-3
 ROW_TOKENS = 128
-"""Of calibration: a chat with its picture is one row."""
+"""Tokens of a calibration row; a chat with its picture is one row."""
 MARK = "<image>"
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -69,7 +70,7 @@ ROWS: list[tuple[str, Method, float | None]] = [
     ("adaptive", Adaptive(), RATIO),
     ("adaptive, half the bytes", Adaptive(), 2 * RATIO),
 ]
-"""Those that distil do so with as many steps as the size says."""
+"""Methods that distil use the number of steps of the size."""
 
 
 def make(lab: Lab) -> str:
@@ -117,7 +118,7 @@ def _figures(found: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Asked:
-    """The held-out pictures, and what the dense model says of them."""
+    """The held-out pictures, and the dense model's answers to them."""
 
     lab: Lab
     folder: Path
@@ -169,7 +170,7 @@ class Asked:
 
 
 def _prompts(processor: Any, pictures: list[Picture]) -> Any:
-    """All of one length."""
+    """Prompts with their pictures, all of one length."""
     part = {"type": "image"}, {"type": "text", "text": PROMPT}
     chat = [{"role": "user", "content": list(part)}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
@@ -179,7 +180,7 @@ def _prompts(processor: Any, pictures: list[Picture]) -> Any:
 
 
 def _lesson(processor: Any, pictures: list[Picture]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Inputs, padded on the right, where answers are predicted (B, L), and those tokens, (T,)."""
+    """Inputs padded on the right, where answers are predicted (B, L), and the answer tokens (T,)."""
     inputs, tokenizer = _prompts(processor, pictures), processor.tokenizer
     answers = [
         [*tokenizer(p.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -214,7 +215,7 @@ def _tuned(lab: Lab) -> Path:
 
 
 def _put_together(base: Path) -> tuple[Any, Any]:
-    """The text base behind a tower and a projector of random weights, in float32."""
+    """The text base with a tower and a projector of random weights, in float32; and its processor."""
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([MARK], special_tokens=True)
     token = tokenizer.convert_tokens_to_ids(MARK)
@@ -242,7 +243,7 @@ def _put_together(base: Path) -> tuple[Any, Any]:
 
 
 def _train(model: Any, processor: Any, steps: int) -> None:
-    """All weights, those that were random ten times as fast; loss on the answers alone."""
+    """Trains all weights, the new random ones ten times as fast; the loss is on the answers alone."""
     say(f"training the vision-language model, {steps} steps")
     kinds: tuple[list[Tensor], list[Tensor]] = [], []
     for name, parameter in model.named_parameters():
@@ -291,7 +292,7 @@ def _artifact(
 
 
 def _calibration(lab: Lab, tuned: Path, seen: bool) -> Path:
-    """Pictures and a quarter of general text, or the same chats without their pictures."""
+    """A file of chats with pictures and a quarter of general text, or the same without the pictures."""
     count = lab.size.rows // 4
     lines: list[dict[str, str]] = [
         {"text": cut} for cut in general_text(count, lab.size.row_tokens)

@@ -198,5 +198,5 @@ def test_no_room_on_disk_is_said(model, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"No space left.*takes [\d,]+ bytes; TMPDIR"):
+    with pytest.raises(OutputError, match=r"No space left.*take [\d,]+ bytes; set TMPDIR"):
         record(model, ROWS[:1])

@@ -1,7 +1,7 @@
-"""The command line: parse, call, print. One command a file; all are listed here.
+"""The command line: parse, call, print. One file per command; all are listed here.
 
-What takes time to import is imported by a command when it runs, so that help and completion are
-there at once.
+A command imports what is slow to import only when it runs, so that help and completion are
+immediate.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def _options(
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
-    """Compress full fine-tunes to small deltas of their base, and run them."""
+    """Compress full fine-tunes into small deltas against their base, and run them."""
     global _debug
     _debug = debug
-    if not stderr.is_terminal:  # read when these libraries are imported, so not later than here
+    if not stderr.is_terminal:  # libraries read these on import, so set them by now
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -77,7 +77,7 @@ app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
 
 
 def main() -> None:
-    """Entry point: what is raised becomes one line on stderr and an exit code (`EXIT_CODES`)."""
+    """Entry point: an exception becomes one line on stderr and an exit code (`EXIT_CODES`)."""
     try:
         app()
     except DeltaError as error:
@@ -88,7 +88,10 @@ def main() -> None:
     except Exception as error:
         if _debug:
             raise
-        say(f"unexpected {type(error).__name__}: {error} (where: deltacome --debug …)", "red")
+        say(
+            f"unexpected {type(error).__name__}: {error} (for a traceback: deltacome --debug …)",
+            "red",
+        )
         sys.exit(3)
     except SystemExit as leaving:
         if leaving.code == 130:  # typer has turned Ctrl-C into this

@@ -19,20 +19,18 @@ def capacity(
         list[str] | None, typer.Option(help="Artifact; may be repeated: the largest counts.")
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="In place of an artifact, one that is yet to be made.")
+        float | None, typer.Option(help="Ratio of an artifact yet to be made, instead of --delta.")
     ] = None,
     kv_gib: Annotated[
         float,
-        typer.Option(
-            min=0, help="KV cache, GiB. With none, and no --kv-tokens, no server could run."
-        ),
+        typer.Option(min=0, help="KV cache, GiB. A server needs some: this, or --kv-tokens."),
     ] = 0,
     kv_tokens: Annotated[int, typer.Option(min=0, help="KV cache, tokens at 16 bits.")] = 0,
     utilization: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the memory to be used.")
+        float, typer.Option(min=0, max=1, help="Share of the memory to use.")
     ] = 0.9,
     check: Annotated[
-        bool, typer.Option("--check", help="Allocate all of it for real, and measure.")
+        bool, typer.Option("--check", help="Actually allocate all of it, and measure.")
     ] = False,
     device: Device = "auto",
     as_json: Json = False,

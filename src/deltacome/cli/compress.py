@@ -31,7 +31,7 @@ def compress(
     ratio: Annotated[
         float | None,
         typer.Option(
-            help="Tuned bytes ÷ bytes on disk, met within 2 %. Default 16, of residual 12; "
+            help="Tuned bytes ÷ bytes on disk, met within 2 %. Default: 16, or 12 for residual; "
             "bitdelta's follows from its one bit."
         ),
     ] = None,
@@ -42,34 +42,38 @@ def compress(
         str | None, typer.Option(help="single, double or triple (the default): the paper's plans.")
     ] = None,
     search: Annotated[
-        str | None, typer.Option(help="greedy or genetic: find the plan on a few blocks.")
+        str | None, typer.Option(help="greedy or genetic: search for the plan on a few blocks.")
     ] = None,
     gptq: Annotated[
-        bool | None, typer.Option("--gptq/--no-gptq", help="Off: round to nearest (ablation).")
+        bool | None,
+        typer.Option("--gptq/--no-gptq", help="--no-gptq: round to nearest (ablation)."),
     ] = None,
     directions: Annotated[
-        int | None, typer.Option(min=1, help="Rank of low-rank. Default: what the ratio allows.")
+        int | None, typer.Option(min=1, help="low-rank: its rank. Default: what the ratio allows.")
     ] = None,
-    scales: Annotated[str | None, typer.Option(help="Of signs: matrix (one each) or rows.")] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="Scales of signs: one per matrix (matrix) or per row (rows).")
+    ] = None,
     distill: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Steps that fit scales or singular values to the tuned logits; takes four times "
-            "TUNED in memory. adaptive: 100.",
+            help="Steps that fit scales or singular values to the tuned logits; needs four times "
+            "TUNED in memory. Default for adaptive: 100.",
         ),
     ] = None,
     refit: Annotated[
-        bool | None, typer.Option("--refit/--no-refit", help="Off: prinmix keeps U (ablation).")
+        bool | None,
+        typer.Option("--refit/--no-refit", help="--no-refit: prinmix keeps U (ablation)."),
     ] = None,
     diagonal: Annotated[
-        bool | None, typer.Option("--diagonal", help="adaptive with less disk: see its docs.")
+        bool | None, typer.Option("--diagonal", help="adaptive: use less disk; see its docs.")
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
             help="self, none, FILE.txt, FILE.jsonl, or a Hub data set. "
-            "Default: self if the method looks at text."
+            "Default: self if the method uses text."
         ),
     ] = None,
     samples: Annotated[
@@ -78,10 +82,10 @@ def compress(
             min=1, help="Rows of calibration text, if any; adaptive gains from a thousand."
         ),
     ] = 128,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     seed: int = 0,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the calibration passes.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of the calibration passes.")] = "auto",
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes; more than one only with --calibration none.")
@@ -89,7 +93,7 @@ def compress(
     sweeps: Annotated[
         Path | None,
         typer.Option(
-            help="Folder where adaptive's sweep is kept for other ratios of this tuned model."
+            help="Folder to keep adaptive's sweep in, for other ratios of this tuned model."
         ),
     ] = None,
     as_json: Json = False,
@@ -151,7 +155,7 @@ def compress(
                 **options,
             )
     except KeyboardInterrupt:
-        say("finished blocks are kept, continue with --resume")
+        say("finished blocks are kept; continue with --resume")
         raise
     seconds = time.monotonic() - start
     peak = _peak_rss()
@@ -176,11 +180,11 @@ def compress(
 
 
 def _peak_rss(*, of_children: bool = False) -> int:
-    """Bytes that this process held at most, or the largest of its children that have ended."""
-    import resource  # which Windows lacks: help is there too
+    """Peak resident bytes of this process, or of the largest of its finished children."""
+    import resource  # Windows lacks it, but help must work there too
 
     whose = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
-    # Linux counts a child from its fork on: it has no less than its parent had then.
+    # Linux counts a child from its fork on, so at least what its parent held then.
     return resource.getrusage(whose).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -192,11 +196,11 @@ _TAKES = {
     "prinmix": ("PrinMix", {"refit", "distill"}),
     "adaptive": ("Adaptive", {"diagonal", "distill"}),
 }
-"""Method → its class, and which options it takes."""
+"""Method → its class, and the options that it takes."""
 
 
 def _method(name: str, **options: Any) -> Any:
-    """The method of a name, with the options that were given; others are refused."""
+    """The named method with the given options; options that it does not take are refused."""
     if name not in _TAKES:
         expected = ", ".join(_TAKES)
         raise typer.BadParameter(f"expected one of {expected}, got {name!r}", param_hint="--method")

@@ -24,42 +24,51 @@ def evaluate(
     tuned: Annotated[str | None, typer.Option(help="The dense fine-tune, for KL.")] = None,
     delta: Annotated[list[str] | None, typer.Option(help="Artifact; may be repeated.")] = None,
     task_args: Annotated[
-        str | None, typer.Option(help="--task: arguments of the data set, JSON.")
+        str | None, typer.Option(help="With --task: arguments of the data set, as JSON.")
     ] = None,
     n: Annotated[
-        int | None, typer.Option("-n", min=1, help="--task: questions. Default: 200.")
+        int | None,
+        typer.Option("-n", min=1, help="With --task: number of questions. Default: 200."),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            help="--task: of the questions; n apart for others of reasoning-gym. Default: 0."
+            help="With --task: seed of the questions. reasoning-gym's seeds must be n apart "
+            "to share none. Default: 0."
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="--task: general text for KL, which needs --tuned.")
+        Path | None, typer.Option(help="With --task: file of general text for KL; needs --tuned.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="--task: of an answer, at most. Default: 64.")
+        int | None, typer.Option(min=1, help="With --task: longest answer, in tokens. Default: 64.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     device: Device = "auto",
     dtype: Annotated[
         str, typer.Option(help="bfloat16 saves memory, but its own noise hides a good delta's KL.")
     ] = "float32",
-    shots: Annotated[int | None, typer.Option(min=0, help="--lm-eval: few-shot examples.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="--lm-eval: examples a task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="With --lm-eval: few-shot examples.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --lm-eval: examples per task.")
+    ] = None,
     tasks_folder: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="--lm-eval: a folder with task files of your own."
+            exists=True, file_okay=False, help="With --lm-eval: folder of your own task files."
         ),
     ] = None,
     chat: Annotated[
-        bool | None, typer.Option(help="--lm-eval: prompts through the template.")
+        bool | None, typer.Option(help="With --lm-eval: use the chat template.")
     ] = None,
     run_code: Annotated[
         bool | None,
-        typer.Option("--run-code", help="--lm-eval: execute what the model writes, here."),
+        typer.Option(
+            "--run-code",
+            help="With --lm-eval: run code that the model writes, on this machine.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -104,7 +113,7 @@ def evaluate(
 
 
 def _refuse(mode: str, **options: Any) -> None:
-    """Options that only the other kind of task looks at."""
+    """Refuse options that only the other kind of task uses."""
     for key, value in options.items():
         if value is not None:
             hint = f"-{key}" if len(key) == 1 else f"--{key.replace('_', '-')}"

@@ -16,20 +16,20 @@ from deltacome.cli.printing import quiet_libraries
 def export(
     artifact: Delta,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    to: Annotated[str, typer.Option(help="peft-lora, or dense: a whole checkpoint.")],
+    to: Annotated[str, typer.Option(help="peft-lora, or dense for a whole checkpoint.")],
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Directions of a matrix. Default: all there are.")
+        int | None, typer.Option(min=1, help="Directions kept of each matrix. Default: all.")
     ] = None,
     lora_only: Annotated[
         bool,
-        typer.Option("--lora-only", help="Leave out norms, biases and so on, as vLLM wants it."),
+        typer.Option("--lora-only", help="Leave out norms, biases and so on, as vLLM requires."),
     ] = False,
     base: Annotated[
         str | None, typer.Option(help="Base checkpoint. Default: the one that the artifact names.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a delta for stacks that do not read artifacts: a PEFT LoRA, or the dense model."""
+    """Export a delta for stacks that do not read artifacts, as a PEFT LoRA or the dense model."""
     from deltacome.format.artifact import Artifact
     from deltacome.format.clip import clip
 
@@ -52,7 +52,7 @@ def export(
         return
     errors = list(said.errors.values()) or [0.0]
     print(
-        f"rank: {max(said.ranks.values(), default=0)}; bytes: {said.nbytes:,}, those of the artifact: "
+        f"rank: {max(said.ranks.values(), default=0)}; bytes: {said.nbytes:,}, of the artifact: "
         f"{opened.bytes_on_disk():,}"
     )
     print(

@@ -18,7 +18,9 @@ def generate(
     delta: Annotated[str | None, typer.Option(help="Artifact to run over the base.")] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="A picture before PROMPT; may be repeated."),
+        typer.Option(
+            exists=True, dir_okay=False, help="Picture to put before PROMPT; may be repeated."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     device: Device = "auto",

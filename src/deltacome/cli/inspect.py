@@ -27,7 +27,7 @@ def inspect(artifact: Delta, as_json: Json = False) -> None:
         plan = ",".join(f"{bits}:{count}" for bits, count in tensor["plan"])
         error = "" if tensor["error"] is None else f"{tensor['error']:.4g}"
         shape = "×".join(map(str, tensor["shape"]))
-        name = Text(clip(tensor["name"], 200))  # whatever it holds, it is no markup
+        name = Text(clip(tensor["name"], 200))  # never read as markup, whatever it holds
         table.add_row(name, shape, tensor["kind"], plan, f"{tensor['bytes']:,}", error)
     show(table, 160)
     print(summary(result))

@@ -17,7 +17,7 @@ def merge(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the dense checkpoint.")],
     as_json: Json = False,
 ) -> None:
-    """Write the dense model back, as a normal checkpoint."""
+    """Write the dense tuned model as a normal checkpoint."""
     from deltacome.format.artifact import Artifact
     from deltacome.runtime.merge import merge as run
 

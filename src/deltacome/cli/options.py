@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, worded and read once."""
+"""Arguments and options shared by several commands."""
 
 import json
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 
 
 def parse_json(text: str, option: str) -> dict[str, Any]:
-    """The JSON object that an option gives, or wrong usage."""
+    """The JSON object given to an option; anything else is wrong usage."""
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -16,17 +16,18 @@ def plan(
     base: Annotated[str, typer.Argument(help="Base checkpoint; config.json is enough.")],
     tuned: Annotated[str, typer.Argument(help="Full fine-tune; config.json is enough.")],
     ratio: Annotated[
-        list[float] | None, typer.Option(help="May be repeated. Default: 8, 16, 32, 64.")
+        list[float] | None,
+        typer.Option(help="Ratio; may be repeated. Default: 8, 16, 32, 64."),
     ] = None,
-    calibration: Annotated[str, typer.Option(help="As compress takes it.")] = "self",
+    calibration: Annotated[str, typer.Option(help="As for compress.")] = "self",
     samples: Annotated[int, typer.Option(min=1, help="Rows of calibration text.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
-    probe: Annotated[bool, typer.Option(help="Off: do not measure this machine.")] = True,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
+    probe: Annotated[bool, typer.Option(help="--no-probe: do not time this machine.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Say what compressing TUNED by delta-come would need and give, from headers and a short measurement.
+    """Forecast what compressing TUNED with delta-come takes and gives, from headers and a short timing.
 
-    Memory, disk and time are of the first ratio.
+    Memory, disk and time are for the first ratio.
     """
     quiet_libraries()
     from deltacome.compression.forecast import RATIOS, forecast

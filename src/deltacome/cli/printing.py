@@ -1,4 +1,4 @@
-"""What commands share of how they print."""
+"""Printing that commands share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINE_SECONDS = 30
 
 
 def say(text: str, style: str | None = None) -> None:
-    """A message on stderr. Names in it may come from others: no markup, nothing that a terminal obeys."""
+    """Print a message on stderr. Names in it may be untrusted: no markup, no terminal controls."""
     from deltacome.format.clip import clip
 
     lines = [clip(line, 20_000) for line in text.split("\n")]  # some list every tensor of a model
@@ -25,7 +25,7 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def show(table: RenderableType, width: int) -> None:
-    """A table on stdout: as wide as a terminal, elsewhere of so many columns."""
+    """Print a table on stdout, as wide as the terminal, or `width` columns where there is none."""
     Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
@@ -54,11 +54,12 @@ def summary(result: dict[str, Any]) -> str:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A bar per phase on stderr, with time left and the error so far; where that is no terminal, a line
-    now and then instead.
+    """A bar per phase on stderr, with time left and the error so far.
+
+    Where stderr is not a terminal, a line is printed now and then instead.
 
     Args:
-        quiet: no bars: a terminal would show them among what stdout is to be alone with.
+        quiet: no bars on a terminal, where they would mix with what stdout prints.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -96,7 +97,7 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[Any], None]]:
 
 
 def _progress_lines() -> Callable[[Any], None]:
-    """For a log: what was just finished, where the last line is a while ago."""
+    """For a log: says what was just finished, at most once in `LINE_SECONDS`."""
     start = last = time.monotonic()
 
     def report(progress: Any) -> None:
@@ -116,7 +117,7 @@ def _progress_lines() -> Callable[[Any], None]:
 
 
 def quiet_libraries() -> None:
-    """Loading bars and hints of transformers would drown our own lines."""
+    """Silence transformers' loading bars and hints, which would drown our own lines."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

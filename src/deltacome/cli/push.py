@@ -13,21 +13,21 @@ from deltacome.cli.options import Delta, Json, parse_json
 
 def push(
     artifact: Delta,
-    repository: Annotated[str, typer.Argument(help="org/name; created if it is not there.")],
+    repository: Annotated[str, typer.Argument(help="org/name; created if missing.")],
     scores: Annotated[
         list[Path] | None,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="What eval --json printed of it; may be repeated.",
+            help="Output of eval --json for it; may be repeated.",
         ),
     ] = None,
     private: Annotated[
         bool | None,
         typer.Option("--private/--public", help="Visibility, if the repository is created."),
     ] = None,
-    branch: Annotated[str | None, typer.Option(help="Created if not there. Default: main.")] = None,
-    message: Annotated[str | None, typer.Option("-m", "--message", help="Of the commit.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Created if missing. Default: main.")] = None,
+    message: Annotated[str | None, typer.Option("-m", "--message", help="Commit message.")] = None,
     as_json: Json = False,
 ) -> None:
     """Upload an artifact to the Hub, with a model card that has its sizes, errors and scores."""

@@ -20,7 +20,7 @@ def report(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="What eval --json printed of it and others; may be repeated.",
+            help="Output of eval --json for it and others; may be repeated.",
         ),
     ] = None,
     png: Annotated[
@@ -28,16 +28,16 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw an artifact: where its bytes went, errors, spectra, scores, on one page."""
+    """Draw an artifact on one page: where its bytes went, errors, spectra and scores."""
     from deltacome.format.artifact import Artifact
 
     try:
         from deltacome.report import write_report
     except ImportError as error:
         raise DeltaError(
-            f"report: needs what it draws with (pip install 'deltacome[report]'): {error}"
+            f"report: needs its drawing packages (pip install 'deltacome[report]'): {error}"
         ) from error
-    # The cache's folders are called by commits.
+    # Folders in the Hub's cache are named by commit.
     name = None if Path(artifact).is_dir() else artifact
     opened = Artifact.from_pretrained(artifact)
     write_report(opened, output, name=name, scores=scores or [], png=png)

@@ -19,29 +19,30 @@ def serve(
         list[str] | None, typer.Option("--tenant", help="NAME=ARTIFACT; may be repeated.")
     ] = None,
     tenants: Annotated[
-        str | None, typer.Option(help="Where tenants are found by name: a folder, s3://…, hf://…")
+        str | None,
+        typer.Option(help="Where tenants are looked up by name: a folder, s3://…, hf://…"),
     ] = None,
     slots: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tenants in one batch. Default: all that are known, at most 16; at least 4 "
+            help="Tenants in one batch. Default: all known ones, at most 16; at least 4 "
             "with --tenants.",
         ),
     ] = None,
     slot_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Bytes of a slot. Default: the largest tenant's.")
+        int | None, typer.Option(min=0, help="Bytes per slot. Default: the largest tenant's.")
     ] = None,
     lora: Annotated[bool, typer.Option(help="Serve ordinary LoRA adapters too.")] = False,
     port: int = 8000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and exit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve BASE and its tenants with vLLM; what follows -- are arguments of vLLM."""
+    """Serve BASE and its tenants with vLLM; arguments after -- are passed to vLLM."""
     from deltacome.vllm.launch import plan_launch
     from deltacome.vllm.version import check_version
 
-    if not dry_run:  # before all tenants are checked for a server that would not start
+    if not dry_run:  # first: no use checking tenants for a server that would not start
         check_version()
     named = {}
     for text in tenant or []:
@@ -61,7 +62,7 @@ def serve(
         port=port,
         more=context.args,
     )
-    if as_json:  # has the warnings too
+    if as_json:  # includes the warnings
         print(json.dumps(dataclasses.asdict(launch)), flush=True)
     elif dry_run:
         print(launch)

@@ -14,11 +14,11 @@ from deltacome.cli.options import Delta, Json
 def verify(
     artifact: Delta,
     base: Annotated[
-        str | None, typer.Option(help="Check the fingerprints of this base too.")
+        str | None, typer.Option(help="Also check the fingerprints of this base.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of an artifact, and that BASE is the one it was made from."""
+    """Check every byte of an artifact and, with --base, that it was made from that base."""
     from deltacome.format.artifact import Artifact
     from deltacome.runtime.verify import verify as run
 

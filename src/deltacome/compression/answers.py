@@ -1,11 +1,11 @@
 """Where the last answer of a chat begins, in a row of token ids.
 
 An answer is what follows the opening that a chat template writes when it is asked for one:
-`<|im_start|>assistant`, `[/INST]`. Its tokens are taken as they are within a chat, since many tokenizers
-split them otherwise where they stand alone.
+`<|im_start|>assistant`, `[/INST]`. The opening's tokens are taken as they are within a chat, since many
+tokenizers split it differently where it stands alone.
 
-What follows the end of an answer in its row (`<|im_end|>`, a line break, what the model takes to come
-next) counts with it. No fine-tune was trained on that, but it is where the model is unsure of many
+What follows the end of an answer in its row (`<|im_end|>`, a line break, what the model expects next)
+counts with the answer. No fine-tune was trained on that, but it is where the model is unsure of many
 words, and without it a delta of few bytes was farther from the tuned model (DESIGN.md).
 """
 
@@ -25,10 +25,10 @@ First = Callable[[list[int]], int]
 
 
 def answers_from(tuned: Path) -> First:
-    """What tells the first position of a row that predicts the last answer of a chat; 0 elsewhere.
+    """A function from a row to its first position that predicts a chat's last answer; 0 without one.
 
-    Where no answer would be found, in a chat of two turns that the template itself writes, a warning
-    says so: all tokens count alike then, as they do without a template.
+    Warns if it would find no answer in a chat of two turns that the template itself writes; all tokens
+    then count alike, as they do without a template.
 
     Args:
         tuned: folder of the tuned model, for its tokenizer and template.
@@ -46,8 +46,8 @@ def answers_from(tuned: Path) -> First:
 
     if not tokenizer.decode(opening).strip() or not _finds(first, tokenizer):
         warnings.warn(
-            f"{tuned}: where answers begin in a chat of its template cannot be told by tokens: in "
-            "calibration text questions weigh like answers",
+            f"{tuned}: where answers begin in a chat of its template cannot be told from tokens: in "
+            "calibration text questions count as much as answers",
             stacklevel=2,
         )
         return lambda row: 0
@@ -55,8 +55,10 @@ def answers_from(tuned: Path) -> First:
 
 
 def _opening(tokenizer: Any) -> list[int]:
-    """Tokens between a question and what would be its answer, or the last of them that are no part of
-    how a question ends; none where they cannot be told."""
+    """Tokens that a generation prompt adds, or if it adds none, all those between question and answer.
+
+    Empty where they cannot be told.
+    """
     asked, closed = (
         _chat(tokenizer, {"user": _ASKED}, add_generation_prompt=opens) for opens in (True, False)
     )
@@ -81,8 +83,8 @@ def _chat(tokenizer: Any, turns: dict[str, str], **options: Any) -> str:
 
 
 def _between(tokenizer: Any, text: str, start: int, end: int) -> list[int]:
-    """Tokens of a text that lie wholly within two of its characters."""
-    if not tokenizer.is_fast:  # others do not say where a token lies
+    """Tokens of a text that lie wholly between two of its character positions."""
+    if not tokenizer.is_fast:  # slow ones do not say where a token lies
         return []
     said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     pairs = zip(said["input_ids"], said["offset_mapping"], strict=True)

@@ -1,13 +1,14 @@
 """Compresses block after block, then embedding and head.
 
-For each decoder block: linears in the order of their calls, those with one input together; each group
-sees the inputs that the model *compressed so far* gives it (GPTQ's true-sequential order, and section 3.3
-of Delta-CoMe, arXiv 2406.08903), within the block too; hidden states advance once per block.
+Within a decoder block, linears are compressed in the order of their calls, those that share an input
+together. Each group sees the inputs that the model *compressed so far* gives it, earlier groups of the
+same block included (GPTQ's true-sequential order, and section 3.3 of Delta-CoMe, arXiv 2406.08903).
+Hidden states advance once per block.
 
 Embedding and head come last, when the inputs of the head are known; until then hidden states start
 from the tuned embedding. A tied embedding is one matrix with two uses: it is compressed for its use
 as head, against the grams of the last hidden states. An untied input embedding is compressed as if
-its inputs were white, which one-hot rows of equal frequency are.
+its inputs were white, as one-hot rows of equal frequency are.
 
 Each block is a unit of the writer: resuming replays finished blocks from their stored bytes, so the
 hidden states, and with them every later byte, are those of an uninterrupted run.
@@ -44,7 +45,7 @@ from deltacome.skeleton import set_part
 
 
 def compress_units(run: Run, writer: ArtifactWriter, rows: list[Row] | None) -> list[str]:
-    """Every tensor ends up in exactly one unit; returns the units in the order of their bytes."""
+    """Compresses every tensor into exactly one unit; returns the units in the order of their bytes."""
     stream = None
     if rows is not None:
         stream = stream_of(run, rows)
@@ -80,10 +81,10 @@ def compress_units(run: Run, writer: ArtifactWriter, rows: list[Row] | None) -> 
 
 
 def compress_side_by_side(run: Run, writer: ArtifactWriter, workers: int) -> None:
-    """Leaves all units on disk, for `compress_units` to find there."""
+    """Makes all units and leaves them on disk, for `compress_units` to find there."""
     units = {f"unit-{number:05}": names for number, names in enumerate(_units(run).values())}
     todo = {name: names for name, names in units.items() if not writer.has(name)}
-    # Processes get no model: its modules say nothing that matters without inputs.
+    # Processes get no model: without inputs nothing in its modules matters.
     nothing = Layout({}, {}, None, None, frozenset(), frozenset())
     bare = replace(run, model=torch.nn.Module(), layout=nothing, report=_say_nothing)
     done = len(units) - len(todo)
@@ -105,7 +106,7 @@ def _say_nothing(progress: Progress) -> None:
 
 
 def _units(run: Run) -> dict[str, list[str]]:
-    """Names of tensors by block, in the order of their bytes; what is outside of blocks comes last."""
+    """Names of tensors by block, in the order of their bytes; what is outside the blocks comes last."""
     blocks = [*run.layout.blocks, *run.layout.side_blocks]
     names: dict[str, list[str]] = {block: [] for block in blocks} | {"": []}
     for name, target in run.where.items():
@@ -115,7 +116,7 @@ def _units(run: Run) -> dict[str, list[str]]:
 
 
 def _compress_block(run: Run, block: str, names: list[str], stream: Stream | None) -> Unit:
-    """One block: group after group, each against the inputs that reach it.
+    """Compresses one block, group after group, each against the inputs that reach it.
 
     Without a stream, and for experts, whose inputs depend on the router, inputs are taken as white.
     """
@@ -150,9 +151,9 @@ def _compress_block(run: Run, block: str, names: list[str], stream: Stream | Non
 
 
 def _compress_outside(run: Run, names: list[str], stream: Stream | None) -> Unit:
-    """Embedding, head, and what else lies outside of the blocks."""
+    """Compresses embedding, head, and whatever else lies outside the blocks."""
     records, entries = {}, {}
-    # Some models store a head that their configuration ties all the same.
+    # Some models store a head even though their configuration ties it.
     heads = {run.names.get(str(run.layout.head))}
     if run.tied:
         heads.add(run.names.get(str(run.layout.embedding)))
@@ -170,7 +171,7 @@ def _compress_outside(run: Run, names: list[str], stream: Stream | None) -> Unit
 def _compress_group(
     run: Run, names: list[str], gram: Tensor | None
 ) -> tuple[list[Record], dict[str, Tensor]]:
-    """Bands of matrices that share an input, with the error measured on the stored bytes."""
+    """Compresses matrices that share an input; their errors are measured on the stored bytes."""
     deltas = {name: delta_of(run, name) for name in names}
     plans = {name: run.plans[name] for name in names}
     records, entries = [], {}

@@ -1,8 +1,8 @@
 """From a ratio to plans: how many bytes there are for terms, and whether they suffice.
 
 The ratio is a promise about bytes on disk. What cannot shrink (exact rows, headers, the manifest) is
-subtracted first; how the rest is shared among matrices is up to the method (`methods.method`). Sizes
-follow from plans to the byte, so the promise is kept or refused before the first weight is compressed.
+subtracted first; how the rest is shared among matrices is up to the method (`methods.method`). Plans
+determine sizes to the byte, so the promise is kept or refused before the first weight is compressed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deltacome.methods.method import Matrix, Method, Terms
 TOLERANCE = 0.02
 """How far the ratio on disk may be from the one that was asked for."""
 _ERROR = 0.1234
-"""Stands for the errors not yet measured when a manifest's size is computed."""
+"""Stands for errors not yet measured when a manifest's size is computed."""
 
 
 def make_plans(
@@ -54,11 +54,13 @@ def make_plans(
         return plans
     target = manifest.tuned_nbytes() / ratio
     around, plans = _total(manifest, {}), {}
-    for _ in range(3):  # what surrounds the terms hangs on them, by some digits
+    for _ in range(3):  # what surrounds the terms depends on them, by some digits
         plans = planner(target - around)
-        # Never less than before: plans that leave matrices out need less, which the next ones fill.
+        # Never less than before: plans that leave matrices out need less, which the next would fill.
         needed = max(around, _total(manifest, plans) - _terms_nbytes(matrices, plans))
-        if needed == around:  # the same bytes would give the same plans, after hundreds of programs
+        if (
+            needed == around
+        ):  # equal bytes would give equal plans, after solving hundreds of programs
             break
         around = needed
     if _exceeds(manifest, plans, ratio):
@@ -67,7 +69,7 @@ def make_plans(
 
 
 def with_plans(manifest: Manifest, plans: Mapping[str, Terms]) -> Manifest:
-    """The manifest as it will be, errors apart."""
+    """The manifest as it will be, apart from the errors."""
     records = dict(manifest.records)
     for name, plan in plans.items():
         terms = {"plan": plan.bands, "sign_scales": plan.sign_scales}
@@ -113,7 +115,7 @@ def _refusal(
         ("exact tensors", exact_nbytes),
         *((f"  {record.name} {list(record.exact_shape)}", record.nbytes()) for record in exact[:8]),
         ("headers, index, manifest", total - terms - exact_nbytes),
-        (f"{len(matrices)} matrices, the least of each", terms),
+        (f"{len(matrices)} matrices, each at its smallest", terms),
     ]
     lines = [f"  {name:<60} {nbytes:>14,.0f} bytes" for name, nbytes in rows]
     best = manifest.tuned_nbytes() / total

@@ -1,4 +1,4 @@
-"""Which text a run calibrates on, and what is refused of it before anything is done for its rows."""
+"""Which text a run calibrates on, and what of it is refused before any work is done for its rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltacome.skeleton import read_config
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rows of text, as they are asked for."""
+    """The rows of text that are asked for."""
 
     source: str
     """As `calibration_rows` takes it, or `none`."""
@@ -27,13 +27,13 @@ class Calibration:
     seed: int
 
     def options(self) -> dict[str, int]:
-        """What chooses rows of a source; without text it changes nothing."""
+        """The options that choose rows of a source; empty without text, where they change nothing."""
         if self.source == "none":
             return {}
         return {"samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
 
     def identity(self) -> dict[str, Any]:
-        """What a run is known by: a file by its content too.
+        """What identifies the text in a run; for a file, its content too.
 
         Raises:
             CalibrationError: the file cannot be read.
@@ -48,10 +48,10 @@ class Calibration:
 
 
 def calibration_source(method: Method, source: str | None) -> str:
-    """Where rows come from, by default whence the method needs them.
+    """Where rows come from: by default from where the method needs them.
 
     Raises:
-        PlanError: the method's options look at no text, or need some.
+        PlanError: the method's options use no text and some is given, or need text and none is.
         CalibrationError: there is no such file.
     """
     distill, name = bool(method.options().get("distill")), method.options()["name"]
@@ -59,10 +59,10 @@ def calibration_source(method: Method, source: str | None) -> str:
     if source is None:
         return "self" if wants_text else "none"
     if source != "none" and not wants_text:
-        raise PlanError(f"calibration: {name} with these options looks at no text, got {source!r}")
+        raise PlanError(f"calibration: {name} with these options uses no text, got {source!r}")
     if source == "none" and distill:
         raise PlanError(
-            f"calibration: {name} needs text to distil its scalars on, got none: distill 0 goes without"
+            f"calibration: {name} needs text to distil its scalars on, got none: distill 0 needs none"
         )
     if source not in ("self", "none"):
         check_source(source)
@@ -70,7 +70,7 @@ def calibration_source(method: Method, source: str | None) -> str:
 
 
 def check_source(source: str) -> None:
-    """Refuses a file that is not there, or of another kind, before anything is done for its rows.
+    """Refuses a file that is missing or of another kind, before any work is done for its rows.
 
     Raises:
         CalibrationError: names it.
@@ -81,7 +81,7 @@ def check_source(source: str) -> None:
 
 
 def check_length(seq_len: int, tuned: Path) -> None:
-    """Refuses rows that are longer than a model has positions for, where its configuration says.
+    """Refuses rows longer than a model has positions, where its configuration says how many.
 
     Raises:
         CalibrationError: says how many there are.
@@ -94,5 +94,5 @@ def check_length(seq_len: int, tuned: Path) -> None:
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has, where its configuration says."""
+    """How many positions a model has, or None where its configuration does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""What a finished artifact's model says to a few tokens, for those who load it to compare."""
+"""What a finished artifact's model says to a few tokens, for comparison by those who load it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from deltacome.skeleton import is_causal
 
 
 def make_canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | None:
-    """What the finished artifact's model says to a few tokens: every block is read once more.
+    """Records what the finished artifact's model says to a few tokens, reading every block once more.
 
-    The pass that compresses cannot tell, as it begins with the tuned embedding. None, with a warning,
-    for a model that cannot be run block by block.
+    The pass that compresses cannot do this, as it begins with the tuned embedding. Returns None, with a
+    warning, for a model that cannot be run block by block.
     """
     layout, outside = run.layout, {}
     for unit in (writer.load(name) for name in names[len(run.layout.blocks) :]):
@@ -28,7 +28,9 @@ def make_canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | 
 
     def read(parameter: str) -> Tensor:
         if (stored := run.names.get(parameter)) not in outside:
-            raise UnsupportedError(f"{parameter}: no tensor of the checkpoint is all of it")
+            raise UnsupportedError(
+                f"{parameter}: no single tensor of the checkpoint holds all of it"
+            )
         record, entries = outside[stored]
         value = restored(run, record, entries)
         if stored not in run.plans or record.exact_rows is None:
@@ -38,7 +40,7 @@ def make_canary(run: Run, writer: ArtifactWriter, names: list[str]) -> Canary | 
 
     try:
         if not is_causal(run.model) or layout.embedding is None or layout.head is None:
-            raise UnsupportedError(f"{type(run.model).__name__} is no causal language model")
+            raise UnsupportedError(f"{type(run.model).__name__} is not a causal language model")
         embedding = run.records[run.names[layout.embedding]]
         ids = canary_ids(min(embedding.shape[0], (embedding.base_shape or embedding.shape)[0]))
         stream = Stream(*(run.model, layout, read, [Row(ids)]), device=run.device, dtype=run.dtype)

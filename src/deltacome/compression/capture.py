@@ -2,7 +2,7 @@
 
 The model exists as a skeleton whose weights are on the meta device. To learn what each block is
 called with (masks, rotary tables, whatever the family passes), the model's own forward runs once per
-batch with blocks that only write down their arguments and hand the hidden states on. Those arguments
+batch with blocks that only record their arguments and pass the hidden states on. Those arguments
 depend on positions and not on values, so blocks can then be run one after another over all batches:
 no family needs code here. A model that does something to hidden states between its blocks is refused.
 
@@ -36,7 +36,7 @@ class _Stop(Exception):
 
 
 class _Taken(Exception):
-    """A model indexed what a block returned, so what stands in for it must return a tuple."""
+    """A model indexed what a block returned, so a stand-in for the block must return a tuple."""
 
 
 def drop_weights(module: nn.Module) -> None:
@@ -53,10 +53,10 @@ class Batch:
 
     ids: Tensor  # (B, L) int64
     valid: Tensor  # (B, L) bool, False at padding
-    words: Tensor  # (B, L) bool, where the embedding's row enters: valid, and no part of a picture
+    words: Tensor  # (B, L) bool, where the embedding's row enters: valid, and not part of a picture
     seen: dict[str, Tensor]  # the model's other inputs: pictures
     hidden: Tensor  # (B, L, H), output of the blocks so far
-    calls: list[tuple[tuple, dict[str, Any]]]  # of each block: its other arguments
+    calls: list[tuple[tuple, dict[str, Any]]]  # each block's other arguments
 
 
 class Stream:
@@ -64,9 +64,9 @@ class Stream:
 
     Args:
         model: a skeleton.
-        layout: of the skeleton.
-        read: gives the weights outside of blocks (embedding, norms) by name.
-        rows: of calibration.
+        layout: the skeleton's.
+        read: gives the weights outside the blocks (embedding, norms) by name.
+        rows: calibration rows.
 
     Raises:
         CalibrationError: there are no rows.
@@ -108,14 +108,14 @@ class Stream:
         return sum(int(batch.valid.sum()) for batch in self.batches)
 
     def groups(self, name: str) -> list[list[str]]:
-        """Linears of a block in the order of their calls, those with one input together."""
+        """Linears of a block in the order of their calls, those that share an input together."""
         block = self.layout.blocks[name]
         batch = self.batches[0]
         with torch.no_grad():
             return shared_inputs(linears_of(name, block), lambda: self.run(name, batch))
 
     def gram(self, name: str, linear: str) -> Tensor:
-        """Gram of the inputs that reach a linear of a block, with the weights that are loaded."""
+        """Gram of the inputs that reach a linear of a block, under the weights now loaded."""
         module = self.model.get_submodule(linear)
         return self._gram(linear, module, inputs_of(module), lambda batch: self.run(name, batch))
 
@@ -165,7 +165,7 @@ class Stream:
         return model_inputs(ids, seen, self.device, self.dtype)
 
     def _words(self, ids: Tensor) -> Tensor:
-        """Which tokens are no part of a picture."""
+        """Which tokens are not part of a picture."""
         token = picture_token(self.model)
         if token is None:
             raise UnsupportedError(
@@ -193,11 +193,11 @@ class Stream:
     def _record_calls(
         self, inputs: dict[str, Any]
     ) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
-        """Hidden states at the first block, and the other arguments of each.
+        """Hidden states at the first block, and the other arguments of each block.
 
         Raises:
             UnsupportedError: blocks do not run once each, or a block does not get what the one before it
-                gave.
+                returned.
         """
         calls: list[tuple[tuple, dict[str, Any]]] = []
         first: list[Tensor] = []
@@ -207,11 +207,11 @@ class Stream:
                 raise _Taken
             if first and not torch.equal(hidden, first[0]):
                 raise UnsupportedError(
-                    f"{type(self.model).__name__}: changes hidden states between its blocks, before that "
-                    f"of index {len(calls)}, so that they cannot be run one by one"
+                    f"{type(self.model).__name__}: changes hidden states between its blocks, before the "
+                    f"one of index {len(calls)}, so they cannot be run one by one"
                 )
             if not first:
-                first.append(hidden.clone())  # of which the model may change its own in place
+                first.append(hidden.clone())  # a copy, as the model may change its own in place
             calls.append((args, kwargs))
             return self._returned(hidden)
 
@@ -238,7 +238,7 @@ class Stream:
 
     @contextmanager
     def _patched(self, forwards: Mapping[str, Callable]) -> Iterator[None]:
-        """Blocks with another forward; attributes that the model reads off a block stay."""
+        """Gives blocks another forward; the attributes that the model reads from a block stay."""
         for name, forward in forwards.items():
             self.layout.blocks[name].forward = forward
         try:
@@ -249,7 +249,7 @@ class Stream:
 
     @contextmanager
     def outside_weights(self, head: str | None = None) -> Iterator[None]:
-        """Loads everything outside of blocks, the head only where the tensor that it uses is named."""
+        """Loads all weights outside the blocks, the head only if the tensor that it uses is named."""
         inside = tuple(f"{name}." for name in self.layout.blocks)
         # Deduplicated names show a tied head under the embedding's name, which is what is wanted.
         names = {

@@ -10,19 +10,19 @@ from deltacome.format.artifact import TUNED_CONFIG_FILE
 from deltacome.format.manifest import CARRIED_NAME
 
 TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
-"""Side files without any of which there is no tokenizer."""
+"""Side files: without any of these there is no tokenizer."""
 
 
 def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
-    """Content of the tuned model's side files, those that equal the base's left out.
+    """Content of the tuned model's side files, except those that equal the base's.
 
-    The tuned `config.json` is always carried, under a name that no loader takes for a model.
+    The tuned `config.json` is always carried, under a name that no loader mistakes for a model.
     """
     files = {TUNED_CONFIG_FILE: (tuned / "config.json").read_bytes()}
     for pattern in SIDE_FILES:
         for file in sorted(file for file in tuned.glob(pattern) if file.is_file()):
             if not CARRIED_NAME.fullmatch(file.name):
-                continue  # code, say: an artifact holds data
+                continue  # code, for example: an artifact holds data alone
             content = file.read_bytes()
             twin = base / file.name
             if not (twin.is_file() and twin.read_bytes() == content):
@@ -33,8 +33,8 @@ def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
 def dropped_files(base: Path, tuned: Path) -> tuple[str, ...]:
     """Names of the base's side files that the tuned model lacks.
 
-    A template in the base's folder would else win over the one in the tuned `tokenizer_config.json`.
-    Of a model that was saved without a tokenizer the base's is meant, with all that goes with it.
+    Otherwise a template in the base's folder would win over the one in the tuned `tokenizer_config.json`.
+    A model that was saved without a tokenizer is taken to use the base's, with all that goes with it.
     """
     lacking = _names(base, SIDE_FILES) - _names(tuned, SIDE_FILES)
     if lacking & _names(base, TOKENIZER) and not _names(tuned, TOKENIZER):

@@ -1,6 +1,6 @@
-"""Chats as ShareGPT and LLaVA have them, as the messages of a chat template.
+"""Turns chats in the format of ShareGPT and LLaVA into the messages of a chat template.
 
-A turn there is `{"from": "human", "value": "…"}`; where a picture enters, its text says `<image>`.
+A turn in it is `{"from": "human", "value": "…"}`; where a picture enters, its text says `<image>`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from deltacome.errors import CalibrationError
 from deltacome.pictures import given_in
 
 ROLES = {"human": "user", "gpt": "assistant"}
-"""Those that are called otherwise in templates."""
+"""Roles that have another name in templates."""
 MARK = re.compile(r"\s*<image>\s*")
 
 
 def as_messages(item: dict[str, Any], where: str) -> dict[str, Any]:
-    """An object of a data set whose `conversations` are `messages`; any other stays as it is.
+    """An object of a data set with its `conversations` as `messages`; any other is returned as it is.
 
     Raises:
-        CalibrationError: a turn says neither who speaks nor what.
+        CalibrationError: a turn lacks who speaks or what is said.
     """
     turns = item.get("conversations")
     if "messages" in item or not isinstance(turns, list):

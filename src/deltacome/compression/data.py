@@ -28,7 +28,7 @@ def calibration_rows(
     device: str = "cpu",
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """Rows of token ids, no more and no longer ones than are asked for.
+    """Rows of token ids, no more and no longer than asked for.
 
     Args:
         asked: its source is `self` (`written`); a `.txt` file (cut into rows); a `.jsonl` file with an
@@ -36,11 +36,11 @@ def calibration_rows(
             with pictures too (`pictures`); or a data set on the Hub with such columns (needs the
             `datasets` package).
         tuned: folder of the tuned model, for its tokenizer, template and (`self`) weights.
-        on_step: called with steps done and in all while the model writes.
+        on_step: called with the steps done and their total while the model writes.
 
     Raises:
         CalibrationError: the source is missing, malformed or empty, or a chat with pictures is longer
-            than a row: they cannot be cut.
+            than a row and cannot be cut.
         PictureError: a picture is missing or belongs nowhere, or no processor takes it.
     """
     tokenizer = load_tokenizer(tuned, refused=CalibrationError)
@@ -102,7 +102,7 @@ def _text_of(item: Any, tokenizer: Any, where: str, folder: Path) -> Text | Seen
         return _chat(tokenizer, item["messages"], where)
     if isinstance(item, dict) and {"prompt", "answer"} <= item.keys():
         for key in ("prompt", "answer"):
-            if not isinstance(item[key], str | int | float):  # null would be the word None
+            if not isinstance(item[key], str | int | float):  # null would become the word None
                 raise CalibrationError(f"{where}: expected a text as {key}, got {item[key]!r:.80}")
         turns = [("user", str(item["prompt"])), ("assistant", str(item["answer"]))]
         if not tokenizer.chat_template:
@@ -140,12 +140,12 @@ def _read_hub(source: str, tokenizer: Any, items: int) -> list[Text | Seen]:
 
 
 def _cut(texts: list[Text | Seen], tokenizer: Any, asked: Calibration) -> list[Row | Seen]:
-    """Texts into rows of at most `seq_len` tokens, of which `samples` are drawn.
+    """Cuts texts into rows of at most `seq_len` tokens, and draws `samples` of these.
 
     Chats with pictures stay whole.
 
-    What cutting leaves over of a text is dropped where it is short: a row counts like any other, and a
-    few tokens without what came before them say little.
+    A short remainder of a text is dropped: it would count like any other row, and a few tokens without
+    what came before them say little.
     """
     seq_len = asked.seq_len
     rows: list[Row | Seen] = []

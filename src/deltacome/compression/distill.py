@@ -1,18 +1,18 @@
-"""Distils a few scalars of packed terms against the tuned model's logits, and nothing but them.
+"""Distils a few scalars of packed terms, and nothing else, against the tuned model's logits.
 
-BitDelta (arXiv 2402.10193, section 3.1): with base and signs frozen, the scales are what minimises the
-squared distance of the logits to those of the tuned model on a little text (equation 4). There are a
-few hundred numbers to find, so a short run of Adam over some hundred rows does.
+BitDelta (arXiv 2402.10193, section 3.1): with base and signs frozen, the scales are those that minimise
+the squared distance of the logits to those of the tuned model on a little text (equation 4). There are a
+few hundred numbers to find, so a short run of Adam over some hundred rows is enough.
 
 Ours: the same for bands, whose scalars are the singular values. What is cut off at 1/64 of the bytes is
 cut off in every layer, and no layer's own error tells how these losses add up in the answer. A few
-thousand scalars are enough to make up for much of that, and too few to learn the text by heart.
+thousand scalars are enough to make up for much of that, and too few to memorise the text.
 
-A scalar is trained by its logarithm: those of one model differ by orders of magnitude, and one rate
-then suits all, where the paper's rate of 1e-4 is for scales of about that size.
+Scalars are trained through their logarithms: those of one model differ by orders of magnitude, and this
+way one rate suits all, where the paper's rate of 1e-4 is for scales of about that size.
 
-Only tokens that count reach the head, the dearest layer of a small model; and the tuned model's hidden
-states there are kept, so that each row runs through its blocks once however often it is drawn.
+Only tokens that count reach the head, the most expensive layer of a small model. The tuned model's hidden
+states there are kept, so that each row runs through its blocks once, however often it is drawn.
 
 Legend: O out, I in, R directions, B rows, L positions, T tokens that count, H hidden size, V vocabulary.
 """
@@ -36,10 +36,10 @@ from deltacome.format.codec import BandTensors, Packed, SignTensors
 from deltacome.rows import Row, alike, collate, model_inputs, row_shares
 
 SLOTS = 1024
-"""Rows times the longest of them in one pass; what a step draws runs in as many as that takes."""
+"""At most this many rows times the longest of them in one pass; a step takes as many passes as needed."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Logits that are had and wanted, (T, V) each → what each token costs, (T,)."""
+"""Logits obtained and logits wanted, (T, V) each → what each token costs, (T,)."""
 
 
 def squared_distance(got_TV: Tensor, wanted_TV: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def squared_distance(got_TV: Tensor, wanted_TV: Tensor) -> Tensor:
 
 
 def divergence(got_TV: Tensor, wanted_TV: Tensor) -> Tensor:
-    """KL from the tuned model's answers to those that are had, in nats."""
+    """KL from the tuned model's answers to those obtained, in nats."""
     got_TV, wanted_TV = got_TV.log_softmax(-1), wanted_TV.log_softmax(-1)
     return nn.functional.kl_div(got_TV, wanted_TV, reduction="none", log_target=True).sum(1)
 
@@ -59,7 +59,7 @@ class Trained:
 
     packed: Packed
     base: Callable[[], Tensor]
-    """Reads what the base has of it, (O, I): the rows that the terms cover."""
+    """Reads the base's rows of it that the terms cover, (O, I)."""
     transposed: bool = False
     """Whether the model holds it as (I, O)."""
 
@@ -79,20 +79,23 @@ def distill(
     device: str = "cpu",
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Packed]:
-    """Terms with the scalars that bring base and delta closest to the tuned model's logits.
+    """Finds the scalars that bring base and delta closest to the tuned model's logits.
 
-    Holds the tuned model, the base's matrices and what they are with the delta, and the latter's
-    gradients at once: four times the tuned model. A hidden state for each token that counts comes on top.
+    Holds the tuned model, the base's matrices, these with the delta added, and the gradients of the
+    latter at once: four times the tuned model. A hidden state for each token that counts comes on top.
 
     Args:
-        load: the tuned model, which is called with token ids and answers with logits.
+        load: loads the tuned model, which is called with token ids and returns logits.
         terms: by the name of a parameter, with the scalars to start from.
-        rows: of calibration.
+        rows: calibration rows.
         loss: of logits at the positions that count; rows weigh alike, however long they are.
-        rate: of Adam; it falls linearly to 0.
+        rate: learning rate of Adam; it falls linearly to 0.
         batch: rows of a step, in an order that the seed draws.
-        steps: of Adam.
-        first: the position of a row from which on its predictions count.
+        steps: steps of Adam.
+        first: gives the position of a row from which on its predictions count.
+
+    Returns:
+        All terms, with the scalars that were found.
 
     Raises:
         CheckpointError: the tuned model lacks a parameter.
@@ -101,7 +104,7 @@ def distill(
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     if strange := sorted(terms.keys() - everywhere.keys()):
         raise CheckpointError(f"{type(model).__name__} has no parameter {strange[0]}")
-    # Tied weights are one, found under the first of its names that has a term.
+    # Tied weights are one weight, found under the first of its names that has a term.
     firsts = {id(everywhere[name]): name for name in reversed(everywhere) if name in terms}
     weights = {name: _Weight(everywhere[name], terms[name]) for name in firsts.values()}
     optimizer = torch.optim.Adam([w.logs for w in weights.values()], lr=rate, betas=(0.9, 0.95))
@@ -136,7 +139,7 @@ def distill(
 
 
 class _Weight:
-    """A weight as a function of the logarithms of what its scalars are multiplied by."""
+    """A weight as a function of the logarithms of the factors on its scalars."""
 
     def __init__(self, whole: Tensor, term: Trained) -> None:
         self._term, packed = term, term.packed
@@ -174,7 +177,7 @@ class _Weight:
 def _of_bands(
     bands: Sequence[BandTensors], device: torch.device
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Singular values, and the delta that they make."""
+    """Singular values, and a function from them to the delta."""
     u_RO, v_RI, s_R = (
         torch.cat(parts).to(device)
         for parts in zip(
@@ -187,13 +190,13 @@ def _of_bands(
 def _of_signs(
     signs: SignTensors, device: torch.device
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Scales, and the delta that they make."""
+    """Scales, and a function from them to the delta."""
     signs_OI = replace(signs, scale=torch.ones(1)).dense().to(device)
     return signs.scale.to(device), lambda scale: scale[:, None] * signs_OI
 
 
 def _inputs(model: Any, rows: Sequence[Row], first: First) -> tuple[dict[str, Any], Tensor]:
-    """What a model is called with for some rows, and whether what is predicted there counts, (B, L)."""
+    """What a model is called with for some rows, and which positions' predictions count, (B, L)."""
     ids_BL, counts_BL, seen = collate(rows)
     for counts_L, row in zip(counts_BL, rows, strict=True):
         counts_L[: first(row.ids)] = False
@@ -201,7 +204,7 @@ def _inputs(model: Any, rows: Sequence[Row], first: First) -> tuple[dict[str, An
 
 
 class _Tuned:
-    """What the tuned model says, of which the hidden states that its head is given are kept."""
+    """The tuned model's logits; the hidden states that its head is given are kept."""
 
     def __init__(self, model: Any, first: First) -> None:
         self._model, self._first = model, first
@@ -210,7 +213,7 @@ class _Tuned:
 
     @torch.no_grad()
     def logits(self, rows: list[Row]) -> Tensor:
-        """Of the tokens that count of some rows, (T, V) float32."""
+        """Logits for those tokens of some rows that count, (T, V) float32."""
         new = [row for row in rows if row not in self._kept]
         if new:
             inputs, counts_BL = _inputs(self._model, new, self._first)
@@ -226,7 +229,7 @@ class _Tuned:
 
 @contextmanager
 def _picking(model: Any, counts_BL: Tensor) -> Iterator[None]:
-    """The head answers for the tokens that count alone, as if they were one row."""
+    """Makes the head answer only for the tokens that count, as if they were one row."""
     blocks = model.base_model.forward
 
     def pick(*args: Any, **kwargs: Any) -> Any:
@@ -240,7 +243,7 @@ def _picking(model: Any, counts_BL: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _instead_of_blocks(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """All that a model does before its head is done by another forward."""
+    """Replaces all that a model does before its head by another forward."""
     model.base_model.forward = forward
     try:
         yield

@@ -1,12 +1,12 @@
-"""What a compression will need and give, before anything runs.
+"""What a compression will need and produce, before anything runs.
 
 Sizes follow from shapes to the byte, as they do in the run itself. Shapes come from the headers of
-weight files, or from a configuration alone: a repository on the Hub costs its JSON files. Whether a
-tensor equals the base's is not known without reading both; here every tensor counts as changed.
+weight files, or from a configuration alone: of a repository on the Hub only JSON files are fetched.
+Whether a tensor equals the base's is not known without reading both; here every tensor counts as changed.
 
-Memory is a sum of what is alive at once, checked by `benchmarks/scale.py`. Time is that of a probe, one
+Memory is the sum of what is alive at once, checked by `benchmarks/scale.py`. Time is that of a probe, one
 matrix of a few thousand rows compressed now, on this machine and under its load, scaled by the arithmetic
-of each shape. How far off it was is measured too (`docs/results/scale.md`): by a factor of about two.
+of each shape. How far off it was has been measured too (`docs/results/scale.md`): a factor of about two.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RATIOS = (8.0, 16.0, 32.0, 64.0)
 PROBE = 2048
 """Rows and columns of the matrix that is compressed to measure this machine."""
 PASSES = 3.2
-"""Forward passes of a block that its grams and its output take together."""
+"""Forward passes of a block that computing its grams and its output takes in all."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Exact:
-    """Tensors that will be stored as they are, for one reason."""
+    """Tensors that will be stored exactly, for one reason."""
 
     why: str
     count: int
@@ -64,7 +64,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Forecast:
-    """All of it; bytes and seconds."""
+    """The whole forecast, in bytes and seconds."""
 
     tensors: int
     matrices: int
@@ -74,7 +74,7 @@ class Forecast:
     sizes: list[Size]
     exact: list[Exact]
     calibration: str | None
-    """None: calibrating is not possible, or was not asked for."""
+    """None: calibration is not possible, or was not asked for."""
     memory: dict[str, int]
     """Peak of the process in each phase."""
     disk: int
@@ -98,11 +98,11 @@ def forecast(
     Args:
         base: checkpoint folder, a folder with a configuration alone, or a repository on the Hub.
         tuned: likewise.
-        ratios: to be costed; memory, disk and time are those of the first.
+        ratios: those to forecast; memory, disk and time are for the first.
         calibration: as `compress` takes it.
         samples: rows of calibration text.
         seq_len: tokens of a row.
-        probe: whether to measure this machine, for the time.
+        probe: whether to measure this machine, to forecast the time.
 
     Raises:
         CheckpointError: a configuration or header cannot be read.
@@ -131,7 +131,7 @@ def forecast(
     for pair in found.pairs:
         target = where[pair.name]
         record = account(pair, there.tensors[pair.name].dtype, layout, target, same=False)
-        if record.base_name is not None:  # with fingerprints, as a manifest counts too
+        if record.base_name is not None:  # with fingerprints, as the manifest's bytes count too
             record = replace(record, base_sample="0" * 16, base_digest="0" * 32)
         records[pair.name] = record
         if packable(record, layout, target):
@@ -153,7 +153,7 @@ def forecast(
         exact=_exact(records, layout, where),
         calibration=calibration if calibration != "none" else None,
         memory=_memory(records, matrices, inside, tokens, calibration),
-        # Units and the artifact made of them are there together; with calibration there are its rows.
+        # Units and the artifact made of them exist together; with calibration, so do its rows.
         disk=2 * (sizes[0].nbytes or math.ceil(manifest.tuned_nbytes() / largest)),
         seconds=_seconds(records, matrices, inside, tokens, ratios[0]) if probe else {},
     )
@@ -169,7 +169,7 @@ def _no_delta() -> Tensor:
 def _sizes(
     manifest: Manifest, matrices: dict[str, Matrix], ratios: tuple[float, ...]
 ) -> tuple[list[Size], float]:
-    """What each ratio means, and about the largest that can be met."""
+    """What each ratio means in bytes, and roughly the largest that can be met."""
 
     def met(ratio: float) -> bool:
         try:
@@ -205,7 +205,7 @@ def _exact(records: dict[str, Record], layout: Layout, where: Mapping[str, Targe
         elif len(record.shape) > 2:
             why = "more than two dimensions"
         else:
-            why = "a matrix that is no linear's nor embedding's weight"
+            why = "a matrix that is not the weight of a linear or an embedding"
         counts[why] += 1
         nbytes[why] += record.nbytes()
         first.setdefault(why, name)
@@ -230,7 +230,7 @@ def _memory(
     tokens: int,
     calibration: str,
 ) -> dict[str, int]:
-    """Peaks, with what the process holds now (libraries above all)."""
+    """Peaks, including what the process holds now (mostly libraries)."""
     now = psutil.Process().memory_info().rss
     entries = {name: math.prod(record.shape) for name, record in records.items()}
     size = {name: DTYPES[record.dtype].itemsize for name, record in records.items()}
@@ -250,8 +250,11 @@ def _memory(
 
 
 def _working(shape: tuple[int, int]) -> int:
-    """Bytes alive while one matrix is compressed: the delta, its scaled copy and product in float32, the
-    smaller gram with its eigenvectors and LAPACK's workspace, factors and their codes."""
+    """Bytes alive while one matrix is compressed.
+
+    Counts the delta, its scaled copy and product in float32, the smaller gram with its eigenvectors and
+    LAPACK's workspace, factors and their codes.
+    """
     out_size, in_size = shape
     smaller = min(shape)
     return 4 * (4 * out_size * in_size + 6 * smaller**2) + 6 * (smaller // 4) * sum(shape)
@@ -293,13 +296,13 @@ class Rates:
     survey: float
     """Bytes checked and fingerprinted."""
     compress: float
-    """Of `arithmetic`."""
+    """Operations, as `arithmetic` counts them."""
     multiply: float
     """Floating-point operations of a product in float32."""
 
 
 def measure(side: int, ratio: float = 16.0) -> Rates:
-    """Compresses one matrix (side, side) and does what a survey does, with the clock on."""
+    """Times compressing one matrix (side, side), what a survey does with it, and a product."""
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(side, 64, generator=generator) * torch.arange(1, 65).pow(-0.7)
     delta = left @ torch.randn(64, side, generator=generator)
@@ -321,8 +324,11 @@ def measure(side: int, ratio: float = 16.0) -> Rates:
 
 
 def arithmetic(shape: tuple[int, int], ratio: float) -> float:
-    """Operations of compressing a matrix without calibration, up to a factor: the gram of its smaller
-    side, its eigenvectors, the long vectors and their orthogonalisation, the product that is measured."""
+    """Operations of compressing a matrix without calibration, up to a factor.
+
+    Counts the gram of its smaller side, its eigenvectors, the long vectors and their orthogonalisation,
+    and the product whose error is measured.
+    """
     smaller, longer = min(shape), max(shape)
     rank = min(smaller, 16 / ratio * smaller / 3)
     own = 2 * longer * smaller**2 + 9 * smaller**3

@@ -1,7 +1,7 @@
 """Compresses a tuned model against its base.
 
 Order of work: survey both checkpoints, plan every byte (`planning`), compress block by block (`blocks`),
-fit scalars where the method wants that (`polish`), record the canary, write.
+fit scalars if the method asks for it (`polish`), record the canary, write.
 """
 
 from __future__ import annotations
@@ -69,29 +69,29 @@ def compress(
         output: folder of the artifact; must not exist.
         method: Delta-CoMe with triple precision by default.
         ratio: bytes of the tuned weights at 16 bit ÷ bytes of the artifact on disk, met within 2 %;
-            None for what the method's options give, where they leave no choice. `auto` is 16, 12 of
+            None for what the method's options give, where they leave no choice. `auto` is 16, 12 for
             `Residual`, and None where there is no choice (`Method.default_ratio`).
         calibration: `self`, `none`, a .txt or .jsonl file, or a data set on the Hub. By default
             `self` if the method looks at inputs, else `none`.
         samples: rows of calibration text.
         seq_len: tokens of a row.
-        seed: of these rows.
-        device: `auto`, `cpu`, `cuda`…; one that has float64, in which grams are factored.
+        seed: for these rows.
+        device: `auto`, `cpu`, `cuda`…; it must have float64, in which grams are factored.
         dtype: of the calibration passes; `auto` is float32 on CPU and bfloat16 elsewhere.
         resume: continue an interrupted run; the result has the same bytes.
         workers: processes that compress blocks side by side; more than one only without calibration,
-            where blocks are independent. On several GPUs (`cuda`) each has one in turn. They are spawned:
-            a script needs its `if __name__ == "__main__"`.
-        sweeps: folder where the sweep of `adaptive`, which no ratio changes, is kept for other runs with
-            this text; it takes as much room as `Adaptive.diagonal` says, and so does what a run that is
-            killed while it sweeps leaves there.
-        progress: called as the work goes on.
+            where blocks are independent. With several GPUs (`cuda`) they are assigned in turn. They are
+            spawned, so a script needs its `if __name__ == "__main__"`.
+        sweeps: folder where the sweep of `adaptive`, which does not depend on the ratio, is kept for
+            other runs with this text. It takes as much room as `Adaptive.diagonal` says, and so does what
+            a run killed during its sweep leaves there.
+        progress: called as the work proceeds.
 
     Returns:
         The artifact, opened.
 
     Raises:
-        DeltaError: bad input, refused before or without leaving an artifact (see `errors`).
+        DeltaError: bad input, refused without leaving an artifact (see `errors`).
     """
     method = method or DeltaCome()
     if isinstance(method, type) or not hasattr(method, "default_ratio"):
@@ -122,7 +122,7 @@ def compress(
     try:
         run = _prepare(before, after, method, text, device, compute, progress)
         path = _compress(run, writer, ratio, sweep_folder, threads, workers)
-    except Exception:  # a fault too, but no interrupt, which is there to be continued
+    except Exception:  # a bug too, but not an interrupt, after which the run can be resumed
         _forget_if_empty(writer.partial)
         raise
     finally:
@@ -139,15 +139,15 @@ def _compress(
     threads: int,
     workers: int,
 ) -> Path:
-    """From plans to the folder of the artifact."""
+    """Plans, compresses and writes; returns the folder of the artifact."""
     if run.calibration.source != "none":
         _check_streamed(run)
     carried = carried_files(run.base.path, run.tuned.path)
-    carried[CANARY_FILE] = Canary.unknown().to_json()  # as long as the one to come
+    carried[CANARY_FILE] = Canary.unknown().to_json()  # of the same size as the one to come
     manifest = _manifest(run, carried, threads)
     run.plans.update(plan_terms(run, writer, manifest, ratio, sweep_folder))
     rows = kept_rows(run, writer)
-    if rows is not None:  # no more than were asked for, with whose digits bytes were counted
+    if rows is not None:  # no more than asked for, the number that the byte count assumed
         manifest.provenance["calibration"]["samples"] = len(rows)
     # What a sweep has measured already is not measured again block by block.
     streams = run.method.calibrates and run.weights is None
@@ -172,7 +172,7 @@ def check_options(
     workers: int,
     sweeps: str | Path | None,
 ) -> tuple[str, str, torch.dtype]:
-    """What `compress` refuses whatever the models are; else source of text, device, type of passes.
+    """Checks what needs no models in `compress`; returns source of text, device and dtype of passes.
 
     Raises:
         DeltaError: names the option.
@@ -180,25 +180,28 @@ def check_options(
     device = pick_device(device, doubles=True)
     source = calibration_source(method, None if calibration is None else str(calibration))
     compute = _pick_dtype(dtype, device)
-    if workers < 1 or (workers > 1 and source != "none"):
+    if workers < 1:
+        raise PlanError(f"workers: expected at least 1, got {workers}")
+    if workers > 1 and source != "none":
         raise PlanError(
             f"workers: blocks are independent only without calibration, got {workers} workers and "
             f"calibration {source}"
         )
     if sweeps is not None and not (isinstance(method, Adaptive) and source != "none"):
-        raise PlanError(f"sweeps: expected adaptive and text, got {method.options()['name']}")
+        name = method.options()["name"]
+        raise PlanError(f"sweeps: expected adaptive and text, got {name} and calibration {source}")
     return source, device, compute
 
 
 def _sweep_name(method: Method, identity: dict[str, Any]) -> str:
-    """A name that says all that a sweep depends on; `plan_terms` adds the rows themselves."""
-    assert isinstance(method, Adaptive)  # no other has one (`check_options`)
+    """A name that identifies all that a sweep depends on; `plan_terms` adds the rows themselves."""
+    assert isinstance(method, Adaptive)  # no other method has a sweep (`check_options`)
     of_sweep = identity | {"method": method.diagonal, "ratio": None}
     return hashlib.sha256(json.dumps(of_sweep).encode()).hexdigest()[:16]
 
 
 def _forget_if_empty(partial: Path) -> None:
-    """A run that is refused before anything was finished leaves nothing that could be resumed."""
+    """Removes the folder of a run that failed before anything was finished: nothing could be resumed."""
     if {file.name for file in partial.iterdir()} <= {RUN_FILE, PLANS_FILE, "lock"}:
         shutil.rmtree(partial)
 
@@ -236,7 +239,7 @@ def _prepare(
 
 
 def _check_streamed(run: Run) -> None:
-    """Refuses calibration where passes block by block would not be those of the model.
+    """Refuses calibration where block-by-block passes would not be those of the model.
 
     Raises:
         UnsupportedError: says what the model is and how to go on.
@@ -250,14 +253,14 @@ def _check_streamed(run: Run) -> None:
     if not is_causal(run.model):
         raise UnsupportedError(
             f"{type(run.model).__name__}: calibration runs through the blocks of a causal language "
-            "model, one after another, and this is none: compress it with calibration none"
+            "model, one after another, and this is not one: compress it with calibration none"
         )
     if isinstance(run.method, Adaptive):
         refuse_unreached(_without_inputs(run))  # before text is written and a sweep is run
 
 
 def _manifest(run: Run, carried: dict[str, bytes], threads: int) -> Manifest:
-    # A place on this machine is nobody's concern; a data set of the Hub is known by its whole name.
+    # A path on this machine is nobody's concern; a data set on the Hub is known by its full name.
     text, file = run.calibration, Path(run.calibration.source)
     said: dict[str, Any] = {"source": file.name if file.exists() else text.source, **text.options()}
     if text.source != "none" and (unreached := _without_inputs(run)):
@@ -274,15 +277,15 @@ def _manifest(run: Run, carried: dict[str, bytes], threads: int) -> Manifest:
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that bytes hang on."""
-    # Not by name: what the package offers would count as imported here.
+    """Versions of the packages that the bytes depend on."""
+    # Not by an import statement: all that the package offers would count as imported here.
     ours = importlib.import_module("deltacome").__version__
     others = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {"deltacome": ours} | others
 
 
 def _without_inputs(run: Run) -> list[str]:
-    """Matrices that calibration does not reach: experts, and what no text passes."""
+    """Matrices that calibration does not reach: experts, and what no text passes through."""
     inside = tuple(f"{name}." for name in run.layout.blocks)
     ends = {run.names.get(str(name)) for name in (run.layout.embedding, run.layout.head)}
     return [

@@ -1,6 +1,6 @@
 """From calibration text and a ratio to plans for all matrices.
 
-Both are kept beside the units, so that a resumed run goes by what the interrupted one went by.
+Text and plans are kept beside the units, so that a resumed run uses what the interrupted one used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from deltacome.skeleton import picture_token
 
 PLANS_FILE = "plans.json"
 SWEEP_TOKENS = 1024
-"""Tokens of a batch whose logits are held at once, with what is differentiated of them."""
+"""Tokens of a batch, whose logits and all that is differentiated of them are held at once."""
 
 
 def plan_terms(
@@ -52,7 +52,7 @@ def plan_terms(
     ratio: float | None,
     sweep_folder: Path | None,
 ) -> dict[str, Terms]:
-    """Plans, kept beside the units: a resumed run need not measure what they were made from."""
+    """Plans, kept beside the units: a resumed run need not measure again what they were made from."""
     file = writer.partial / PLANS_FILE
     method = run.method
     if isinstance(method, Adaptive) and not file.exists():
@@ -84,12 +84,12 @@ def plan_terms(
 
 
 def _check_least(run: Run, manifest: Manifest, ratio: float | None) -> None:
-    """Refuses a ratio that nothing meets before text is written and a sweep is run for it.
+    """Refuses a ratio that no plans meet, before text is written and a sweep is run for it.
 
     Raises:
         PlanError: as `make_plans`.
     """
-    worthless = torch.zeros(1)  # and what is worth nothing is not stored
+    worthless = torch.zeros(1)  # what is worth nothing is not stored
     least = {
         name: Matrix(run.records[name].bands_shape, partial(delta_of, run, name), worthless)
         for name in run.plans
@@ -119,7 +119,7 @@ def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row]) -> None:
 
 
 def _by_tensor(run: Run, found: dict[str, Weights]) -> dict[str, Weights]:
-    """What a sweep found, by the stored tensor: of a tied head too, which some models store again."""
+    """What a sweep found, by stored tensor; also for a tied head, which some models store again."""
     by = {run.names[name]: weights for name, weights in found.items()}
     if run.tied and (weights := found.get(str(run.layout.embedding))):
         by[run.names[str(run.layout.head)]] = weights
@@ -127,7 +127,7 @@ def _by_tensor(run: Run, found: dict[str, Weights]) -> dict[str, Weights]:
 
 
 def kept_rows(run: Run, writer: ArtifactWriter) -> list[Row] | None:
-    """Calibration rows, kept beside the units so that a resumed run has the same; None: no text."""
+    """Calibration rows, kept beside the units so that a resumed run has the same; None without text."""
     asked, source = run.calibration, run.calibration.source
     if source == "none":
         return None
@@ -152,8 +152,8 @@ def kept_rows(run: Run, writer: ArtifactWriter) -> list[Row] | None:
             )
         if picture_token(run.model) is not None and not any(row.seen for row in rows):
             warnings.warn(
-                f"calibration {source}: {type(run.model).__name__} sees, and none of {len(rows)} rows "
-                "has a picture: what it needs for those is not measured",
+                f"calibration {source}: {type(run.model).__name__} takes pictures, and none of "
+                f"{len(rows)} rows has one: what it needs for those is not measured",
                 stacklevel=2,
             )
         kept = {f"{i:06}": torch.tensor(row.ids) for i, row in enumerate(rows)}

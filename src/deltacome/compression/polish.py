@@ -31,11 +31,11 @@ from deltacome.rows import Row
 def distill_terms(
     run: Run, writer: ArtifactWriter, names: list[str], rows: list[Row], steps: int
 ) -> None:
-    """Replaces the scalars of all terms; found once, so that a run cut off while writing them goes on."""
+    """Replaces the scalars of all terms, found once, so that a run cut off while writing can resume."""
     units = {name: writer.load(name) for name in names}
     records = {r.name: r for unit in units.values() for r in unit.records if r.packed}
     if not records:
-        return  # nothing was changed, or nothing pays for its bytes
+        return  # nothing was changed, or nothing is worth its bytes
     entries = {k: blob for unit in units.values() for k, blob in unit.entries.items()}
     terms = {
         run.where[name].parameter: Trained(
@@ -85,7 +85,7 @@ def distill_terms(
 
 
 def _tied_twin(run: Run, records: dict[str, Record], entries: dict[str, Tensor]) -> dict[str, str]:
-    """A tied head that is stored all the same → the embedding, if both have the same terms.
+    """A tied head that is stored nevertheless → the embedding, if both have the same terms.
 
     The model has one weight for both, so scalars are found for the embedding alone.
     """
@@ -111,7 +111,7 @@ def _load_whole(run: Run) -> torch.nn.Module:
 
 
 def _base_rows(run: Run, record: Record) -> Tensor:
-    """What the base has of a matrix, (out, in): the rows that its terms cover."""
+    """The base's rows of a matrix that its terms cover, (out, in)."""
     assert record.base_name is not None
     base = run.base.read(record.base_name)
     base_OI = base.T if record.transposed else base

@@ -1,6 +1,6 @@
-"""What the steps of one compression share: where they are, and what stands for a tensor so far.
+"""What the steps of one compression share: its state, and what each tensor is so far.
 
-A unit is what is finished of a block, or of what lies outside of blocks: records and packed entries.
+A unit holds the records and packed entries of a finished block, or of what lies outside the blocks.
 Base and unit together give back a tensor as the finished artifact will.
 """
 
@@ -54,7 +54,7 @@ class Run:
     where: dict[str, Target]
     """Where each tensor of the tuned checkpoint goes in the model."""
     names: dict[str, str]
-    """Any name of a parameter → the tensor that is all of it."""
+    """Any name of a parameter → the stored tensor that holds all of it."""
     tied: bool
     """Whether the head is the input embedding."""
     records: dict[str, Record]
@@ -66,11 +66,11 @@ class Run:
     report: Callable[[Progress], None]
     errors: list[float] = field(default_factory=list)
     weights: Path | None = None
-    """Folder of what `sensitivity.keep` kept, where the method asked for it."""
+    """Folder that `sensitivity.keep` wrote, where the method asked for it."""
 
 
 def stream_of(run: Run, rows: list[Row], **options: int) -> Stream:
-    """Rows at the first block of the model, which still has the tuned embedding."""
+    """A stream of rows at the first block of the model, which still has the tuned embedding."""
     return Stream(
         *(run.model, run.layout, lambda name: run.tuned.read(run.names[name]), rows),
         device=run.device,
@@ -90,15 +90,15 @@ def measured_weights(run: Run, name: str) -> Weights | None:
 
 
 def load_block(run: Run, block: str, unit: Unit) -> None:
-    """Loads the compressed-so-far weights of a block: base + terms, or the tuned value itself."""
+    """Loads a block's weights as compressed so far: base + terms, or the tuned value itself."""
     records = {record.name: record for record in unit.records}
     put_tensors(run, block, records, lambda name: restored(run, records[name], unit.entries))
 
 
 def put_tensors(run: Run, block: str, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-    """Loads those of some stored tensors that a block has, weights in the type of the passes.
+    """Loads those of some stored tensors that belong to a block, weights in the dtype of the passes.
 
-    Saved buffers too, as they are: a router's correction decides which experts a token goes to.
+    Saved buffers too, but unconverted: a router's correction decides which experts a token goes to.
     """
     there = run.layout.blocks[block].state_dict(prefix=f"{block}.", keep_vars=True)
     for name in names:
@@ -113,7 +113,7 @@ def put_tensors(run: Run, block: str, names: Iterable[str], read: Callable[[str]
 def restored(run: Run, record: Record, entries: dict[str, Tensor]) -> Tensor:
     """What the artifact gives back for a tensor of a block, float32 or the tuned dtype.
 
-    A matrix that was not compressed yet has no terms in its record: it is the base's.
+    A matrix that is not compressed yet has no terms in its record, so it is the base's.
     """
     if record.name not in run.plans:
         return run.tuned.read(record.name)
@@ -151,7 +151,7 @@ def stored_terms(record: Record, entries: dict[str, Tensor]) -> Packed:
 
 
 def made_once(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors that an interrupted run made already, or makes now and keeps beside the units.
+    """Tensors that an interrupted run has made, or else makes them now and keeps them beside the units.
 
     Raises:
         ArtifactError: what is kept cannot be read.

@@ -1,13 +1,13 @@
 """Finds a template for Delta-CoMe by the paper's two searches (arXiv 2406.08903, section 5 and appendix).
 
-What is searched are the numbers of directions at 8, 4 and 3 bits; the rest of the bytes goes to 2 bits.
-A candidate costs the mean relative error `‖(D − D̂)X‖² / ‖DX‖²` over the linears of a few blocks, spread
-over the depth, with the inputs that the tuned model gives them.
+The search is over the numbers of directions at 8, 4 and 3 bits; the rest of the bytes goes to 2 bits.
+A candidate's cost is the mean relative error `‖(D − D̂)X‖² / ‖DX‖²` over the linears of a few blocks,
+spread over the depth, with the inputs that the tuned model gives them.
 
 **Greedy** fixes one width after the other, widest first, each at its best count. **Genetic** keeps a
-population of templates; the better of two random ones become parents, a child has each count from one
-of them and sometimes a neighbouring one. The paper found the two about equal and greedy far cheaper;
-`benchmarks/tables` measures it again.
+population of templates. A parent is the better of two random ones; a child has each count from one of
+its parents, sometimes moved to a neighbouring one. The paper found the two about equal and greedy far
+cheaper; `benchmarks/tables` measures it again.
 
 Legend: O out, I in, R directions.
 """
@@ -53,14 +53,14 @@ MOST = {
     "greedy": len(WIDTHS) * len(COUNTS),
     "genetic": POPULATION * (GENERATIONS + 1),
 }
-"""Templates that a search tries at most."""
+"""The most templates that a search tries."""
 
 Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A sampled linear: its delta, all its singular triples, the gram of its inputs and its factor."""
+    """A sampled linear: delta, all singular triples, the gram of its inputs, and the gram's factor."""
 
     name: str
     delta_OI: Tensor
@@ -71,7 +71,7 @@ class Linear:
 
 @dataclass
 class Search:
-    """What was found, and how it came about."""
+    """What was found, and what was tried."""
 
     template: Template
     error: float
@@ -89,7 +89,7 @@ def sample_linears(
     dtype: torch.dtype = torch.float32,
     progress: Report = lambda progress: None,
 ) -> list[Linear]:
-    """Linears of `blocks` blocks, evenly spread over the depth, as the tuned model feeds them.
+    """Linears of `blocks` blocks, evenly spread over the depth, and their inputs in the tuned model.
 
     Raises:
         CheckpointError: the base has no tensor that a linear came from.
@@ -102,7 +102,9 @@ def sample_linears(
 
     def read(parameter: str) -> Tensor:
         if parameter not in stored:
-            raise UnsupportedError(f"{parameter}: {tuned.path} has no tensor that is all of it")
+            raise UnsupportedError(
+                f"{parameter}: {tuned.path} has no single tensor that holds all of it"
+            )
         return tuned.read(stored[parameter])
 
     def delta_of(weight: str, transposed: bool) -> Tensor:
@@ -223,13 +225,14 @@ def find_template(
     nearest: bool = False,
     progress: Report = lambda progress: None,
 ) -> Search:
-    """A template for two checkpoints; calibration text as in `compress`, `dtype` that of its passes.
+    """Finds a template for two checkpoints.
 
-    `nearest` rounds codes to nearest: what is best for GPTQ need not be for plain rounding.
-    `progress` is called as in `compress`, of phases `calibration`, `blocks` and `search`.
+    Calibration text is as in `compress`; `dtype` is that of its passes. `nearest` rounds codes to
+    nearest: what is best for GPTQ need not be best for plain rounding. `progress` is called as in
+    `compress`, with phases `calibration`, `blocks` and `search`.
 
     Raises:
-        DeltaError: as `compress`, and for `source` "none": errors are those of outputs.
+        DeltaError: as `compress`, and for `source` "none", as errors are those of outputs.
     """
     if source == "none":
         raise CalibrationError("search: expected calibration text to measure errors on, got none")

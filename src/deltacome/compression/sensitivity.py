@@ -1,32 +1,32 @@
 """What an error in each matrix costs: a sweep through the tuned model and back.
 
-`keep` runs it and keeps what a method needs later, beside the run's units or where other runs find it.
+`keep` runs it and stores what a method needs later, beside the run's units or where other runs find it.
 
-Forward once, block by block, keeping what each block was given; then backward, block by block from the
-head, each run again to differentiate it. So one block's weights are held at a time here too, and hidden
-states of all calibration tokens at all blocks. The mean of `g gᵀ` is to be the Fisher information of the
-model's own answers, which takes no labels (Kunstner et al. 2019, arXiv 1905.12558, on why not those of
-the data). Drawing an answer at each token would estimate it too, but where the model is sure, which is
-at most tokens of an answer, that draws nearly always the same one and learns nothing; `_root` has what
-is differentiated instead.
+The sweep runs forward once, block by block, keeping what each block was given; then backward from the
+head, running each block again to differentiate it. So here too only one block's weights are held at a
+time, along with hidden states of all calibration tokens at all blocks. The mean of `g gᵀ` is to be the
+Fisher information of the model's own answers, which needs no labels (Kunstner et al. 2019, arXiv
+1905.12558, on why not to take those of the data). Drawing an answer at each token would estimate it too.
+But where the model is sure, as it is at most tokens of an answer, nearly every draw is the same and
+nothing is learnt; `_root` has what is differentiated instead.
 
-What goes into the blocks is each token's information divided by the root of its trace, which is how
-unsure the model is there. Where it is sure, nothing that is small costs anything, and there is hardly any
-information; but what is lost of a skill is not small, and it is sure of nearly all that it was tuned on.
-Undivided, kinds of questions that it finds easy were the first to be lost. And whatever a token weighs,
-it is the information of a softer answer, which has more of the words that the model would say elsewhere:
-calibration text is short, and words that were never an answer in it were the next to be lost. The head's
-own errors are not such a loss, and are weighed as they are.
+In the blocks, each token's information is divided by the root of its trace, which is how unsure the model
+is there. Where the model is sure, small errors cost nothing, and there is hardly any information. But the
+loss of a skill is not small, and the model is sure of nearly all that it was tuned on: undivided, kinds
+of questions that it finds easy were the first to be lost. And whatever a token weighs, its information is
+that of a softer answer, which has more of the words that the model would say elsewhere: calibration text
+is short, and words that were never an answer in it were the next to be lost. The head's own errors are
+not such a loss, and are weighed as they are.
 
-Inputs are weighted by the squared gradient that meets them, so that a token that no answer hangs on
-does not count. K-FAC takes the two as independent; weighted, the product G ⊗ C has the right trace for
-each layer. In a chat only the last answer and what follows it count (`answers` has the why), since what
-a model would have said in the user's place is nobody's concern. Rows weigh alike however long they are,
-but an answer weighs `ANSWER` times a text: the model is unsure of most words of a text and of few of an
-answer, so that errors of texts would decide nearly everything.
+Inputs are weighted by the squared gradient that meets them, so that a token on which no answer depends
+does not count. K-FAC takes the two as independent; with this weighting, the product G ⊗ C has the right
+trace for each layer. In a chat only the last answer and what follows it count (`answers` explains why):
+what a model would have said in the user's place is nobody's concern. Rows weigh alike, however long they
+are, but an answer weighs `ANSWER` times as much as a text. The model is unsure of most words of a text
+and of few of an answer, so otherwise errors of texts would decide nearly everything.
 
-A tied embedding counts for both of its uses: as the head at each row by how uncertain the model is of
-its token, as the embedding at each row by the gradients that meet its token.
+A tied embedding is weighed for both of its uses: as the head, each row by how uncertain the model is of
+its token; as the embedding, each row by the gradients that meet its token.
 
 Legend: T tokens, I in, O out, H hidden size, V vocabulary.
 """
@@ -61,13 +61,16 @@ LEAST = 1e-6
 """Lower bound of a token's uncertainty."""
 
 TEMPERATURE = 2.0
-"""Of the answers whose information goes into the blocks; 1 takes the model's own
+"""Temperature of the answers whose information goes into the blocks; 1 takes the model's own
 (`benchmarks/tables/ablation.py`)."""
 
 
 class Weights(NamedTuple):
-    """How much the errors of a matrix weigh; half of tr(G E C Eᵀ) is in proportion to the KL, the mean
-    over rows of the mean over their tokens that count, each lifted as the module says."""
+    """How much the errors of a matrix weigh.
+
+    Half of tr(G E C Eᵀ) is in proportion to the KL: the mean over rows of the mean over their tokens that
+    count, with each token lifted as the module says.
+    """
 
     inputs: Tensor
     """C, float32 (I, I), summed over tokens, each weighted by its ‖g‖² relative to the mean."""
@@ -76,11 +79,12 @@ class Weights(NamedTuple):
 
 
 def keep(folder: Path, weights: Iterator[dict[str, Weights]], wanted: Collection[str]) -> None:
-    """Runs a sweep and keeps what it finds of some matrices, a file each; a folder that exists is whole.
+    """Runs a sweep and stores what it finds of some matrices, one file each.
 
     Args:
-        folder: made here, or meanwhile by another process that ran the same sweep.
-        weights: of a sweep.
+        folder: made here, or meanwhile by another process that ran the same sweep; if it exists, it is
+            whole.
+        weights: those that a sweep yields.
         wanted: names of the matrices.
 
     Raises:
@@ -90,7 +94,7 @@ def keep(folder: Path, weights: Iterator[dict[str, Weights]], wanted: Collection
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as own:
         partial = Path(own) / "sweep"
-        partial.mkdir()  # unlike the one around it for everybody to read
+        partial.mkdir()  # readable by everybody, unlike the folder around it
         for found in weights:
             for name in found.keys() & left:
                 kept = {key: value.cpu() for key, value in found[name]._asdict().items()}
@@ -100,7 +104,7 @@ def keep(folder: Path, weights: Iterator[dict[str, Weights]], wanted: Collection
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was first, with the same
+            if not folder.exists():  # else another process was first, with the same content
                 raise
 
 
@@ -118,7 +122,7 @@ def refuse_unreached(names: Collection[str]) -> None:
 
 
 def measured(folder: Path, name: str) -> Weights:
-    """What `keep` kept of a matrix."""
+    """What `keep` stored of a matrix."""
     return Weights(**load_file(_file(folder, name)))
 
 
@@ -136,15 +140,15 @@ def sweep(
     first: First = lambda row: 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Weights]]:
-    """Weights of the embedding and the head, then of each block's linears, the last block first.
+    """Weights of each block's linears, the last block first, then of the embedding and the head.
 
     Args:
         stream: of the tuned model, at its first block; it is at its end afterwards.
         load: puts the tuned weights of a block into the model.
-        seed: of the signs that are drawn.
-        diagonal: keep the diagonal of G alone: less memory, and less to go by.
+        seed: for the random signs.
+        diagonal: keep only the diagonal of G: less memory, and less information.
         tied: the head uses the embedding's weight.
-        first: the position of a row from which on its predictions count.
+        first: gives the position of a row from which on its predictions count.
         on_step: called after each block, forward and backward.
 
     Yields:
@@ -182,7 +186,7 @@ def _head(stream: Stream, seed: int, tied: bool, first: First) -> tuple[Weights,
             with torch.enable_grad():
                 logits_TV = stream.answer(batch, hidden)[counts].float()
                 p_TV = logits_TV.detach().softmax(-1)
-                # The variance of a token's log-odds: what an error of its logit costs.
+                # The variance of whether a token comes: what an error of its logit costs (Fisher).
                 spread_TV = p_TV - p_TV.square()
                 worth_T1 = share_T1 * _unsure(p_TV) ** LIFT
                 soft_TV = (logits_TV.detach() / TEMPERATURE).softmax(-1)
@@ -213,7 +217,7 @@ def _root(p_TV: Tensor, draw: torch.Generator) -> Tensor:
 def _counting(batch: Batch, first: First) -> tuple[Tensor, Tensor]:
     """Positions of a batch whose predictions count, bool (B, L), and what each row weighs, (B, 1).
 
-    What follows a part of a picture is mostly another one, which no model is asked to say.
+    What follows a part of a picture is mostly another part, which no model is asked to predict.
     """
     counts, weights_B1 = batch.valid.clone(), torch.ones(len(batch.valid), 1)
     for i, (ids, valid) in enumerate(zip(batch.ids, batch.valid, strict=True)):
@@ -244,7 +248,7 @@ def _backward(
 
 
 def _watch(linear: nn.Module, sums: _Sums, valid: Tensor) -> RemovableHandle:
-    """Adds what a linear is given, with the gradients of what it returns."""
+    """Adds a linear's inputs, with the gradients of its outputs, to its sums."""
 
     def at(values: Tensor) -> Tensor:
         # Some layers flatten rows and positions before they multiply.
@@ -268,7 +272,7 @@ class _Sums:
     def add(self, x_TI: Tensor, g_TO: Tensor) -> None:
         if self._grams is None:
             inputs = Gram(self._name, x_TI.shape[1], device=x_TI.device)
-            # Of a head the whole would be as large as its vocabulary squared.
+            # For a head the whole would be as large as its vocabulary squared.
             whole = not self._diagonal
             outputs = Gram(self._name, g_TO.shape[1], device=x_TI.device) if whole else None
             self._grams = inputs, outputs
@@ -280,10 +284,10 @@ class _Sums:
             outputs.add(g_TO)
 
     def weights(self, tokens: int) -> Weights:
-        """Of all that was added, for a number of tokens.
+        """Weights from all that was added, for a number of tokens.
 
         Raises:
-            UnsupportedError: nothing was added, as the layer was not called or no answer hangs on it.
+            UnsupportedError: nothing was added, as the layer was not called or no answer depends on it.
         """
         if self._grams is None or not isinstance(self._sum_O, Tensor):
             raise UnsupportedError(f"{self._name}: no gradient reached it: use another method")
@@ -300,7 +304,7 @@ def _outside(
     gradients: list[Tensor],
     tied: bool,
 ) -> dict[str, Weights]:
-    """Weights of the embedding and the head, of one matrix where they are tied."""
+    """Weights of the embedding and the head, as one matrix where they are tied."""
     embedding_name, head_name = str(stream.layout.embedding), str(stream.layout.head)
     table_VH = stream.read(embedding_name).to(stream.device, torch.float32)
     gram = Gram(embedding_name, table_VH.shape[1], device=stream.device)
@@ -317,8 +321,8 @@ def _outside(
     if not tied:
         return {embedding_name: embedding, head_name: head}
     uses = [(use.inputs, use.outputs, use.inputs.trace()) for use in (embedding, head)]
-    # Σ over uses of G ⊗ C is no such product itself; this is the one of the same trace whose sides are
-    # the uses' sides, each weighted by what the use weighs.
+    # Σ over uses of G ⊗ C is not such a product itself. This is the product of the same trace whose
+    # sides are sums of the uses' sides, each weighted by what the use weighs.
     outputs_V = uses[0][2] * uses[0][1] + uses[1][2] * uses[1][1]
     inputs = uses[0][1].sum() * uses[0][0] + uses[1][1].sum() * uses[1][0]
     total = outputs_V.sum().clamp(min=1e-30)
@@ -326,5 +330,5 @@ def _outside(
 
 
 def _scale(entering_TH: Tensor, rows_TH: Tensor) -> float:
-    """What the model multiplies rows of its embedding by, as some do (least squares)."""
+    """The factor by which some models multiply rows of their embedding, by least squares."""
     return float((entering_TH * rows_TH).sum() / rows_TH.square().sum().clamp(min=1e-30))

@@ -1,8 +1,8 @@
 """First look at a pair of checkpoints: what changed, what it is, and whether it can be used at all.
 
-One pass over both models, tensor by tensor. It costs reading both once more, and buys that bad input
-(NaN, another base, a huge exact part) is refused in seconds instead of after hours, and that every
-size is known before the first byte is written.
+One pass over both models, tensor by tensor. It costs reading both once more. In return, bad input (NaN,
+another base, a huge exact part) is refused in seconds instead of after hours, and every size is known
+before the first byte is written.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Paired(NamedTuple):
 
 
 def pair_models(base: HasTensors, tuned: HasTensors, dtype: torch.dtype) -> Paired:
-    """Pairs what two checkpoints hold, as far as names and shapes say.
+    """Pairs the tensors of two checkpoints by their names and shapes.
 
     Args:
-        base, tuned: what is compared.
-        dtype: of the model's passes (`make_skeleton`).
+        base, tuned: the checkpoints.
+        dtype: that of the model's passes (`make_skeleton`).
 
     Raises:
-        CheckpointError: there is no model of the tuned checkpoint's configuration.
-        MismatchError: the tuned checkpoint is not of its model, or the base not of its kind.
+        CheckpointError: no model can be made from the tuned checkpoint's configuration.
+        MismatchError: the tuned checkpoint does not fit its model, or the base is not of its kind.
         UnsupportedError: as `find_layout` and `targets`.
     """
     model = make_skeleton(read_config(tuned.path), dtype, tuned.path)
@@ -84,7 +84,7 @@ def survey(
     """Reads every pair once.
 
     Args:
-        base, tuned: what is compared.
+        base, tuned: the checkpoints.
         found: how they are paired.
         report: called after each tensor.
 
@@ -94,7 +94,7 @@ def survey(
 
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
-        MismatchError: the two models have no tensor in common, up to fine-tuning.
+        MismatchError: most of the changed matrices differ by more than the base's own size.
     """
     records, matrices = {}, set()
     far: list[str] = []
@@ -129,7 +129,7 @@ def survey(
 
 
 def account(pair: Pair, dtype: str, layout: Layout, target: Target, same: bool) -> Record:
-    """The record of a tensor before there are plans: what of it will be stored exactly.
+    """The record of a tensor before there are plans: which rows of it will be stored exactly.
 
     Args:
         pair: with the base's tensor.
@@ -139,7 +139,7 @@ def account(pair: Pair, dtype: str, layout: Layout, target: Target, same: bool) 
         same: whether it holds the base's values, in the rows that both have.
 
     Returns:
-        Without fingerprints.
+        The record, without fingerprints.
     """
     rows = pair.shape[0] if pair.shape else 1
     record = Record(pair.name, pair.shape, dtype, pair.base_name, pair.base_shape, None, None)
@@ -156,9 +156,9 @@ def account(pair: Pair, dtype: str, layout: Layout, target: Target, same: bool) 
 
 
 def packable(record: Record, layout: Layout, target: Target) -> bool:
-    """Whether a tensor can have packed terms: a matrix of the base's that a layer multiplies by."""
+    """Whether a tensor can have packed terms: a matrix that the base has and a layer multiplies by."""
     known = target.parameter in layout.matrices or target.expert is not None
-    # Rows of a transposed matrix are inputs: more of them are no words that were added.
+    # Rows of a transposed matrix are inputs: additional ones are not words that were added.
     resized = record.shape != record.base_shape
     fixed = target.parameter in layout.transposed and resized
     floating = DTYPES[record.dtype].is_floating_point
@@ -175,7 +175,7 @@ def _compare(base: torch.Tensor, tuned: torch.Tensor) -> tuple[bool, float]:
     """Whether the common rows hold the same numbers, and ‖tuned − base‖ / ‖base‖ over them.
 
     A base of a wider dtype that merely rounds to the tuned value is not the same. Rows are taken by the
-    thousand: an embedding in float32 three times over would be what the whole run needs most memory for.
+    thousand: three copies of an embedding in float32 would be the memory peak of the whole run.
     """
     if not base.ndim:
         return bool(base.double() == tuned.double()), 0.0

@@ -1,8 +1,8 @@
-"""Units made side by side by several processes, where none needs what another makes.
+"""Makes units side by side in several processes, where none needs what another makes.
 
 Without calibration blocks are independent. Each process has its share of the threads, or a GPU of its
-own; units go to disk where they are made, so that nothing large passes between processes and a run that
-is cut off resumes as ever.
+own. Each writes its units to disk itself, so that nothing large passes between processes and a run that
+is cut off resumes as usual.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 Half of the rows are conversations: with the chat template opened at the user's turn, an
 instruction-tuned model invents the question too (as in Magpie, Xu et al. 2024, arXiv 2406.08464), then
 answers it. The other half starts from a random token (as in LLM-QAT, Liu et al. 2023,
-arXiv 2305.17888), so that the rest of what the model knows is covered. Sampling, not greedy: greedy
+arXiv 2305.17888), so that the rest of what the model knows is covered. The text is sampled, since greedy
 text repeats itself.
 
 The whole tuned model is in memory while it writes, in float32 on a CPU that is slow at 16 bit. Where it
-does not fit, give a file. There are no pictures either: for a vision-language model, give a file with
-some (`pictures`).
+does not fit, give a file instead. Nor does it write pictures: for a vision-language model, give a file
+with some (`pictures`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def write_rows(
     device: str,
     on_step: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """Lets the tuned model write; the global random state is left as it was."""
+    """Has the tuned model write rows; the global random state is left as it was."""
     samples, seq_len = asked.samples, asked.seq_len
-    kind = model_class(read_config(tuned), tuned)  # a model that sees can write, too
+    kind = model_class(read_config(tuned), tuned)  # a vision-language model can write too
     dtype = torch.float32 if device == "cpu" and _slow_at_16_bit() else "auto"
     model: Any = kind.from_pretrained(tuned, dtype=dtype, trust_remote_code=False)
     model.to(device).eval()
-    # As the model is, without what its makers set against repetition and the like.
+    # The model as it is, without its makers' settings against repetition and the like.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     draw = random.Random(asked.seed)
     special = set(tokenizer.all_special_ids)
@@ -70,7 +70,7 @@ def write_rows(
 
 
 def _slow_at_16_bit() -> bool:
-    """Whether this CPU has no arithmetic for 16 bit: rows by the dozen are sooner written in float32."""
+    """Whether this CPU lacks 16-bit arithmetic: dozens of rows are then written faster in float32."""
     return torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
 
 
@@ -117,7 +117,7 @@ def _continue(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        # What the longest goes on to beyond its row is dropped; there may be no position for it.
+        # What the longest prompt gets beyond its row is dropped; there may be no position for it.
         max_new_tokens=min(seq_len - shortest, (positions_of(model.config) or math.inf) - longest),
         pad_token_id=pad,
     )
@@ -128,7 +128,7 @@ def _continue(
 
 
 def _until_end(tokens: list[int], model: Any, tokenizer: Any) -> list[int]:
-    """Tokens up to and with the first that ends a text; after it there is padding."""
+    """Tokens up to and including the first that ends a text; after it there is padding."""
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id])
     for i, token in enumerate(tokens):

@@ -1,4 +1,4 @@
-"""How close a compressed fine-tune stays to the dense one: answers that are right, and KL.
+"""How close a compressed fine-tune stays to the dense one: exact match and KL divergence.
 
 `run.evaluate` makes the table, `report.table` shows it. Everything is measured on what
 `deltacome.runtime` runs, so nothing here knows how a delta was made.

@@ -1,9 +1,9 @@
-"""Mean KL(tuned ‖ other) per token: how far a compressed model speaks from the dense one.
+"""Mean KL(tuned ‖ other) per token: how far a compressed model's predictions are from the dense one's.
 
 Exact match saturates on easy tasks; this does not, and needs no right answers. The tuned model
 runs first and alone, since two dense models may not fit at once: its log-probabilities go to an
-unnamed temporary file, and each other model is then compared with it batch by batch. They are
-kept in float32, because half precision would add a floor of about 1e-6 nats. The price is
+unnamed temporary file, and each other model is then compared with them batch by batch. They are
+kept in float32, because half precision would add a floor of about 1e-6 nats. This costs
 4 · positions · vocabulary bytes of disk (0.4 GB for 2048 positions of 49152 tokens).
 
 Shapes: B rows in a batch, T tokens, P compared positions of all rows, V vocabulary of the tuned
@@ -40,7 +40,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the tuned model said: log-probabilities (P, V) in nats, float32, on disk."""
+    """The tuned model's log-probabilities (P, V) in nats, float32, on disk."""
 
     rows: tuple[Compared, ...]
     log_probs_PV: np.ndarray
@@ -48,17 +48,17 @@ class Reference:
 
 
 class Divergence(NamedTuple):
-    """Mean KL in nats per token, and how far off a mean over so many rows may be."""
+    """Mean KL in nats per token, with its standard error."""
 
     nats: float
     error: float | None
-    """Standard error; rows are taken as independent, tokens of one row are not. None of one row."""
+    """Takes rows as independent, but not the tokens within a row. None if there is only one row."""
 
 
 def question_rows(
     tokenizer: Any, questions: Sequence[Question], processor: Any = None
 ) -> list[Compared]:
-    """Prompt and right answer; compared where the answer and its end are predicted.
+    """Rows of prompt and right answer, compared where the answer and its end are predicted.
 
     Questions with pictures need a processor (`prompts.prompt_row`).
     """
@@ -73,17 +73,17 @@ def question_rows(
 def text_rows(
     tokenizer: Any, path: Path | None = None, *, rows: int = 16, length: int = 128
 ) -> list[Compared]:
-    """The first `rows` runs of `length` tokens of a text file, compared at every position.
+    """The first `rows` chunks of `length` tokens of a text file, compared at every position.
 
     Without a file the text is the English prose of Python's own help topics (`pydoc_data`):
     every installation has it, though its wording differs a little between versions of Python.
-    Each row starts with the token that the tokenizer starts every text with, if it has one.
+    Each row starts with the BOS token if the tokenizer adds one.
     A short text gives fewer rows, the last one shorter.
     """
     text = _help_topics() if path is None else _read(path)
     start = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
     room = length - len(start)
-    # About four characters make a token: enough text is tokenised without taking all of it.
+    # About four characters make a token, so this is enough text without tokenising all of it.
     ids = tokenizer(text[: 16 * rows * length], add_special_tokens=False)["input_ids"]
     chunks = [ids[i : i + room] for i in range(0, min(len(ids), rows * room), room)]
     if not chunks:
@@ -117,13 +117,12 @@ def divergence(model: Any, reference: Reference) -> Divergence:
 
 
 def by_row(model: Any, reference: Reference) -> list[tuple[float, int]]:
-    """KL(tuned ‖ model) of each row, summed over its compared tokens, computed in float32; and their
-    number.
+    """Each row's KL(tuned ‖ model), summed over its compared tokens in float32, and their number.
 
     Where one vocabulary is larger (a fine-tune that added tokens), both distributions are
-    restricted to the ids they share, the first C, and renormalised: what the tuned model gives
-    to tokens that the other cannot say does not count. Raises DeltaError if the rows hold what
-    `model` cannot read (`readable`).
+    restricted to the ids they share, the first C, and renormalised: probability that the
+    tuned model gives to tokens that the other lacks does not count. Raises DeltaError if `model`
+    cannot read the rows (`readable`).
     """
     if not readable(model, [one.row for one in reference.rows]):
         raise DeltaError(
@@ -143,28 +142,28 @@ def by_row(model: Any, reference: Reference) -> list[tuple[float, int]]:
 
 
 def over_rows(rows: Sequence[tuple[float, int]]) -> Divergence:
-    """(KL of a row, its tokens) → the mean over tokens. Raises DeltaError if it is not finite."""
+    """Mean KL per token, from each row's (summed KL, tokens). Raises DeltaError if not finite."""
     total, tokens, count = math.fsum(kl for kl, _ in rows), sum(n for _, n in rows), len(rows)
     if not math.isfinite(total):
         raise DeltaError(f"divergence: expected finite logits, got a sum of {total}")
     mean = total / tokens
     if count == 1:
         return Divergence(mean, None)
-    # Of a ratio of two sums over rows, both of which are random: rows differ in length.
+    # Of a ratio of two sums over rows. Both are random, since rows differ in length.
     squares = math.fsum((kl - mean * n) ** 2 for kl, n in rows)
     return Divergence(mean, math.sqrt(squares * count / (count - 1)) / tokens)
 
 
 @torch.inference_mode()
 def vocabulary(model: Any) -> int:
-    """How many token ids the model knows, as it runs: an attached delta may have added some."""
+    """How many token ids the model knows as it runs now; an attached delta may have added some."""
     weight = model.get_input_embeddings().weight
     logits_1TV = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=weight.device)).logits
     return max(int(weight.shape[0]), int(logits_1TV.shape[-1]))
 
 
 def readable(model: Any, rows: Sequence[Row]) -> bool:
-    """Whether the model has every token id of rows, and takes what they have besides."""
+    """Whether the model has every token id of the rows and accepts their other inputs."""
     takes = inspect.signature(model.forward).parameters.keys()
     known = max(max(row.ids) for row in rows) < vocabulary(model)
     return known and all(row.seen.keys() <= takes for row in rows)
@@ -174,15 +173,15 @@ def readable(model: Any, rows: Sequence[Row]) -> bool:
 def _logits(
     model: Any, rows: Sequence[Compared], batch_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each row's index and the logits (N, V) of its compared positions, float32, rows in any order."""
+    """Each row's index and the float32 logits (N, V) of its compared positions, in any order of rows."""
     weight = model.get_input_embeddings().weight
     short = "logits_to_keep" in inspect.signature(model.forward).parameters
     for drawn in _batches(rows, batch_size):
         batch = [rows[i] for i in drawn]
-        # Right padding: positions count from zero in every kind of model, and no token sees it.
+        # Right padding: positions start at zero in every kind of model, and no token sees the padding.
         ids_BT, mask_BT, seen = collate([one.row for one in batch])
         width = ids_BT.shape[1]
-        # The head, the dearest layer of a small model, is not asked about what no row compares.
+        # The head is the costliest layer of a small model: skip the positions that no row compares.
         ends = {"logits_to_keep": width - min(one.first for one in batch)} if short else {}
         inputs = model_inputs(ids_BT, seen, weight.device, weight.dtype)
         mask = mask_BT.long().to(weight.device)
@@ -193,8 +192,11 @@ def _logits(
 
 
 def _batches(rows: Sequence[Compared], size: int) -> Iterator[list[int]]:
-    """Indices of rows that run together: of one kind, and as long before what is compared, as the head
-    answers for all positions from the first one on that is compared in any of them."""
+    """Indices of rows that run together.
+
+    Rows of a batch are of one kind and start their comparison at similar positions, because the head
+    computes every position from the earliest of these starts on.
+    """
     order = sorted(range(len(rows)), key=lambda i: (rows[i].row.kind, rows[i].first))
     for _, run in itertools.groupby(order, lambda i: rows[i].row.kind):
         alike = list(run)
@@ -203,18 +205,18 @@ def _batches(rows: Sequence[Compared], size: int) -> Iterator[list[int]]:
 
 
 def _places(rows: Sequence[Compared]) -> list[slice]:
-    """Which of all compared positions are those of each row."""
+    """Each row's slice of all compared positions."""
     ends = [0, *itertools.accumulate(len(one.row) - one.first for one in rows)]
     return list(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
 def _on_disk(positions: int, vocabulary: int) -> np.ndarray:
-    """An array (P, V) in a file without a name: it is gone when nothing maps it, after a crash too."""
+    """An array (P, V) in an unnamed file, which is gone once nothing maps it, after a crash too."""
     nbytes = 4 * positions * vocabulary
     file = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
-    hint = f": what the tuned model says takes {nbytes:,} bytes; TMPDIR names another place"
+    hint = f": the tuned model's log-probabilities take {nbytes:,} bytes; set TMPDIR to move them"
     with disk_errors(Path(tempfile.gettempdir()), hint):
-        # Else a full disk ends the process when a page is written.
+        # Otherwise a full disk would kill the process when a page is written.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, nbytes)
         return np.memmap(file, np.float32, "w+", shape=(positions, vocabulary))

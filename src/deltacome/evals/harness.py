@@ -25,11 +25,11 @@ from deltacome.evals.run import account, free_memory, names, shared_tokenizer
 from deltacome.format.artifact import opened
 
 Figures = dict[str, dict[str, float]]
-"""Task → `metric,filter` → value, and → `metric_stderr,filter` → its standard error where the harness
-knows one. A group of tasks that has no figure of its own is empty."""
+"""Task → `metric,filter` → value, and `metric_stderr,filter` → its standard error where the harness
+knows one. Empty for a group of tasks without a figure of its own."""
 RESAMPLES = 100
-"""For standard errors that have no closed form (of perplexity, F1, BLEU): they are good to 7 %. With none
-the harness gives none of the others either."""
+"""Bootstrap resamples for standard errors without a closed form (perplexity, F1, BLEU), good to 7 %.
+With zero the harness omits all other standard errors too."""
 
 
 def run_harness(
@@ -52,16 +52,16 @@ def run_harness(
     Args:
         base, tuned, deltas: as in `run.evaluate`; all models get the prompts of one tokenizer.
         tasks: names that the harness knows.
-        folder: more task files (YAML).
-        shots: few-shot examples; None takes each task's own number.
+        folder: further task files (YAML).
+        shots: few-shot examples; None uses each task's own number.
         limit: only the first examples of each task.
         chat: put prompts through the chat template.
         run_code: let tasks such as HumanEval execute what the model writes, on this machine.
-        dtype: torch's or its name; "auto" is that of the checkpoints, as published figures have it.
+        dtype: a torch dtype or its name; "auto" is that of the checkpoints, as in published figures.
 
     Returns:
         `{"tasks": …, "shots", "limit", "chat", "dtype", "models": [{"name": …, "results": Figures}]}`;
-        deltas have what `run.account` says too.
+        deltas also have the entries of `run.account`.
 
     Raises:
         DeltaError: the harness is not installed, or does not know a task.
@@ -74,7 +74,7 @@ def run_harness(
         raise DeltaError(
             f"lm-eval: needs the harness (pip install 'deltacome[lm-eval]'): {error}"
         ) from error
-    # Decorators of the harness hide the parameters of these.
+    # The harness's decorators hide the parameters of these two.
     evaluate: Any = simple_evaluate
     wrap: Any = HFLM
     manager = TaskManager(include_path=None if folder is None else str(folder))
@@ -85,12 +85,12 @@ def run_harness(
     artifacts = [opened(delta) for delta in deltas]
     tokenizer = shared_tokenizer(base, tuned, artifacts)
 
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else it forks for so few resamples
-    # What it says of a model that is handed to it is what we want.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise it forks even for so few resamples
+    # It warns about being handed a loaded model, which is intended.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     def figures(model: Any) -> Figures:
-        with contextlib.redirect_stdout(sys.stderr):  # it prints where it resamples
+        with contextlib.redirect_stdout(sys.stderr):  # it prints while it resamples
             found = evaluate(
                 model=_quiet(wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)),
                 tasks=list(tasks),
@@ -120,7 +120,7 @@ def run_harness(
 
 
 def _quiet(model: Any) -> Any:
-    """Without progress bars where nobody watches."""
+    """Disable progress bars unless stderr is a terminal."""
     if not sys.stderr.isatty():
         for name in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
             setattr(model, name, functools.partial(getattr(model, name), disable_tqdm=True))
@@ -128,5 +128,5 @@ def _quiet(model: Any) -> Any:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """`exact_match,strict-match` and the like, without what is not a figure."""
+    """The entries that are numbers: `exact_match,strict-match` and the like."""
     return {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}

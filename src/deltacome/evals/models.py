@@ -23,13 +23,13 @@ def load_model(
 ) -> Any:
     """A dense model that reads text, from a folder or the Hub, ready for inference.
 
-    A vision-language model is loaded whole, and answers questions that come without pictures.
+    A vision-language model is loaded whole, and answers questions without pictures too.
 
     Raises:
         DeviceError: there is no such device (`pick_device`).
         DeltaError: `dtype` is neither "auto" nor a torch dtype or its name.
-        CheckpointError: there is no language model of transformers, or a weight of it is missing or of
-            another shape.
+        CheckpointError: transformers finds no language model there, or a weight is missing or has another
+            shape.
     """
     device = pick_device(device)
     kind_of_weights = dtype if dtype == "auto" else pick_dtype(dtype)
@@ -39,11 +39,11 @@ def load_model(
         sees = _sees(config.architectures or [])
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         how = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        how |= {"trust_remote_code": False}  # None would ask, and run it on a yes
+        how |= {"trust_remote_code": False}  # None would prompt, and run the code on a yes
         model, found = kind.from_pretrained(name, revision=revision, dtype=kind_of_weights, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source}: expected a language model, got {error}") from error
-    # These transformers fills with random numbers.
+    # transformers fills these with random numbers.
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
             f"{source}: {len(missing)} weights of {type(model).__name__} are missing, {missing[0]} first"
@@ -60,9 +60,9 @@ def load_model(
 def tuned_by(artifact: Artifact, base: str | Path, model: Any) -> Iterator[Any]:
     """The tuned model that a delta stands for, run from its packed codes.
 
-    It is `model`, the base, with the delta attached; but where the tuned model is of another class (a
-    vision-language model that was taken from a text base) one of that class, made for as long as it is
-    needed of the same weights.
+    This is `model`, the base, with the delta attached. Where the tuned model is of another class (a
+    vision-language model made from a text base), it is a model of that class instead, built from the
+    base's weights and kept only while the context lasts.
     """
     from deltacome.runtime import attach, base_for
 

@@ -1,9 +1,9 @@
-"""From a question to what a model is given: one place, so that training and every score use the same.
+"""Turns a question into a model's input, in one place, so that training and every score use the same.
 
 A tokenizer with a chat template gets the question as the one user message of a conversation;
-a tokenizer without one gets the bare text. A question with pictures goes through the processor of
-the model that sees, whose template puts them before it. No system message is added here: what a template
-adds by itself is part of the model that brings it.
+a tokenizer without one gets the bare text. A question with pictures goes through the
+vision-language model's processor, whose template puts the pictures first. No system message is added
+here: whatever a template adds by itself is part of the model it belongs to.
 """
 
 from typing import Any
@@ -25,10 +25,10 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def prompt_row(tokenizer: Any, asked: Question, processor: Any = None) -> Row:
-    """What a model is given up to where its answer begins.
+    """The model's input up to where its answer begins.
 
     Raises:
-        PictureError: there is no processor for its pictures, or that refuses them.
+        PictureError: there are pictures but no processor, or the processor refuses them.
     """
     if not asked.pictures:
         return Row(prompt_ids(tokenizer, asked.prompt))

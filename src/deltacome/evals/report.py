@@ -10,7 +10,9 @@ from deltacome.format.clip import clip
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Columns: score with its 95 % interval, KL on the task and on general text in nats per token, with
+    """The table of what `run.evaluate` returns.
+
+    Columns: score with its 95 % interval, KL on the task and on general text in nats per token, with
     standard errors; bytes on disk and ratio if there is a delta.
 
     A dash stands for what was not measured.
@@ -51,7 +53,7 @@ def harness_table(result: dict[str, Any]) -> Table:
 
 
 def nats(value: float | None, error: float | None = None) -> str:
-    """A KL with its standard error, to five decimals or to two digits where it is below 0.0001."""
+    """A KL with its standard error, to five decimals, or to two significant digits below 0.0001."""
     if value is None:
         return "-"
     figures = (value, error) if error else (value,)

@@ -1,9 +1,9 @@
 """One table: base, tuned and its deltas on the same prompts, with the same measures.
 
-The tuned model comes first and leaves again, keeping only its log-probabilities (see
-`divergence`); then the base is loaded once and each delta attached to it in turn. So at most one
-dense model is in memory, and a delta is measured as it is served, not merged. Where a delta makes a
-model of another class of the base (`models.tuned_by`) there are two.
+The tuned model is loaded first and freed again; only its log-probabilities are kept (see
+`divergence`). Then the base is loaded once and each delta attached to it in turn. So at most one
+dense model is in memory, and a delta is measured as it is served, not merged. Where a delta's model
+is of another class than the base (`models.tuned_by`) there are two.
 """
 
 import gc
@@ -58,20 +58,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score base, tuned and deltas on one task; compare each with the tuned model, if given.
 
-    `task`, `n`, `seed` and `task_args` as in `load_questions`; `text` is a file for `kl_text`
-    instead of the default of `text_rows`, and needs `tuned`. `dtype` is a torch dtype or its name,
-    or "auto" for that of the checkpoints: bfloat16 arithmetic alone moves the KL of a good delta
-    severalfold.
+    `task`, `n`, `seed` and `task_args` are those of `load_questions`. `text` is a file to measure
+    `kl_text` on instead of the default of `text_rows`, and needs `tuned`. `dtype` is a torch dtype or
+    its name, or "auto" for that of the checkpoints; note that bfloat16 arithmetic alone changes the KL
+    of a good delta severalfold.
     All models get the prompts of one tokenizer: the tuned model's, else the one that the deltas
     carry, else the base's.
 
     Returns `{"task", "n", "seed", "task_args", "dtype", "max_new_tokens", "text", "models": [{"name",
     "score", "score_low", "score_high", "kl_task", "kl_task_error", "kl_text", "kl_text_error"}]}`: scores
     in 0..1 with a 95 % interval, KL(tuned ‖ model) in nats per token with its standard error; deltas
-    have what `account` says too. A KL is None without a tuned model. Any figure is None where a model
-    lacks the tokens to read what it should: `kl_task` of a base if the answers use tokens that the
-    fine-tune added, its score too if the chat template does, or if the questions have pictures and it
-    takes none.
+    also have the entries of `account`. A KL is None without a tuned model. Any figure is None where a
+    model cannot read its input: the base's `kl_task` if the answers use tokens that the fine-tune added,
+    and its score too if the chat template uses them, or if the questions have pictures and it takes none.
     """
     if text is not None and tuned is None:
         raise DeltaError(f"{text}: text is for KL against a tuned model, got none")
@@ -108,7 +107,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Exam:
-    """What every model of one table is asked, and what the tuned model said (task, text)."""
+    """What every model of a table is asked, and the tuned model's references (task, text)."""
 
     tokenizer: Any
     questions: list[Question]
@@ -136,8 +135,10 @@ def scores(model: Any, exam: Exam) -> dict[str, float | None]:
 
 
 def kls(model: Any, exam: Exam) -> dict[str, float | None]:
-    """KL(tuned ‖ model) per reference and its standard error; None without one, or if the model
-    cannot read its rows."""
+    """KL(tuned ‖ model) on each reference, with its standard error.
+
+    None without a reference, or if the model cannot read its rows.
+    """
     found: dict[str, float | None] = dict.fromkeys(KLS)
     for name, reference in zip(("kl_task", "kl_text"), exam.references, strict=False):
         if readable(model, [one.row for one in reference.rows]):
@@ -173,8 +174,10 @@ def answer_with(
 
 
 def account(artifact: Artifact) -> dict[str, Any]:
-    """What a score is drawn against, and whose it is: digest of the manifest, `method`, `bytes` on disk
-    and `ratio`."""
+    """What identifies an artifact beside its scores, and its size.
+
+    The manifest's digest (`artifact`), `method`, `bytes` on disk and `ratio`.
+    """
     return {
         "artifact": artifact.digest,
         "method": artifact.manifest.method["name"],
@@ -184,7 +187,7 @@ def account(artifact: Artifact) -> dict[str, Any]:
 
 
 def names(deltas: Sequence[str | Path]) -> list[str]:
-    """Folder names; the whole path where two folders are called the same."""
+    """Folder names; the whole path where two folders have the same name."""
     short = [Path(delta).resolve().name for delta in deltas]
     return [str(d) if short.count(s) > 1 else s for d, s in zip(deltas, short, strict=True)]
 
@@ -203,7 +206,7 @@ def shared_tokenizer(
 def shared_processor(
     base: str | Path, tuned: str | Path | None, artifacts: Sequence[Artifact]
 ) -> Any:
-    """The one processor of a table whose questions have pictures, as `shared_tokenizer`."""
+    """The one processor of a table whose questions have pictures, chosen as in `shared_tokenizer`."""
     if tuned is not None:
         return _processor(tuned)
     found = []
@@ -216,7 +219,7 @@ def shared_processor(
 
 
 def delta_tokenizer(base: str | Path, artifact: Artifact) -> Any:
-    """The tokenizer that a delta was trained with: the base's, under the files it carries."""
+    """The tokenizer that a delta was trained with: the base's, with the files that the delta carries."""
     manifest = artifact.manifest
     if not manifest.dropped_files and not manifest.files.keys() - {TUNED_CONFIG_FILE, CANARY_FILE}:
         return _tokenizer(base)
@@ -235,7 +238,7 @@ def _check_shared(what: str, artifacts: Sequence[Artifact], found: Sequence[Any]
 
 @contextmanager
 def _side_files(base: str | Path, artifact: Artifact) -> Iterator[str]:
-    """A folder with what the tuned model has beside its weights."""
+    """A temporary folder with the files that the tuned model has beside its weights."""
     patterns = (*SIDE_FILES, "config.json")
     of_base = fetch_folder(base, None, CheckpointError, patterns)
     with tempfile.TemporaryDirectory() as folder:
@@ -256,7 +259,7 @@ def _prompting(tokenizer: Any) -> tuple[Any, Any]:
 
 
 def free_memory() -> None:
-    """After a model has gone: what torch would keep for the next one is needed for it now."""
+    """Release a deleted model's memory, so that torch does not hold it back from the next one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

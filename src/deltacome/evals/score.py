@@ -1,9 +1,9 @@
-"""Exact match of greedy answers, with the interval that the number of questions allows.
+"""Exact match of greedy answers, with a confidence interval.
 
 The loop is written out instead of calling `generate`, which fills whatever is unset from the
 model's own generation config: a repetition penalty there would differ between two models of one
 table. Here greedy means the largest logit and nothing else. The price is that only models with
-an ordinary key-value cache are covered, and neither beams nor samples.
+an ordinary key-value cache are supported, and neither beam search nor sampling.
 
 Shapes: B answers in a batch, T tokens of the longest prompt, V vocabulary.
 """
@@ -41,7 +41,7 @@ def generate(
 def answers(
     model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int, max_new_tokens: int
 ) -> list[str]:
-    """The greedy answers of `model` to rows that end where it begins, in their order, as `generate`.
+    """The greedy answers of `model` to rows that end where an answer begins, in order, as in `generate`.
 
     Rows of similar length share a batch; left padding is masked, so an answer does not depend on its
     neighbours beyond rounding.
@@ -56,8 +56,11 @@ def answers(
 
 
 def _batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
-    """Indices of rows that go together. Those with pictures do where they need no padding: how a model
-    counts the positions of a padded one is each family's own matter."""
+    """Indices of rows that share a batch.
+
+    Rows with pictures share one only where they need no padding: each model family counts the positions
+    of a padded one in its own way.
+    """
     batch: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: (rows[i].kind, len(rows[i]))):
         first = rows[batch[0]] if batch else rows[i]
@@ -94,9 +97,9 @@ def greedy(
     said: list[torch.Tensor] = []
     cache = None
     for _ in range(max_new_tokens):
-        # The head, the dearest layer of a small model, is asked about the last position alone.
+        # The head is the costliest layer of a small model, so it runs on the last position only.
         extra: dict[str, Any] = {"logits_to_keep": 1}
-        if not sees:  # a model that sees counts positions itself, and without padding needs no mask
+        if not sees:  # with pictures the model counts positions; unpadded rows need no mask
             extra["position_ids"] = _positions(mask_BT)[:, -ids_BT.shape[1] :]
             extra["attention_mask"] = mask_BT
         out = model(
@@ -119,7 +122,7 @@ def greedy(
 
 
 def _positions(mask_BT: torch.Tensor) -> torch.Tensor:
-    """Positions that count from the first real token; padding gets 0, and is masked anyway."""
+    """Positions counted from the first real token; padding gets 0 and is masked anyway."""
     return (mask_BT.cumsum(-1) - 1).clamp_(min=0)
 
 

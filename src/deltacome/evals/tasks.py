@@ -1,6 +1,6 @@
-"""Questions with one right answer: from reasoning-gym by name, or from a JSONL file, with pictures too.
+"""Questions with one right answer: from reasoning-gym by name, or a JSONL file, which may name pictures.
 
-reasoning-gym makes its questions from a seed, so a score can be repeated without a data set to
+reasoning-gym generates its questions from a seed, so a score can be repeated without a data set to
 download. It is an extra (`pip install deltacome[evals]`) and imported only when it is asked for.
 """
 
@@ -18,7 +18,7 @@ from deltacome.pictures import given_in
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt (one user message), the answer that counts as right, and what pictures are before it."""
+    """A prompt (one user message), the answer that counts as right, and the pictures that precede it."""
 
     prompt: str
     answer: str
@@ -31,12 +31,12 @@ def load_questions(
     """`n` questions of `task`, the same for the same `seed`.
 
     `task` is a data set of reasoning-gym, made with `args`, or the path of a JSONL file with
-    `{"prompt": ..., "answer": ...}` on each line, with the path of an `image` or of several `images`
-    (relative ones are in its folder) for models that see. From a file come the first `n` lines after a
-    shuffle by `seed`, all of them if there are fewer. reasoning-gym makes question i from `seed + i`:
-    seeds that lie less than `n` apart share questions. Raises DeltaError for an unknown task, one
-    without single right answers, arguments that the data set refuses, a file that is empty or malformed,
-    and a picture that is not there.
+    `{"prompt": ..., "answer": ...}` on each line. For vision-language models a line may also have the
+    path of an `image` or of several `images`; relative paths start at the file's folder. A file gives its
+    first `n` lines after a shuffle by `seed`, or all of them if there are fewer. reasoning-gym makes
+    question i from `seed + i`, so seeds less than `n` apart share questions. Raises DeltaError for an
+    unknown task, one without single right answers, arguments that the data set refuses, a file that is
+    empty or malformed, and a picture that is not there.
     """
     if n < 1:
         raise DeltaError(f"task {task}: expected at least 1 question, got n = {n}")
@@ -52,7 +52,7 @@ def load_questions(
 def read_questions(path: Path) -> list[Question]:
     """All questions of a JSONL file, in its order; blank lines are skipped."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise DeltaError(f"{path}: expected a readable JSONL file, got {error}") from error
     questions = [_parse(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
@@ -119,7 +119,7 @@ def _generate(task: str, n: int, seed: int, args: dict[str, Any]) -> list[Questi
 
 def _made(task: str, number: int, entry: dict[str, Any]) -> Question:
     answer = "" if entry["answer"] is None else str(entry["answer"])
-    if not answer.strip():  # one of those with many right answers, which only its own scorer knows
+    if not answer.strip():  # such a question has many right answers: only its own scorer knows them
         raise DeltaError(
             f"task {task}: question {number}: expected one right answer, got {entry['answer']!r}"
         )

@@ -1,20 +1,20 @@
 """Adaptive: bits where the model's answers need them. This project's own method.
 
-What it does otherwise than Delta-CoMe (arXiv 2406.08903):
+How it differs from Delta-CoMe (arXiv 2406.08903):
 
-- The SVD is of the delta as the model feels it, weighted by the inputs' gram C and by the Fisher
-  information G of the layer's outputs (`numerics.weigh`).
-- The singular values of all matrices, embedding and head too, are then in one unit, the KL divergence to
-  the tuned model; but those of blocks are measured with tokens lifted that the model is sure of, which
-  gives them more (`compression.sensitivity`). One price of a byte decides for every direction of every
-  matrix how many bits it gets, or none (`numerics.allocate`). A matrix that matters less gets fewer
-  bytes, by half of what the weights say (`ALIKE`).
-- V is quantised by GPTQ against C, as there. U is then refitted to what V became (`numerics.refit`, as
-  PrinMix does) and quantised by GPTQ against G, along the outputs: after weighting, directions hardly
-  disturb each other, while outputs do.
-- The singular values are distilled at the end (`compression.distill`, which has the why).
+- The SVD is of the delta weighted by the inputs' gram C and by the Fisher information G of the layer's
+  outputs (`numerics.weigh`).
+- The singular values of all matrices, embedding and head included, are then in one unit, the KL
+  divergence to the tuned model; but for those of blocks, tokens that the model is sure of are lifted,
+  which gives blocks more weight (`compression.sensitivity`). One price per byte decides how many bits, if
+  any, each direction of each matrix gets (`numerics.allocate`). A matrix that matters less gets fewer
+  bytes, but only by half of what the weights say (`ALIKE`).
+- V is quantised by GPTQ against C, as in Delta-CoMe. U is then refitted to the rounded V
+  (`numerics.refit`, as PrinMix does) and quantised by GPTQ against G, along the outputs: after weighting,
+  directions hardly disturb each other, while outputs do.
+- The singular values are distilled at the end (`compression.distill` explains why).
 
-Without calibration, and with `distill=0`, there is no C and no G: a plain SVD with one price for all
+Without calibration, and with `distill=0`, there is no C and no G, only a plain SVD with one price for all
 matrices.
 
 Legend: O out, I in, R directions.
@@ -39,19 +39,19 @@ from deltacome.numerics.refit import refit_u
 from deltacome.numerics.weigh import weighted_spectrum, weighted_svd
 
 DISTORTION = {2: 0.031, 3: 0.0057, 4: 0.0013, 8: 0.00002}
-"""Squared error of a direction whose two vectors are stored at a width, relative to its weight, where
-both are rounded by GPTQ: medians of `benchmarks/distortion.py --every 20`. Where G is a diagonal, as an
-embedding's is, it is over ten times as large at few bits, which plans do not look at."""
+"""Width → squared error of a direction relative to its weight, with both of its vectors rounded by GPTQ
+to that width: medians of `benchmarks/distortion.py --every 20`. Where G is diagonal, as an embedding's
+is, the error is over ten times as large at few bits, which plans ignore."""
 
 CUT = 3.0
-"""Penalty on leaving a direction out, relative to as large an error of rounding: that errs at random, but
-what is left out is left out in every layer, and adds up (`benchmarks/tables/ablation.py`)."""
+"""Penalty on leaving a direction out, relative to an equally large rounding error: rounding errs at
+random, but what is left out is left out in every layer and adds up (`benchmarks/tables/ablation.py`)."""
 
 
 ALIKE = 0.5
-"""How far plans take all matrices to matter alike: 0 goes by what was measured of each, 1 gives their
-entries one weight. That of a matrix takes inputs and gradients as independent, and sees only what
-calibration shows (`benchmarks/tables/ablation.py`)."""
+"""How far plans treat all matrices as mattering equally: 0 goes by what was measured of each, 1 gives
+their entries the same weight. The measurement takes inputs and gradients as independent, and sees only
+what calibration shows (`benchmarks/tables/ablation.py`)."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Adaptive:
         damping: share of the mean diagonal that is added to C and G.
         distill: steps that fit the singular values to the tuned model's logits; they need four times the
             tuned model in memory.
-        diagonal: use the diagonal of G alone. C and G of all layers lie on disk while a run works, 4
-            bytes an entry: for a 7B model 70 GB, and 28 GB with diagonals.
+        diagonal: use only the diagonal of G. C and G of all layers are on disk during a run, 4 bytes an
+            entry: for a 7B model 70 GB, and 28 GB with diagonals.
     """
 
     damping: float = 0.1
@@ -80,14 +80,14 @@ class Adaptive:
     def spectrum(self, delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
         """σ² of a matrix's directions, in proportion to the KL that each is worth: float32 (R,)."""
         if any(side is not None and not side.any() for side in (inputs, outputs)):
-            # No answer hangs on it: an expert that was never asked, say.
+            # No answer depends on it: an expert that was never used, for example.
             return torch.zeros(min(delta_OI.shape))
         return weighted_spectrum(delta_OI, inputs, outputs, self.damping)
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
-        """One price of a byte for all directions of all matrices."""
+        """One price per byte for all directions of all matrices."""
         spectra = {
-            name: self.spectrum(matrix.delta(), None, None).cpu()  # as prices are
+            name: self.spectrum(matrix.delta(), None, None).cpu()  # where prices are
             if matrix.spectrum is None
             else matrix.spectrum
             for name, matrix in matrices.items()
@@ -111,17 +111,17 @@ class Adaptive:
     def compress(
         self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
     ) -> dict[str, Packed]:
-        """Without what a sweep measures (see `Method.compress`): all outputs are worth the same."""
+        """Without a sweep's measurements (see `Method.compress`): all outputs are worth the same."""
         return {name: self.pack(d, plans[name], gram_II, None) for name, d in deltas.items()}
 
     def pack(
         self, delta_OI: Tensor, plan: Terms, inputs: Tensor | None, outputs: Tensor | None
     ) -> Packed:
-        """V against C, then U refitted to it and against G.
+        """Quantises V against C, then refits U to it and quantises that against G.
 
         Args:
             delta_OI: float32 (O, I).
-            plan: its bands; none leaves the matrix as the base's.
+            plan: its bands; without any the matrix stays the base's.
             inputs: C, float32 (I, I), or None for white inputs.
             outputs: G, float32 (O, O), or its diagonal (O,), or None.
 
@@ -136,7 +136,7 @@ class Adaptive:
         v = self._quantize(v_RI / _rms(v_RI), bits_R, inputs)
         u_RO = refit_u(delta_OI, v.dequantize(), inputs)
         s_R1 = _rms(u_RO)
-        # Against a diagonal, rounding to nearest is all that there is.
+        # Against a diagonal, GPTQ would be rounding to nearest.
         full = outputs if outputs is not None and outputs.ndim == 2 else None
         u = self._quantize(u_RO / s_R1, bits_R, full)
         bands, start = [], 0
@@ -160,7 +160,7 @@ def _rms(vectors_RN: Tensor) -> Tensor:
 
 
 def _trust(weights_R: Tensor, shape: Shape) -> float:
-    """What a matrix's spectrum is multiplied by, so that it tells less of it against others."""
+    """The factor on a matrix's spectrum that evens out its weight against other matrices (`ALIKE`)."""
     mean = float(weights_R.sum()) / (shape[0] * shape[1])
     return mean**-ALIKE if mean > 0 else 1.0
 
@@ -170,5 +170,5 @@ def _terms(counts: Mapping[int, int]) -> Terms:
 
 
 def _price(shape: Shape, bits: int) -> float:
-    """Bytes of a direction, its share of the padding left out."""
+    """Bytes of one direction, without its share of the padding."""
     return bands_nbytes(shape, (Band(bits, 64),)) / 64

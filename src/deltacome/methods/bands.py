@@ -1,7 +1,7 @@
 """From singular triples to bands: what the methods that quantise singular vectors share.
 
 V first: its rows are independent in GPTQ, so the bands of all linears that share an input go through
-one sweep, each row with its width. Then U, band by band, against the gram of what it will multiply,
+one sweep, each row at its own width. Then U, band by band, against the gram of what it will multiply,
 `(S V̂ᵀ) C (S V̂ᵀ)ᵀ` (Delta-CoMe, arXiv 2406.08903, section 3.3).
 
 Triples are scaled to unit root mean square, with the scale moved into s: entries of a unit vector of
@@ -44,13 +44,13 @@ class Gptq:
     nearest: bool = False
 
     def factor(self, gram_II: Tensor | None) -> GramFactor | None:
-        """What V is to be rounded against; None: to nearest."""
+        """What V is rounded against; None rounds to nearest."""
         return None if gram_II is None or self.nearest else factor_gram(gram_II, self.damping)
 
     def v_factors(
         self, groups: list[tuple[Tensor, Plan]], factor: GramFactor | None
     ) -> list[list[Factor]]:
-        """V of all bands of linears with one input: (v_RI, plan) of each → its factors by band."""
+        """V of all bands of linears that share an input: (v_RI, plan) of each → its factors by band."""
         v_RI = torch.cat([v for v, _ in groups])
         bits = [band.bits for _, plan in groups for band in plan for _ in range(band.count)]
         # Rows of 16-bit bands ride along at 8 bits and are not used: float16 needs no grid.
@@ -71,7 +71,7 @@ class Gptq:
     def with_u(
         self, u_RO: Tensor, s_R: Tensor, v: list[Factor], plan: Plan, gram_II: Tensor | None
     ) -> list[BandTensors]:
-        """The bands: U of each is rounded against what its V̂ lets through."""
+        """The bands, with U of each rounded against what its V̂ lets through."""
         counts = [band.count for band in plan]
         bands = []
         for band, v_factor, u_BO, s_B in zip(
@@ -92,7 +92,7 @@ class Gptq:
             return round_nearest(u_BO, bits)
         a_BI = s_B[:, None] * v.dequantize().to(s_B.device)
         gram_BB = (a_BI if gram_II is None else a_BI @ gram_II) @ a_BI.T
-        gram_BB.diagonal().clamp_(min=0)  # rounding alone takes what no input reaches below it
+        gram_BB.diagonal().clamp_(min=0)  # where no input reaches, rounding errors can go below 0
         if not float(gram_BB.diagonal().sum()) > 0:
             # Nothing passes this band: its singular values are 0.
             return round_nearest(u_BO, bits)

@@ -4,7 +4,7 @@ Liu et al., NeurIPS 2024, arXiv 2402.10193. `D̂ = α Sign(D)`, where Sign is �
 0 (equation 2), and the α of least squared error is the mean of |D| (equation 3). The paper then
 distils the scales, and nothing else, against the logits of the tuned model (equation 4): that needs
 the model, so `compression.distill` does it, if `distill` asks for steps. The paper compresses the linear
-layers of the blocks; that an embedding and a head have signs too is an extension.
+layers of the blocks; signs for the embedding and the head are an extension.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class BitDelta:
     """Options of the method.
 
     Attributes:
-        scales: the paper's is one for a matrix.
-        distill: steps of the optimisation of the scales; 0 leaves them as they start.
-        rate: of its Adam, as a share of a scale; it falls linearly to 0. (The authors' is 1e-4 whatever
-            the scale, and falls as a cosine.)
+        scales: one for a matrix, as in the paper, or one for each row.
+        distill: steps that optimise the scales; 0 leaves them at their initial values.
+        rate: learning rate of their Adam, as a share of a scale; it falls linearly to 0. (The authors' is
+            1e-4 whatever the scale, and falls along a cosine.)
     """
 
     scales: Scales = "matrix"
@@ -55,7 +55,7 @@ class BitDelta:
     def compress(
         self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
     ) -> dict[str, Packed]:
-        """Signs and their first scales (see `Method.compress`)."""
+        """Signs and their initial scales (see `Method.compress`)."""
         return {name: Packed(signs=signs_of(d, self.scales)) for name, d in deltas.items()}
 
 

@@ -5,8 +5,8 @@ Ping et al., NeurIPS 2024, arXiv 2406.08903. `D = U S Vᵀ` is cut into bands of
 against the gram of what it will multiply, `(S V̂ᵀ) C (S V̂ᵀ)ᵀ` (section 3.3; `bands` has both).
 `compression.search` finds templates by the paper's greedy and genetic search.
 
-The paper compresses the linear layers of the blocks. That an embedding and a head are matrices like
-others here, the head's against the gram of its own inputs, is an extension.
+The paper compresses the linear layers of the blocks. Treating embedding and head like any other matrix,
+the head against the gram of its own inputs, is an extension.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DeltaCome:
     gptq: bool = True
     distill: int = 0
 
-    calibrates = True  # GPTQ, and the errors that are told, are against the inputs
+    calibrates = True  # GPTQ and the reported errors are against the inputs
 
     def options(self) -> dict[str, Any]:
         """What the manifest says of the method."""

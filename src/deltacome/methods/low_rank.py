@@ -2,7 +2,7 @@
 
 Ryu et al. 2023 (arXiv 2305.18425, "Efficient storage of fine-tuned models via low-rank approximation
 of weight residuals"): by Eckart and Young no matrix of that rank is closer to the delta. Inputs are
-not looked at. A merged LoRA of no higher rank comes back whole.
+ignored. A merged LoRA of no higher rank comes back whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LowRank:
     """Options of the method.
 
     Attributes:
-        directions: of every matrix; None keeps as many as the ratio allows.
+        directions: how many to keep of every matrix; None keeps as many as the ratio allows.
     """
 
     directions: int | None = None
@@ -38,7 +38,7 @@ class LowRank:
 
     @property
     def default_ratio(self) -> float | None:
-        """The ratio where none is asked for, if the rank is left to it."""
+        """The ratio where none is asked for, if it determines the rank."""
         return DEFAULT_RATIO if self.directions is None else None
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:

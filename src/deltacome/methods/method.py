@@ -2,7 +2,7 @@
 
 A method is a frozen dataclass of options in a file of its own. `compression` calls it twice: for the
 plans of all matrices, when nothing but their sizes is fixed yet, and then group by group for the
-terms. So a ratio is met, or refused, before the work begins, whatever a method looks at to plan.
+terms. So a ratio is met, or refused, before the work begins, whatever a method needs for its plans.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Terms:
-    """What is to be stored of one matrix; with nothing in it the matrix stays the base's."""
+    """What is to be stored of one matrix; if empty, the matrix stays the base's."""
 
     bands: Plan = ()
     sign_scales: int | None = None
-    """Scales of a term of signs, 1 or one for each row; None without that term."""
+    """Number of scales of a signs term, 1 or one for each row; None without that term."""
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes on disk of the terms of a matrix (out, in)."""
@@ -41,18 +41,18 @@ class Matrix:
     shape: Shape
     """(out, in) of the rows that base and tuned have in common."""
     delta: Callable[[], Tensor]
-    """Reads tuned − base, float32 (out, in): costs the reading of both."""
+    """Reads tuned − base, float32 (out, in), at the cost of reading both."""
     spectrum: Tensor | None = None
     """What a sweep through the model measured of it, for a method that asks for one."""
 
 
 DEFAULT_RATIO = 16.0
-"""Of methods whose plans reach it."""
+"""The default of methods whose plans can reach it."""
 
 Planner = Callable[[float], dict[str, Terms]]
 """Bytes for the terms of all matrices → the terms of each, the best that fit, else the smallest.
 
-Asked a few times with bytes that differ little, since what surrounds terms depends on them.
+Called a few times with numbers of bytes that differ little, since what surrounds terms depends on them.
 """
 
 
@@ -74,7 +74,7 @@ class Method(Protocol):
         ...
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
-        """Measures what the plans depend on, once; where nothing adapts, bytes are not looked at."""
+        """Measures once what the plans depend on; where nothing adapts, the planner ignores bytes."""
         ...
 
     def compress(
@@ -103,16 +103,16 @@ def share_evenly(
     """Every matrix at one ratio of its own bytes, as the papers do.
 
     Args:
-        fill: the terms of a matrix within a number of bytes, else its smallest.
-        grow: the terms with the least more, or None if there is no more.
-        nbytes: bytes on disk for all of them.
+        fill: the terms of a matrix that fit in a number of bytes, else its smallest.
+        grow: the terms, enlarged by the least step, or None if they cannot grow.
+        nbytes: bytes on disk for all matrices.
 
     Returns:
         The terms at the largest common ratio that fits; what rounding to whole directions leaves over
         is dealt out one direction at a time.
     """
 
-    counts = Counter(shapes.values())  # the layers of a large model are hundreds, of a few shapes
+    counts = Counter(shapes.values())  # a large model has hundreds of layers, of a few shapes
 
     def at(share: float) -> dict[Shape, Terms]:
         return {shape: fill(shape, share * 2 * math.prod(shape)) for shape in counts}

@@ -1,15 +1,15 @@
-"""PrinMix: widths from an integer program, and a left factor that answers to the rounded right one.
+"""PrinMix: widths from an integer program, and a left factor refitted to the rounded right one.
 
 Xiong et al., arXiv 2506.11087. An error of a right singular vector reaches the output scaled by its
-singular value, so each direction i at width b has the cost `σᵢ² ‖v̂ᵢ(b) − vᵢ‖²`, and σᵢ² where it is
-dropped. A 0/1 program picks one width for each direction such that the sum is least and the bytes of
-the matrix are not exceeded; `scipy.optimize.milp` (HiGHS) solves it. Then V is quantised by GPTQ, U
-is refitted to V̂ ("reconstruction target correction", `numerics.refit`), and quantised by GPTQ.
+singular value, so each direction i costs `σᵢ² ‖v̂ᵢ(b) − vᵢ‖²` at width b, and σᵢ² if it is dropped. A
+0/1 program picks one width for each direction such that the total is least and the bytes of the matrix
+are not exceeded; `scipy.optimize.milp` (HiGHS) solves it. Then V is quantised by GPTQ, and U is refitted
+to V̂ ("reconstruction target correction", `numerics.refit`) and quantised by GPTQ as well.
 
-Three choices are ours. An embedding and a head are matrices like others, where the paper compresses the
-linear layers of blocks. Costs are measured by rounding the vectors to nearest before any input is known,
-so that a ratio is refused before the work begins. And what the program counts are the bytes on disk,
-scales and all, where the paper counts codes.
+Three choices are ours. Embedding and head are treated like any other matrix, where the paper compresses
+the linear layers of blocks. Costs are measured by rounding the vectors to nearest before any input is
+known, so that a ratio is refused before the work begins. And the program counts bytes on disk, scales
+included, where the paper counts codes.
 
 Legend: O out, I in, R directions, W widths.
 """
@@ -62,7 +62,7 @@ class PrinMix:
         return {"name": "prinmix", **asdict(self)}
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
-        """Measures what each direction of each matrix costs at each width: an SVD of all deltas."""
+        """Measures what each direction of each matrix costs at each width, by an SVD of every delta."""
         costs = {name: direction_costs(matrix.delta()) for name, matrix in matrices.items()}
         shapes = {name: matrix.shape for name, matrix in matrices.items()}
         size = sum(out * inputs for out, inputs in shapes.values())
@@ -82,7 +82,7 @@ class PrinMix:
     def compress(
         self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
     ) -> dict[str, Packed]:
-        """V by GPTQ, U refitted to it and by GPTQ (see `Method.compress`).
+        """V by GPTQ, then U refitted to it and also by GPTQ (see `Method.compress`).
 
         Raises:
             CalibrationError: the gram is not positive definite even after damping.
@@ -111,7 +111,7 @@ def direction_costs(delta_OI: Tensor) -> np.ndarray:
     columns = [torch.ones_like(s_R)]
     for bits in WIDTHS:
         error_RI = round_nearest(v_RI, bits).dequantize() - v_RI
-        # A direction whose rounding costs more than it brings is better dropped, never worse.
+        # A direction that costs more rounded than dropped is taken to cost the same.
         columns.append(error_RI.square().mean(1).clamp(max=1))
     return (torch.stack(columns, 1) * s_R[:, None].square()).double().cpu().numpy()
 
@@ -119,14 +119,14 @@ def direction_costs(delta_OI: Tensor) -> np.ndarray:
 def best_plan(shape: Shape, costs_RW: np.ndarray, nbytes: float) -> Plan:
     """The bands of least cost within the bytes; one direction if nothing fits.
 
-    The widths that the program chose are given to the directions in falling order. Costs at one width
-    fall with the singular value nearly everywhere, so that is mostly the program's own order.
+    The widths that the program chose are given to the directions in descending order. Costs at one
+    width fall with the singular value nearly everywhere, so that is mostly the program's own order.
 
     Raises:
         PlanError: the solver gives up.
     """
     price_W = [0, *(bands_nbytes(shape, (Band(bits, 64),)) / 64 for bits in WIDTHS)]
-    # Directions beyond what fits at the least width are dropped in any case.
+    # Directions beyond what fits at the smallest width are dropped in any case.
     count = min(len(costs_RW), max(1, int(nbytes / price_W[-1]) + 1))
     costs_RW = costs_RW[:count] / max(costs_RW[0].max(), 1e-300)
     widths = len(price_W)

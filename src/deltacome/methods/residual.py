@@ -1,11 +1,11 @@
 """Residual: signs for the bulk of the delta, a low rank for what they leave.
 
-D-QRELO (arXiv 2604.16940), made for fine-tunes on much data, whose deltas are large and full of
+D-QRELO (arXiv 2604.16940), made for fine-tunes on large data sets, whose deltas are large and high in
 rank: one bit an entry first, as in BitDelta, then an SVD of the residual `D − α Sign(D)`. Data-free.
-What the paper adds to that residual as a compensation is not here.
+The compensation that the paper adds to that residual is not implemented.
 The singular vectors are kept at 16 bits, or at what the template says, rounded to nearest.
 
-What signs cost is fixed, a sixteenth, so the ratio must lie below 16.
+Signs cost a fixed sixteenth, so the ratio must be below 16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plans with a hole: `8:2,3:1/128,2:*`, filled to a number of bytes.
 
-A template is what one says once for a whole model; the shape of a weight and its share of the bytes
+A template is given once for a whole model; the shape of a weight and its share of the bytes
 turn it into a plan. A count is a number, a fraction of the weight's smaller side (the paper's 32
 directions at 3 bits of 4096 are `1/128`), or `*`: as many as fit.
 """
@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"(\d+):(\*|\d+(?:/\d+)?)")
 
 @dataclass(frozen=True)
 class Template:
-    """Entries (bits, count); a `Fraction` is of the smaller side, None is the hole."""
+    """Entries (bits, count); a `Fraction` counts as a share of the smaller side, None is the hole."""
 
     entries: tuple[tuple[int, int | Fraction | None], ...]
 
@@ -40,8 +40,8 @@ class Template:
     def fill(self, shape: Shape, nbytes: float) -> Plan:
         """The plan for a weight (out, in) that takes at most `nbytes` bytes on disk.
 
-        Where the fixed counts do not fit, directions are given up from the end. Without a hole
-        `nbytes` is not looked at.
+        Where the fixed counts do not fit, directions are dropped from the end. Without a hole
+        `nbytes` is ignored.
 
         Returns:
             The plan; empty if not even one direction fits.
@@ -61,7 +61,7 @@ class Template:
         return _clip(full, rank(plan) + 1)
 
     def planner(self, matrices: Mapping[str, Matrix]) -> Planner:
-        """Fills the template for all matrices at one ratio, with one direction at least."""
+        """Fills the template for all matrices at one ratio, with at least one direction each."""
         shapes = {name: matrix.shape for name, matrix in matrices.items()}
 
         def fill(shape: Shape, nbytes: float) -> Terms:
@@ -74,7 +74,7 @@ class Template:
         return lambda nbytes: share_evenly(shapes, fill, grow, nbytes)
 
     def _full(self, shape: Shape) -> Plan:
-        """The plan where bytes are no object; all others are its first directions."""
+        """The plan if bytes were unlimited; all others are its first directions."""
         bands = []
         for bits, count in self.entries:
             if count is None:

@@ -5,7 +5,7 @@ of a code of that width relative to what it encodes (d(0) = 1: the direction is 
 λ of a byte each direction takes the width that minimises `σ² d(b) + λ · bytes(b)`, on its own; one λ for
 all matrices is optimal for the bytes that it spends (Everett 1963; Shoham & Gersho 1988). It is found by
 bisection. An integer program would also use up the last bytes; with thousands of directions the
-difference is less than one of them.
+difference is less than one direction.
 
 R directions of a matrix.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 STEPS = 80
-"""Bisections of λ: more than float64 can tell apart."""
+"""Bisections of λ, more than float64 can resolve."""
 
 
 def allocate(
@@ -30,20 +30,20 @@ def allocate(
     """How many directions of each matrix get which width.
 
     Args:
-        weights: σ² of each matrix's directions, falling, float (R,).
+        weights: σ² of each matrix's directions, in descending order, float (R,).
         cost: bytes of one direction of a matrix at a width.
         distortion: width → d(b), without 0.
         nbytes: bytes on disk of a whole allocation.
-        budget: bytes that it may have.
+        budget: bytes that an allocation may take.
 
     Returns:
-        For each matrix widths → counts, wide ones first, none of them 0; the best that fits, or nothing
-        at all where not even one direction does.
+        For each matrix widths → counts, widest first, zero counts left out: the best allocation that
+        fits, with no directions at all if not even one fits.
     """
     widths = sorted(distortion)
     flat = torch.cat([w.double() for w in weights.values()])
     sizes = [len(w) for w in weights.values()]
-    # (widths + 1, all directions): errors and bytes, the first row for what is not stored.
+    # (widths + 1, all directions): errors and bytes; the first row is for not storing a direction.
     errors = torch.stack([flat, *(flat * distortion[b] for b in widths)])
     rows = [[cost(name, b) for name in weights] for b in widths]
     each = torch.tensor(sizes)

@@ -11,14 +11,14 @@ triangular, the loss is ‖E R‖² and its column j holds no error of a later c
     target_j = w_j + Σ_{k<j} (w_k − ŵ_k) R_kj / R_jj,    ŵ_j = nearest grid value to target_j
 
 is the same greedy choice: (R_jj)⁻¹ R_kj is what the updates of GPTQ add up to. One Cholesky of C
-in reversed order (n³/3) replaces a Cholesky, an inverse and a second Cholesky (4n³/3), it is the
-better conditioned of the two, and errors are gathered by a column when its turn comes (one matrix
-product per block) instead of being spread over all later columns.
+in reversed order (n³/3) replaces a Cholesky, an inverse and a second Cholesky (4n³/3). It is also
+better conditioned, and a column gathers the errors before it when its turn comes (one matrix
+product per block), instead of each error being spread over all later columns.
 
-The factor is computed in float64 and used in float32. Float32 would halve the time of the factor,
-which at 11008 inputs is most of the whole, with errors as good; but there one code in a hundred
-then hangs on the rounding of the factor, and so on the machine. The sweep is float32: what its sums
-lose is far below the width of a code.
+The factor is computed in float64 and used in float32. Computing it in float32 would halve its time,
+which at 11008 inputs is most of the total, with errors as good; but one code in a hundred would then
+depend on the rounding of the factor, and so on the machine. The sweep is in float32: what its sums
+lose is far below the step between codes.
 
 R rows, N columns (inputs or directions) in the order of the sweep, B columns of a block;
 I inputs, O outputs, G groups of a row.
@@ -56,19 +56,19 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True)
 class GramFactor:
-    """What the sweep needs of a gram; made once by `factor_gram`, good for any number of sweeps."""
+    """What the sweep needs of a gram: made once by `factor_gram`, used for any number of sweeps."""
 
     ratio_NN: Tensor
     """float32, [j, k] = R_kj / R_jj for k < j in the order of the sweep (nothing else is read)."""
     order_N: Tensor
-    """int64, the column that is swept at each place."""
+    """int64, the column at each place of the sweep."""
 
 
 def factor_gram(gram_NN: Tensor, damping: float = 0.01, act_order: bool = True) -> GramFactor:
-    """Factors C + damping · mean(diag C) · I, its largest diagonal entries first if `act_order`.
+    """Factors C + damping · mean(diag C) · I, largest diagonal entries first if `act_order`.
 
     `gram_NN` is symmetric (one triangle is read) and is left untouched. Inputs that were never
-    active (zero rows and columns) are tied to no other and so get plain rounding.
+    active (zero rows and columns) are coupled to no other and so get plain rounding.
 
     Raises `CalibrationError` if the gram is not square or finite, is all zeros, or is not positive
     definite after damping.
@@ -93,9 +93,9 @@ def factor_gram(gram_NN: Tensor, damping: float = 0.01, act_order: bool = True) 
 
 
 def round_nearest(w_RN: Tensor, bits: Tensor | int) -> Quantized:
-    """The nearest codes, whatever the inputs are: what GPTQ does where they are white.
+    """Rounds to the nearest codes, whatever the inputs are; GPTQ does the same for white inputs.
 
-    `w_RN` and `bits` as in `min_max_grid`, which raises what it says.
+    `w_RN` and `bits` are as in `min_max_grid`, and so are the errors raised.
     """
     scale_RG, zero_RG = min_max_grid(w_RN, bits)
     return Quantized(round_to_grid(w_RN, scale_RG, zero_RG, bits), scale_RG, zero_RG)
@@ -159,13 +159,13 @@ def quantize_u(
 def _sweep(w_NR: Tensor, factor: GramFactor, grid: Grid) -> Tensor:
     """The greedy sweep. Columns of the method are rows here, so that each is contiguous.
 
-    Returns codes uint8 (N, R), columns back in their own order.
+    Returns codes uint8 (N, R), with the columns back in their original order.
     """
     if len(factor.order_N) != len(w_NR):
         raise MismatchError(
             f"{len(w_NR)} columns need a gram of that size, got {len(factor.order_N)}"
         )
-    w_NR = w_NR[factor.order_N].contiguous()  # a copy, as an index makes one
+    w_NR = w_NR[factor.order_N].contiguous()  # a copy, as indexing makes one
     if not torch.isfinite(w_NR).all():
         raise CalibrationError("the directions to quantise hold NaN or Inf")
     error_NR = torch.empty_like(w_NR)

@@ -2,8 +2,8 @@
 
 tr(E C Eᵀ) = Σ ‖E x‖² for any weight error E, so with C in hand no input is needed again.
 
-Sums are kept in float32: a gram of 11008 inputs is 485 MB there, and twice that in float64, for
-digits that a damping of 1 % drowns. Each `add` is one float32 matrix product whose result is added
+Sums are kept in float32: a gram of 11008 inputs takes 485 MB, and would take twice that in float64,
+for digits that a damping of 1 % drowns. Each `add` is one float32 matrix product whose result is added
 to the sum, so half-precision inputs lose nothing on the way (bfloat16 and float16 are exact in
 float32), and rounding errors grow with the number of calls, not of tokens: feed a few thousand
 tokens per call, not one.
@@ -30,8 +30,8 @@ class Gram:
     def add(self, x_TI: Tensor) -> None:
         """Adds the inputs of T tokens, of any floating-point type.
 
-        Raises `CalibrationError` for NaN, Inf or another number of inputs; the sum is then as
-        it was.
+        Raises `CalibrationError` for NaN, Inf or another number of inputs; the sum is then
+        unchanged.
         """
         inputs = len(self._sum_II)
         if x_TI.ndim != 2 or x_TI.shape[1] != inputs:
@@ -49,7 +49,7 @@ class Gram:
 
     @property
     def value(self) -> Tensor:
-        """C, float32 (I, I). Raises `CalibrationError` if no token came or the sum overflowed."""
+        """C, float32 (I, I). Raises `CalibrationError` if no tokens came or the sum overflowed."""
         if not self.tokens:
             raise CalibrationError(f"no calibration input reached {self.name}")
         if not torch.isfinite(self._sum_II).all():
@@ -60,8 +60,8 @@ class Gram:
 def relative_error(delta_OI: Tensor, delta_hat_OI: Tensor, gram_II: Tensor | None) -> float:
     """tr(E C Eᵀ) / tr(D C Dᵀ) with E = D̂ − D: the squared error of the outputs, relative.
 
-    Without a gram the inputs are taken to be white, C = I. 0 where neither error nor delta is
-    anything (0 / 0), infinite where only the error is something.
+    Without a gram the inputs are taken to be white, C = I. The result is 0 if both error and delta
+    are zero (0 / 0), and infinite if only the delta is.
     """
     error = output_energy(delta_hat_OI.float() - delta_OI.float(), gram_II)
     energy = output_energy(delta_OI, gram_II)
@@ -71,11 +71,12 @@ def relative_error(delta_OI: Tensor, delta_hat_OI: Tensor, gram_II: Tensor | Non
 
 
 def output_energy(weight_OI: Tensor, gram_II: Tensor | None) -> float:
-    """tr(W C Wᵀ) = Σ ‖W x‖² over the inputs that C was made of; Σ W² without a gram.
+    """tr(W C Wᵀ) = Σ ‖W x‖² over the inputs that C was made from; Σ W² without a gram.
 
-    Products are float32, their sum float64: within 1e-5 of float64 throughout, at half its time
-    and a third of its memory, for errors of GPTQ under inputs with channels fifty times as loud as
-    the rest. Only an error that avoids a far louder direction by cancellation would need more.
+    Products are in float32, their sum in float64. For errors of GPTQ under inputs with channels
+    fifty times as loud as the rest, that is within 1e-5 of float64 throughout, in half the time and
+    a third of the memory. Only an error that avoids a far louder direction by cancellation would
+    need more.
     """
     weight_OI = weight_OI.float()
     if gram_II is None:

@@ -2,13 +2,13 @@
 
 A group is `group_size` consecutive entries of one row. It shares one float16 scale and one uint8
 zero point, and a code means `(code − zero) · scale` in float32. The scale is rounded to float16
-*before* the zero point and the codes are chosen, so that these answer to the number that is stored.
+*before* the zero point and the codes are chosen, so that these refer to the scale that is stored.
 
 Min–max is the grid of GPTQ (Frantar et al. 2023, arXiv 2210.17323) and so of Delta-CoMe. The range
 always includes 0: the zero point is then a code, and zero weights (rows of an embedding that were
-never touched) come back as exact zeros. What that costs: a group far from 0 wastes levels, which
-singular vectors, being centred, do not have. Rejected: a range cut down to where the squared error is
-least: with GPTQ behind it the model's answers got worse (DESIGN.md).
+never touched) come back as exact zeros. The cost: a group far from 0 wastes levels, but singular
+vectors, being centred, have no such groups. Rejected: clipping the range to where the squared error is
+least. With GPTQ on such grids the model's answers got worse (DESIGN.md).
 
 R rows, N entries of a row, G = ⌈N / group_size⌉ groups of a row (the last may be short).
 """
@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from deltacome.errors import MismatchError, PlanError, UnsupportedError
 from deltacome.format.spec import GROUP, PLANES
 
-WIDTHS = tuple(PLANES)  # those that have a grid: 16 bit is float16 values
+WIDTHS = tuple(PLANES)  # those that have a grid: 16 bits are float16 values
 _HALF = torch.finfo(torch.float16)
 _HALF_UNIT = 2.0**-24  # the smallest subnormal, of which all others are multiples
 
@@ -54,7 +54,7 @@ def min_max_grid(
 def round_to_grid(
     w_RN: Tensor, scale_RG: Tensor, zero_RG: Tensor, bits: Tensor | int, group_size: int = GROUP
 ) -> Tensor:
-    """The nearest code of each weight, uint8 (R, N); weights outside the grid take its end.
+    """The nearest code of each weight, uint8 (R, N); weights outside the grid take its nearest end.
 
     Halves round to even, as `torch.round` does. Raises `PlanError` for an unknown width,
     `MismatchError` where the shapes do not fit.

@@ -1,17 +1,18 @@
 """The best left factor for a right factor that is already rounded.
 
-With A = diag(s) V̂ᵀ as it is stored, the U that minimises tr((UA − D) C (UA − D)ᵀ) is least squares:
+With A = diag(s) V̂ᵀ as stored, least squares gives the U that minimises tr((UA − D) C (UA − D)ᵀ):
 
     U* = D C Aᵀ (A C Aᵀ)⁻¹
 
-PrinMix (arXiv 2506.11087) calls it reconstruction target correction: rounding V turned it away from
-the singular vectors, and U is rotated after it before it is rounded itself. For a single direction
-this is a scale; for many it also takes back what their errors have in common.
+PrinMix (arXiv 2506.11087) calls this reconstruction target correction: rounding turned V away from
+the singular vectors, and U is turned to follow it before being rounded itself. For a single direction
+this is a scale; for many it also removes what their errors have in common.
 
 Directions that are nearly parallel after rounding (1 bit leaves few places to go) make A C Aᵀ nearly
 singular, hence the damping. It is relative to each direction's own size, since sizes fall over
-orders of magnitude: one damping for all would erase the small ones. Directions that few inputs hardly
-reach are mostly the rounding of C, which can be negative: white inputs are added to C until they are not.
+orders of magnitude: one damping for all would erase the small ones. Where calibration inputs hardly
+reach directions, A C Aᵀ is mostly the rounding error of C and need not be positive definite: white
+inputs are added to C until it is.
 
 O outputs, I inputs, R directions.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from deltacome.errors import CalibrationError, MismatchError
 
 WHITE = (0.0, 1e-5, 1e-3, 1e-1)
-"""Shares of the mean diagonal of C that are added to it, the next where one does not do."""
+"""Shares of the mean diagonal of C that are added to it, the next one tried if one is not enough."""
 
 
 def refit_u(
@@ -39,11 +40,11 @@ def refit_u(
         damping: share of its diagonal that is added to A C Aᵀ.
 
     Returns:
-        u_RO, float32, solved in float64. Directions that no input reaches are 0. Warns where white
+        u_RO, float32, solved in float64. Directions that no input reaches are 0. Warns if white
         inputs were added.
 
     Raises:
-        CalibrationError: A C Aᵀ is not positive definite whatever is added.
+        CalibrationError: A C Aᵀ is not positive definite, whatever is added.
         MismatchError: the sizes do not fit.
     """
     inputs = delta_OI.shape[1]
@@ -60,13 +61,14 @@ def refit_u(
             if share:
                 warnings.warn(
                     f"calibration text reaches too few of {len(a_RI)} directions to refit them: "
-                    f"{share:g} of white inputs were added; more text is better",
+                    f"white inputs were added ({share:g} of the mean diagonal of C); more text is better",
                     stacklevel=2,
                 )
             return u_RO
     raise CalibrationError(
-        f"{len(a_RI)} directions cannot be refitted: what they let through is not positive definite "
-        f"after {damping:g} damping, nor with {WHITE[-1]:g} of white inputs"
+        f"{len(a_RI)} directions cannot be refitted: the gram of what they let through is not "
+        f"positive definite after {damping:g} damping, nor with white inputs ({WHITE[-1]:g} of the mean "
+        "diagonal of C)"
     )
 
 

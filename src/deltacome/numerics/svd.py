@@ -1,12 +1,12 @@
 """The leading singular triples of a weight delta, direction-major.
 
-By the eigenvectors of the smaller gram matrix (M, M). Squaring halves the digits, which matters
-only for directions far below the first: in float32 the sum of squares that is left out comes out
-about 1e-7 of the whole too large. A delta of bfloat16 checkpoints ends in a long tail of rounding
-noise and leaves out some 1e-1 at the ranks we keep, so float32 is exact for it to 1e-5, and takes
-half the time of LAPACK's SVD, half that of float64 and half their memory. A delta that falls
-steeply (a merged LoRA, a whitened delta) leaves out less: where it is less than `STEEP`, the
-factors are made again in float64, which costs half as much again as LAPACK's SVD would have.
+They come from the eigenvectors of the smaller gram matrix (M, M). Squaring halves the digits, which
+matters only for directions far below the first: in float32 the sum of squares that is left out comes
+out too large by about 1e-7 of the whole. A delta of bfloat16 checkpoints ends in a long tail of
+rounding noise and leaves out some 1e-1 at the ranks we keep. For it float32 is exact to 1e-5, and
+takes half the time of LAPACK's SVD, half that of float64 and half their memory. A delta whose
+spectrum falls steeply (a merged LoRA, a whitened delta) leaves out less. If that is less than `STEEP`,
+the factors are computed again in float64, which costs half as much again as LAPACK's SVD would have.
 
 Rejected: randomised subspace iteration (Halko et al. 2011). The rank lies within the flat tail, so
 there is no gap to converge by: sixteen products with the matrix still leave a truncation error
@@ -23,7 +23,7 @@ from torch import Tensor
 from deltacome.errors import CheckpointError, PlanError
 
 STEEP = 1e-2
-"""Share of the squares left out below which float32 is not trusted."""
+"""If a smaller share of the squares than this is left out, float32 is not trusted."""
 
 
 def svd(delta_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,13 +36,13 @@ def svd(delta_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if delta_OI.ndim != 2 or not 1 <= rank <= min(delta_OI.shape):
         raise PlanError(
-            f"rank {rank} is asked of a delta of shape {tuple(delta_OI.shape)}; "
-            f"it must be a matrix and the rank within 1 and its smaller side"
+            f"rank {rank} was asked for, of a delta of shape {tuple(delta_OI.shape)}; "
+            f"expected a matrix and a rank from 1 to its smaller side"
         )
     if not torch.isfinite(delta_OI).all():
         bad = int((~torch.isfinite(delta_OI)).sum())
         raise CheckpointError(f"a delta of shape {tuple(delta_OI.shape)} holds {bad} NaN or Inf")
-    # Squares must stay within float32; a power of two takes no digits.
+    # Squares must stay within float32; a power of two costs no digits.
     unit = 2.0 ** (math.frexp(float(delta_OI.abs().max()))[1] - 1)
     a_OI = delta_OI.float() / unit
     if a_OI.shape[0] >= a_OI.shape[1]:
@@ -63,7 +63,7 @@ def _tall(a_LM: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_gram(a_LM: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """In the precision of the matrix; float32 out."""
+    """Triples (long, s, short) computed in the matrix's precision, returned in float32."""
     vectors_MM = torch.linalg.eigh(a_LM.T @ a_LM).eigenvectors  # eigenvalues ascend
     short_MR = vectors_MM[:, -rank:].flip(1)
     # QR rather than a division by s: long vectors are orthonormal even where s is 0.

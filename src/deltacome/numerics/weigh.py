@@ -1,12 +1,12 @@
-"""Singular triples of a delta as the model feels it.
+"""Singular triples of a delta, weighted by what its errors cost the model.
 
-An error E of a weight changes a layer's output by E x, and the model's answer by what the output is
-worth there. With C = Σ x xᵀ over the layer's inputs and G = Σ g gᵀ over the gradients of the answer's
+An error E of a weight changes a layer's output by E x; how much that changes the model's answer depends
+on the output. With C = Σ x xᵀ over the layer's inputs and G = Σ g gᵀ over the gradients of the answer's
 log-probability at its outputs, half of tr(G E C Eᵀ) approximates the KL divergence that E costs: the
 Fisher information with inputs and gradients taken as independent (K-FAC; Martens & Grosse 2015,
 arXiv 1503.05671). So the SVD is taken of `L_Gᵀ D L_C` with C = L_C L_Cᵀ and G = L_G L_Gᵀ: its singular
-values are in that unit, comparable between layers, and they fall far more steeply than those of D.
-Its triples are mapped back through the inverse factors: `D = Uᵀ diag(s) V` as ever, but with
+values are in that unit, so they are comparable between layers, and they fall far more steeply than those
+of D. Its triples are mapped back through the inverse factors: `D = Uᵀ diag(s) V` as usual, but with
 V C Vᵀ = 1 and U G Uᵀ = 1.
 
 Damping adds a share of the mean diagonal to C and G, so that what calibration never saw keeps a weight.
@@ -38,7 +38,7 @@ def weighted_svd(
         damping: share of the mean diagonal that is added to each.
 
     Returns:
-        u_RO, s_R, v_RI float32 with `D ≈ Uᵀ diag(s) V`. Σ s² over what is left out is the squared
+        u_RO, s_R, v_RI float32 with `D ≈ Uᵀ diag(s) V`. Σ s² over the triples left out is the squared
         error under the weights.
 
     Raises:
@@ -53,10 +53,10 @@ def weighted_svd(
 def weighted_spectrum(
     delta_OI: Tensor, inputs: Tensor | None, outputs: Tensor | None, damping: float = 0.01
 ) -> Tensor:
-    """All σ² of a delta under both weights, falling, float32 (min(O, I),).
+    """All σ² of a delta under both weights, in descending order, float32 (min(O, I),).
 
     Arguments and errors are those of `weighted_svd`. Eigenvalues alone take a fraction of the time of
-    vectors, in float64 too, where squaring costs no digit that is looked at.
+    eigenvectors, even in float64, where squaring costs no digits that matter here.
     """
     weighted_OI, _, _ = _weighted(delta_OI, inputs, outputs, damping)
     tall_LM = weighted_OI if weighted_OI.shape[0] >= weighted_OI.shape[1] else weighted_OI.T
@@ -106,7 +106,7 @@ def _root(name: str, weight: Tensor, damping: float) -> Tensor:
 
 
 def _back(vectors_RN: Tensor, root: Tensor | None) -> Tensor:
-    """Vectors of the weighted matrix as vectors of the matrix: L⁻ᵀ for each."""
+    """Maps singular vectors of the weighted matrix back to the matrix itself, by L⁻ᵀ."""
     if root is None:
         return vectors_RN
     if root.ndim == 1:

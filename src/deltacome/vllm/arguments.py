@@ -1,8 +1,7 @@
-"""What `deltacome serve` has to know of the arguments that go to vLLM: what they say of settings, of
-workers, and of who may reach the server.
+"""What `deltacome serve` reads from vLLM's arguments: settings, workers, who may reach the server.
 
-They are vLLM's, and go to it as they are. Only `--additional-config` does not: vLLM takes the last one,
-which would leave nothing of what was computed from the artifacts, so it is read and merged.
+The arguments are passed on to vLLM as they are, except for `--additional-config`: vLLM uses only the last
+one given, which would discard everything computed from the artifacts, so it is read here and merged.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ OPTION = "--additional-config"
 
 @dataclass(frozen=True)
 class Arguments:
-    """Arguments of vLLM."""
+    """What is read from vLLM's arguments."""
 
     rest: list[str]
-    """All but the additional configuration."""
+    """All of them except the additional configuration."""
     additional: dict[str, Any]
     """The additional configuration."""
     tensor: int
-    """Workers that share each layer."""
+    """Number of workers that share each layer."""
     pipeline: int
-    """Workers, or groups of them, that have different layers."""
+    """Number of workers, or groups of workers, that have different layers."""
     open: bool
-    """Whether anybody can reach the server, and nobody said so."""
+    """Whether anybody can reach the server because no argument says who may."""
 
 
 def read_arguments(more: Sequence[str]) -> Arguments:
-    """Reads what follows `--`, in any of the spellings that vLLM takes.
+    """Reads what follows `--`, in any spelling that vLLM accepts.
 
     Raises:
-        UnsupportedError: an additional configuration that is no JSON object, or that is not merged: with
-            dots, or in a file.
+        UnsupportedError: the additional configuration is not a JSON object, or has a form that cannot be
+            merged: with dots, or in a file.
     """
     words = [_dashed(word) for word in more]
     for word in words:
         if word.startswith(f"{OPTION}."):
             raise UnsupportedError(
-                f"{word}: would replace what is computed from the artifacts: write "
+                f"{word}: would replace the settings computed from the artifacts: write "
                 f'{OPTION} \'{{"deltacome": {{"canary": null}}}}\', which is merged with it'
             )
     ours = argparse.ArgumentParser(add_help=False)
@@ -72,7 +71,7 @@ def read_arguments(more: Sequence[str]) -> Arguments:
 
 
 def _dashed(word: str) -> str:
-    """A word with dashes in its option's name, where vLLM takes underscores too."""
+    """Replaces underscores in an option's name by dashes; vLLM accepts both."""
     if not word.startswith("--"):
         return word
     name = re.match(r"[^.=]*", word)
@@ -81,7 +80,7 @@ def _dashed(word: str) -> str:
 
 
 def _count(text: str) -> int:
-    """A number of workers; vLLM says what is wrong with one that is none."""
+    """Parses a number of workers; 1 if it is not a number, which vLLM reports itself."""
     return max(1, int(text)) if text.isdecimal() else 1
 
 
@@ -96,10 +95,10 @@ def _parsed(text: str | None) -> dict[str, Any]:
 
 
 def _check_file(config: str | None) -> None:
-    """Refuses vLLM's file of arguments if it has an additional configuration, which would be lost."""
+    """Refuses a file of vLLM's arguments that has an additional configuration, which would be lost."""
     file = Path(config or "")
     if file.is_file() and re.search(r"^additional[-_]config", file.read_text(), re.M):
         raise UnsupportedError(
-            f"{file}: additional-config: would be replaced by what is computed from the artifacts: give "
-            f"{OPTION} on the command line, where it is merged"
+            f"{file}: additional-config: would be replaced by the settings computed from the artifacts: "
+            f"give {OPTION} on the command line, where it is merged"
         )

@@ -1,6 +1,6 @@
-"""The base that deltas were taken against, told from others by its fingerprints.
+"""The base that deltas were taken against, recognised by its fingerprints.
 
-Nothing of vLLM is imported here.
+Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deltacome.format.artifact import Artifact
 
 
 class Base(Checkpoint):
-    """A checkpoint whose fingerprints are read once, however many artifacts are compared."""
+    """A checkpoint whose fingerprints are read once, however many artifacts are compared with it."""
 
     def __init__(self, name_or_path: str | Path, revision: str | None = None) -> None:
         super().__init__(name_or_path, revision)

@@ -1,7 +1,7 @@
-"""The op `deltacome::biases`: what tenants change in a linear's bias, added to each row.
+"""The op `deltacome::biases`: adds to each row what its tenant changes in a linear's bias.
 
-Plain torch would do, but for code that is compiled: it would gather a vector for each row and add it in
-every step, zeros for all where no tenant is in the batch. An op looks at the batch when it runs.
+Plain torch would do, except in compiled code, which would gather a vector for each row and add it in
+every step, all zeros if the batch has no tenant. An op looks at the batch when it runs.
 
 Legend: T tokens, O out, S slots.
 """
@@ -15,7 +15,7 @@ from deltacome.ops.rows import nobody
 
 
 def add_biases(y_TO: Tensor, slot_T: Tensor, bias_SO: Tensor) -> None:
-    """Adds to each row its slot's change, in place; the last one, which slot −1 finds, is to be zero."""
+    """Adds to each row its slot's change, in place; the last row of `bias_SO` (slot −1) must be zero."""
     torch.ops.deltacome.biases(y_TO, slot_T, bias_SO)
 
 

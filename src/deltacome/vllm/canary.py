@@ -1,4 +1,4 @@
-"""Asks a tenant that was just loaded its canary, as one more request of the engine."""
+"""Checks the canary of a tenant that was just loaded, with one more request to the engine."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ async def check_canary(
     tolerance: float | None,
     vocabulary: int,
 ) -> float | None:
-    """Compares what the engine computes for a tenant with what was recorded when it was made.
+    """Compares what the engine computes for a tenant with what was recorded when its artifact was made.
 
     Args:
-        generate: the engine's.
-        artifact: whose canary is asked.
-        request: of its tenant, which the workers hold.
-        tolerance: in nats; None: nothing is asked.
-        vocabulary: how many tokens the engine's model has.
+        generate: the engine's method.
+        artifact: the artifact whose canary is checked.
+        request: the engine's LoRA request for its tenant, which the workers hold already.
+        tolerance: in nats; None: nothing is checked.
+        vocabulary: number of tokens of the engine's model.
 
     Returns:
         The distance, or None where nothing was compared.
 
     Raises:
-        ArtifactError: the recorded file cannot be read, or has tokens that the model has not.
-        MismatchError: they differ by more than the tolerance.
+        ArtifactError: the recorded file cannot be read, or has tokens that the model lacks.
+        MismatchError: the distance is above the tolerance.
     """
     content = await asyncio.to_thread(artifact.file, CANARY_FILE, MAX_NBYTES)
     if content is None or tolerance is None:
@@ -66,6 +66,6 @@ async def check_canary(
         raise MismatchError(
             f"{artifact.path}: canary: the engine's logprobs are {distance:.3g} nats from those "
             f"recorded, expected at most {tolerance:g}: it does not compute what the artifact was "
-            "made to (canary in additional_config's deltacome sets the tolerance)"
+            "made to compute (canary in additional_config's deltacome sets the tolerance)"
         )
     return distance

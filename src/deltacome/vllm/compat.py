@@ -1,8 +1,8 @@
-"""Everything of vLLM that is not its public interface, in one place, checked when the plugin starts.
+"""Everything in vLLM that is not its public interface, in one place, checked when the plugin starts.
 
 A plugin that hooks into an engine breaks when the engine changes, and the worst way to break is to
-serve the base under a tenant's name. So a version outside of the tested range is refused, and so is
-one whose functions have other parameters than those that the hooks were written for.
+serve the base under a tenant's name. So a version outside the tested range is refused, and so is one
+whose functions have other parameters than those that the hooks were written for.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ __all__ = [
 REQUESTS = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
 BYPASSING = {
     MoERunner: "experts",
-    MLAAttention: "latent attention, which multiplies with its matrices' products",
-    MambaBase: "state-space and convolution layers, whose kernels read weights themselves",
+    MLAAttention: "latent attention, which multiplies by products of its matrices",
+    MambaBase: "state-space and convolution layers, whose kernels read the weights themselves",
 }
-"""Layers whose matrices do not compute where they are hooked."""
+"""Layers whose matrices are used elsewhere than where linears are hooked, and why."""
 NORMS = (RMSNorm, GemmaRMSNorm, LayerNorm)
 
 SIGNATURES: dict[Any, tuple[str, ...]] = {
@@ -159,7 +159,7 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     ),
     **{r.to_sampling_params: ("self", "...") for r in REQUESTS},
 }
-"""Functions that hooks replace or call, and their parameters; `...` stands for any more."""
+"""Functions that hooks replace or call, and their parameters; `...` stands for any further ones."""
 
 
 def check() -> None:
@@ -179,12 +179,12 @@ def check() -> None:
 
 
 def packed_modules(model: nn.Module) -> dict[str, list[str]]:
-    """Names of fused modules → names of the tensors of the checkpoint in them."""
+    """Names of fused modules → names of the checkpoint's tensors that they contain."""
     return process_packed_modules_mapping(model)  # pyright: ignore[reportArgumentType]
 
 
 def renamer(model: nn.Module) -> Any:
-    """What gives vLLM's name of a tensor of the checkpoint."""
+    """A function from the name of a tensor in the checkpoint to vLLM's name for it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return lambda name: name
@@ -207,8 +207,8 @@ def tensor_parallel(module: nn.Module) -> tuple[int, int]:
 
 
 def encoders(model: nn.Module) -> tuple[str, ...]:
-    """How names begin of the modules that a multimodal model says encode what is not text."""
-    # Some models have the one, some the other, and the marks are those of the last tower alone.
+    """Name prefixes of the modules that encode anything but text, as a multimodal model declares them."""
+    # Some models have the marks, some the mapping, and the marks name the last tower only.
     marked: list[str] = getattr(model, "_tower_model_names", [])
     prefixes = [f"{name}." for name in marked]
     if hasattr(model, "get_mm_mapping"):
@@ -218,9 +218,9 @@ def encoders(model: nn.Module) -> tuple[str, ...]:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Lets calls of a class's method go to a wrapper, which gets the method before their arguments.
+    """Routes calls of a class's method to a wrapper, which gets the method before their arguments.
 
-    Once: where this wrapped it before, it stays as it is.
+    A method that was wrapped before is left as it is.
     """
     held = inspect.getattr_static(owner, name)
     original = held.__func__ if isinstance(held, classmethod) else held
@@ -241,16 +241,16 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 signature = functools.cache(inspect.signature)
-"""Of a method that is wrapped; found once, as that takes longer than a call."""
+"""The signature of a wrapped method, computed once, since that takes longer than a call."""
 
 
 async def ask_workers(engine: Any, method: str, *args: Any) -> list[Any]:
-    """What the workers of all engines answer; `collective_rpc` gives the first engine's answers alone."""
+    """The answers of all engines' workers; `collective_rpc` alone returns only the first engine's."""
     core = engine.engine_core
     answers = await core.call_utility_all_async("collective_rpc", method, None, args, None)
     return [answer for of_engine in answers for answer in of_engine]
 
 
 def api_servers(vllm_config: Any) -> int:
-    """How many API servers there are of these engines."""
+    """How many API servers these engines have."""
     return vllm_config.parallel_config._api_process_count

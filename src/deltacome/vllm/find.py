@@ -1,13 +1,14 @@
-"""Finds tenants by name in a folder, or at any address that fsspec understands: S3, GCS, `hf://org`;
-and an artifact that a client names as `org/name` of the Hub.
+"""Finds tenants by name, in a folder or at any address that fsspec understands (S3, GCS, `hf://org`).
 
-A remote artifact is copied once for each state of its manifest into a cache beside the Hub's, whole or
-not at all: what the manifest names and nothing else, and its bytes are checked before the copy counts, as
-an upload may still run. What was copied stays: another server may use it. The name is one component of a
-path; anything else is nobody's name.
+It also fetches an artifact that a client names as `org/name` on the Hub.
 
-Names come from clients, so looking one up has a few threads of its own and so many seconds, and a name
-that was at no address a moment ago is not asked for again. What a storage says goes to the log.
+A remote artifact is copied into a cache beside the Hub's, once for each state of its manifest, whole or
+not at all. Only the files that the manifest names are copied, and their bytes are checked before the copy
+counts, since an upload may still be running. Copies are kept: another server may use them. A tenant's
+name is a single path component; anything else is nobody's name.
+
+Names come from clients, so lookups have a few threads of their own and a time limit, and a name that was
+missing a moment ago is not looked up again. What a storage reports goes to the log.
 """
 
 from __future__ import annotations
@@ -38,20 +39,21 @@ T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a tenant can be called: no separators, and no leading dot."""
 LOOKING, COPYING = 4, 2
-"""Names that are looked up, and artifacts that are copied, at the same time."""
+"""How many names are looked up, and how many artifacts are copied, at the same time."""
 LOOK_SECONDS = 20.0
-"""In which a storage is to say whether it has a name."""
+"""How long a storage may take to say whether it has a name."""
 MISSING_SECONDS, MISSING_NAMES = 5.0, 4096
-"""How long a remote place is not asked again for a name that it did not have, and how many of them."""
+"""How long a name that a remote place lacked is not looked up again, and how many are remembered."""
 
 
 def hub_artifact(path: str) -> str:
     """The folder in the Hub's cache of an artifact named `org/name` or `org/name@revision`.
 
-    Any other path as it is: a folder, or a repository without an artifact, of which vLLM may know more.
+    Any other path is returned as it is: a folder, or a repository without an artifact, about which vLLM
+    may know more.
 
     Raises:
-        ArtifactError: there is an artifact, and it cannot be fetched.
+        ArtifactError: there is an artifact, but it cannot be fetched.
     """
     match = HUB_NAME.fullmatch(path)
     if match is None or "/" not in match["repo"] or os.path.isdir(path):
@@ -60,7 +62,7 @@ def hub_artifact(path: str) -> str:
 
     try:
         found = hf_hub_download(match["repo"], MANIFEST_FILE, revision=match["revision"])
-    except Exception:  # not there, or the Hub is not: vLLM's own loading says which
+    except Exception:  # no such file, or no Hub: vLLM's own loading says which
         return path
     names = _named(read_manifest(Path(found).parent))
     return str(fetch_folder(path, None, ArtifactError, [MANIFEST_FILE, *names]))
@@ -80,7 +82,7 @@ class Finder:
 
     Args:
         place: a folder, or an fsspec address.
-        cache: where remote artifacts are kept; by default below the Hub's cache.
+        cache: where copies of remote artifacts are kept; by default below the Hub's cache.
     """
 
     def __init__(self, place: str, cache: Path | None = None) -> None:
@@ -91,17 +93,17 @@ class Finder:
         self._looking = ThreadPoolExecutor(LOOKING, thread_name_prefix="deltacome-find")
         self._copying = ThreadPoolExecutor(COPYING, thread_name_prefix="deltacome-copy")
         self._missing: dict[str, float] = {}
-        """Names that a remote place did not have, and until when it is not asked for them."""
+        """Names that a remote place did not have, and until when they are not looked up again."""
 
     async def find(self, name: str) -> Path | None:
-        """The local folder of a tenant, copied where it is remote; None if there is none.
+        """The local folder of a tenant, copied first if it is remote; None if there is none.
 
         Raises:
-            ArtifactError: the place cannot be read, its artifact is not whole yet, or leads elsewhere.
+            ArtifactError: the place cannot be read, or the artifact is not whole yet or leads elsewhere.
         """
         if not NAME.fullmatch(name) or self._missing.get(name, 0.0) > time.monotonic():
             return None
-        # Requests that come together copy once.
+        # Requests that arrive together share one copy.
         async with self._locks[name]:
             with _storage_errors(name):
                 if "://" not in self.place:
@@ -118,7 +120,7 @@ class Finder:
         return await asyncio.wait_for(waiting, LOOK_SECONDS)
 
     def _remember(self, name: str) -> None:
-        """That a name was not there; of too many the oldest are forgotten."""
+        """Remembers that a name was missing; if there are too many, the oldest is forgotten."""
         self._missing.pop(name, None)
         self._missing[name] = time.monotonic() + MISSING_SECONDS
         if len(self._missing) > MISSING_NAMES:
@@ -140,7 +142,7 @@ class Finder:
         import fsspec
 
         system, root = fsspec.core.url_to_fs(self.place)
-        system.invalidate_cache()  # listings of what was there before
+        system.invalidate_cache()  # it may list what was there before
         folder = f"{root.rstrip('/')}/{name}"
         file = f"{folder}/{MANIFEST_FILE}"
         try:
@@ -155,14 +157,14 @@ class Finder:
         if target.is_dir():
             try:
                 Artifact.open(target)
-            except ArtifactError:  # a disk that was full, a power cut: once more
+            except ArtifactError:  # the disk was full, or a power cut: copy it again
                 self._discard(target)
         if not target.is_dir():
             self._copy(name, source, target)
         return target
 
     def _discard(self, target: Path) -> None:
-        """Takes a folder out of its place; who has a file of it open keeps that."""
+        """Moves a folder away and deletes it; whoever has one of its files open can still read it."""
         aside = Path(tempfile.mkdtemp(dir=self.cache, prefix=".damaged-"))
         with contextlib.suppress(FileNotFoundError):  # another server was first
             target.rename(aside / target.name)
@@ -180,7 +182,7 @@ class Finder:
                     f"{name}: not complete yet, or damaged (it is read again when asked for): {error}"
                 ) from error
             for file in [*partial.iterdir(), partial]:
-                sync(file)  # a name on disk says that the bytes are there
+                sync(file)  # once the folder has its name, its bytes must be on disk
             try:
                 partial.rename(target)
             except OSError:
@@ -192,7 +194,7 @@ class Finder:
 
 
 def _fetch(source: Source, folder: Path) -> None:
-    """Copies what a manifest names, after a look at all sizes."""
+    """Copies the files that a manifest names, after checking all their sizes."""
     names = _named(source.manifest)
     for name, nbytes in names.items():
         try:
@@ -201,11 +203,11 @@ def _fetch(source: Source, folder: Path) -> None:
             raise ArtifactError(f"{name} is missing") from None
     for name in names:
         source.system.get_file(f"{source.folder}/{name}", str(folder / name))
-    (folder / MANIFEST_FILE).write_bytes(source.manifest)  # it may have changed since
+    (folder / MANIFEST_FILE).write_bytes(source.manifest)  # the remote one may have changed
 
 
 def _named(manifest: bytes) -> dict[str, int | None]:
-    """The files of an artifact beside its manifest, and their bytes; None for the index."""
+    """The files of an artifact besides its manifest → their size in bytes; None for the index."""
     try:
         said = Manifest.from_json(manifest.decode())
     except UnicodeDecodeError as error:
@@ -215,7 +217,7 @@ def _named(manifest: bytes) -> dict[str, int | None]:
 
 
 def _check_size(name: str, info: dict[str, Any], nbytes: int | None) -> None:
-    """Before a file is copied; some storages do not say how large it is, nor whether it is a link."""
+    """Checks a file before it is copied; some storages report neither a size nor whether it is a link."""
     size = info.get("size")
     if nbytes is None and size is not None and size > MAX_JSON_BYTES:
         raise ArtifactError(f"{name}: expected at most {MAX_JSON_BYTES} bytes, got {size}")
@@ -227,7 +229,7 @@ def _check_size(name: str, info: dict[str, Any], nbytes: int | None) -> None:
 
 @contextlib.contextmanager
 def _storage_errors(name: str) -> Iterator[None]:
-    """Each kind of storage has errors of its own, with addresses and what is written in them."""
+    """Replaces a storage's own errors, which quote addresses and whatever is written in those."""
     try:
         yield
     except ArtifactError:

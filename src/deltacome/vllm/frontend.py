@@ -1,8 +1,10 @@
-"""What the API server does with tenants: loads them by name, refuses them clearly, finds and forgets
-them, speaks as they do, and asks for the key wherever they can be reached.
+"""What the API server does with tenants.
 
-vLLM's own registry of names stays in charge; its methods are wrapped where a tenant needs more, and
-everything that is no tenant passes through them untouched.
+It loads them by name, refuses them clearly, finds and forgets them, uses their templates, sampling
+defaults and end tokens, and asks for the key wherever they can be reached.
+
+vLLM's own registry of names stays in charge. Its methods are wrapped where a tenant needs more, and
+everything that is not a tenant passes through them unchanged.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from deltacome.vllm.request import has_digest, is_artifact
 from deltacome.vllm.settings import Settings
 
 Original = Callable[..., Any]
-"""A method of vLLM, which `compat.wrap` gives to what stands in its place."""
+"""A method of vLLM, which `compat.wrap` passes to its wrapper."""
 _registry: Registry | None = None
-"""That of this process: an API server has one."""
+"""The registry of this process: an API server has one."""
 OPEN = ("/health", "/ping", "/metrics", "/version")
-"""What is answered without the key, where there is one."""
+"""Paths that are answered without the key, where there is one."""
 
 
 def install() -> None:
@@ -55,7 +57,7 @@ def install() -> None:
 def _init(original: Original, self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
     global _registry
     original(self, engine_client, *args, **kwargs)
-    # Some servers and tests have a client without an engine, and then without tenants.
+    # Some servers and tests have a client without an engine, and so without tenants.
     config = getattr(engine_client, "vllm_config", None)
     if config is None or config.lora_config is None:
         return
@@ -81,7 +83,7 @@ async def _load(
         return await original(self, request, base_model_name)
     try:
         folder = await asyncio.to_thread(hub_artifact, request.lora_path or "")
-        # That of SageMaker's route, /adapters, is no such object.
+        # The request of SageMaker's route, /adapters, is of another class.
         request = compat.LoadLoRAAdapterRequest(**vars(request) | {"lora_path": folder})
     except (DeltaError, OSError, ValueError) as error:
         return _refusal(request.lora_name, error, "lora_path")
@@ -98,14 +100,19 @@ async def _load(
 
 
 async def _check_load(original: Original, self: Any, request: Any) -> Any:
-    """Before anything is loaded, of either kind, and while its name is locked: vLLM gives what it loads
-    in place the number of what had the name, and a tenant's number is its weights'."""
+    """Refuses names and paths that cannot be loaded, before anything is, and while the name is locked.
+
+    vLLM gives an adapter that it loads in place the number of what had the name before, and a tenant's
+    number belongs to its weights.
+    """
     error = await original(self, request)
     if error or _registry is None:
         return error
     name, path = request.lora_name, request.lora_path
     if MARK in name:
-        reason = f"{name}: expected a name without {MARK!r}, which tenants have in the engine"
+        reason = (
+            f"{name}: expected a name without {MARK!r}, which tenants' names in the engine have"
+        )
         return _refusal(name, MismatchError(reason), "lora_name")
     if _registry.named(name) and not is_artifact(path):
         reason = (
@@ -117,8 +124,11 @@ async def _check_load(original: Original, self: Any, request: Any) -> Any:
 
 
 async def _check_unload(original: Original, self: Any, request: Any) -> Any:
-    """Where an unload has the lock of its name, and takes the name away at once if nothing is wrong.
-    Before, what has the name may be replaced by a load that has the lock."""
+    """Retires a tenant, if nothing is wrong, while the unload holds the lock of its name.
+
+    The unload takes the name away right after this. Any earlier, a load that holds the lock could still
+    replace what has the name.
+    """
     error = await original(self, request)
     if error is None and _registry is not None:
         _registry.unload(self.lora_requests[request.lora_name])
@@ -145,8 +155,11 @@ async def _resolve(original: Original, self: Any, lora_name: str) -> Any:
 
 
 def _authenticate(original: Original, self: Any, scope: Any, receive: Any, send: Any) -> Any:
-    """vLLM asks for the key where a path begins with /v1 and the like alone. Tenants are loaded, unloaded
-    and asked at other paths too, and what is added may be anywhere."""
+    """Asks for the key on every path that is not in `OPEN`.
+
+    vLLM asks for it only on paths that begin with /v1 and the like. Tenants are loaded, unloaded and
+    queried on other paths too, and a path that is added may be anywhere.
+    """
     if _registry is not None and scope["type"] in ("http", "websocket"):
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         asks = path not in OPEN and scope.get("method") != "OPTIONS"
@@ -156,13 +169,13 @@ def _authenticate(original: Original, self: Any, scope: Any, receive: Any, send:
 
 
 def _refusal(name: str, error: Exception, parameter: str) -> Any:
-    """What a client is told: a tenant that cannot be served is a mistake in what was asked for."""
+    """What a client is told: a tenant that cannot be served counts as a mistake in its request."""
     metrics.refused(name, error)
     return create_error_response(str(error), status_code=HTTPStatus.BAD_REQUEST, param=parameter)
 
 
 def _with_tenant(generate: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-    """The engine's `generate` or `encode`, for which the workers hold the tenant of a request."""
+    """The engine's `generate` or `encode`, during which the workers hold the request's tenant."""
 
     async def generating(
         prompt: Any, params: Any, *args: Any, lora_request: Any = None, **kwargs: Any
@@ -178,7 +191,7 @@ def _with_tenant(generate: Callable[..., Any], registry: Registry) -> Callable[.
                 ends = {"eos_token_id": sorted(entry.manners.ends)}
                 params.update_from_generation_config(ends)
             outputs = generate(prompt, params, *args, lora_request=entry.engine_request, **kwargs)
-            # Closed here: the engine must be told to stop before the workers are told to drop.
+            # Closed here: the engine must be told to stop before the workers are told to drop the tenant.
             async with aclosing(metrics.counted(outputs, entry.name, params)) as answers:
                 async for output in answers:
                     yield output
@@ -193,7 +206,7 @@ async def _preprocess_chat(original: Original, *args: Any, **kwargs: Any) -> Any
     if entry is not None:
         if entry.manners.template is not None:
             call.arguments["default_template"] = entry.manners.template
-        # Else a template gets the base's, whose tokenizer fills it.
+        # Otherwise the template would get the base's special tokens: its tokenizer renders it.
         given = call.arguments.get("default_template_kwargs") or {}
         call.arguments["default_template_kwargs"] = entry.manners.special | given
     return await original(*call.args, **call.kwargs)

@@ -1,8 +1,8 @@
-"""Memory of the host for what a slot holds of a tenant: one mapping, which goes when the tenant goes.
+"""Host memory for what a slot holds of a tenant: one mapping, which is freed when the tenant goes.
 
-malloc would keep pieces of it. So does torch's allocator of pinned memory, which rounds up to a power of
-two and gives nothing back. So where a GPU is to copy it, the mapping itself is registered with CUDA; if
-that fails vLLM says so in the log, and the copy is slower.
+malloc would keep pieces of it. So would torch's allocator of pinned memory, which rounds sizes up to a
+power of two and gives nothing back. So where a GPU is to copy it, the mapping itself is registered with
+CUDA; if that fails, vLLM says so in the log, and the copy is slower.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from deltacome.vllm import compat
 
 
 def new_image(owner: object, nbytes: int, device: torch.device) -> Tensor:
-    """Zeros, uint8 (nbytes,), that a device copies as fast as it can.
+    """Allocates zeros, uint8 (nbytes,), that a device can copy as fast as possible.
 
     Args:
-        owner: what they belong to; once it is gone they are ordinary memory.
+        owner: the object that they belong to; once it is gone, they are ordinary memory.
         nbytes: how many.
-        device: what copies them.
+        device: the device that copies them.
     """
     if not nbytes:
         return torch.zeros(0, dtype=torch.uint8)
     image = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
     if device.type == "cuda":
-        with torch.cuda.device(device):  # a new thread's is the first GPU
+        with torch.cuda.device(device):  # a new thread's default is the first GPU
             if compat.host_register(image.data_ptr(), nbytes):
-                # It holds the memory until then: pages that are unmapped could not be unregistered.
+                # It keeps the memory until then: pages that are unmapped could not be unregistered.
                 weakref.finalize(owner, _unregister, image, device).atexit = False
     return image
 
 
 def _unregister(image: Tensor, device: torch.device) -> None:
     with torch.cuda.device(device):
-        torch.cuda.synchronize()  # a slot may be filled from it yet
+        torch.cuda.synchronize()  # a copy from it into a slot may still be running
         compat.host_unregister(image.data_ptr())

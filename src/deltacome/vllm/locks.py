@@ -1,4 +1,4 @@
-"""A lock for each name that somebody waits for or holds, and for no other."""
+"""Locks by name, kept only while somebody holds or waits for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 
 class Locks(WeakValueDictionary[str, asyncio.Lock]):
-    """Locks by name. Names come from clients, so those of locks that nobody has are forgotten."""
+    """Locks by name. Names come from clients, so a lock that nobody has is forgotten."""
 
     def __getitem__(self, name: str) -> asyncio.Lock:
         return self.setdefault(name, asyncio.Lock())

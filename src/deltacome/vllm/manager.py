@@ -1,8 +1,8 @@
-"""vLLM's managers of adapters, taught that some of them are tenants.
+"""vLLM's managers of adapters, extended to tenants.
 
 The worker's manager loads what a request names: an artifact's folder becomes a `Tenant`, anything else
-is vLLM's. The model's manager owns the slots; a tenant that moves into one has its bytes copied into
-the pool and its tables written. vLLM decides which moves out, the one used longest ago.
+is left to vLLM. The model's manager owns the slots: when a tenant moves into one, its bytes are copied
+into the pool and its tables are written. vLLM decides which adapter moves out: the least recently used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from deltacome.vllm.tenant import Tenant, check_room, load_tenant
 
 
 class ModelManager(compat.LRUCacheLoRAModelManager):
-    """Slots of tenants and of ordinary adapters, in one model."""
+    """The slots of one model, for tenants and for ordinary adapters."""
 
     def __init__(
         self, model: Any, *args: Any, vllm_config: Any, device: Any, **kwargs: Any
@@ -71,7 +71,7 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
             if delta is not None:
                 self.deltas[place.name] = delta
         model_config = self.vllm_config.model_config
-        # The revision is that of the model served; another base has its own behind an @.
+        # The revision is the served model's; another base has its own, after an @.
         own = self.settings.base
         self.base = Base(own or model_config.model, None if own else model_config.revision)
         if not self.settings.lora:
@@ -129,15 +129,15 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         }
         known = {id for id in self.lora_index_to_id if id is not None} | {0}
         if lost := set(mapping.index_mapping) - known:
-            # Without a slot their rows would be the base's.
-            raise MismatchError(f"adapters {sorted(lost)} are in the batch and in no slot")
-        if mapping.type == compat.LoRAMappingType.LANGUAGE:  # others are of an encoder's rows
+            # Without a slot their rows would be computed as the base's.
+            raise MismatchError(f"adapters {sorted(lost)} are in the batch but in no slot")
+        if mapping.type == compat.LoRAMappingType.LANGUAGE:  # others map an encoder's rows
             self.step.set(
                 [slots.get(id, -1) for id in mapping.index_mapping],
                 [slots.get(id, -1) for id in mapping.prompt_mapping],
                 adapters=any(mapping.index_mapping) or any(mapping.prompt_mapping),
             )
-        # To vLLM's own kernels a tenant's row is one without an adapter.
+        # To vLLM's own kernels, a tenant's row has no adapter.
         others = compat.LoRAMapping(
             tuple(0 if id in slots else id for id in mapping.index_mapping),
             tuple(0 if id in slots else id for id in mapping.prompt_mapping),
@@ -147,10 +147,10 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         super()._set_adapter_mapping(others)
 
     def tables(self, tenant: Tenant) -> dict[str, Tensor]:
-        """What a slot's tables say of a tenant, by place: its `fields`.
+        """What a slot's tables say about a tenant, by place; this becomes its `fields`.
 
         Raises:
-            ArtifactError: it has more bytes; says what to set.
+            ArtifactError: it has more bytes than a slot; says what to set.
             PlanError: a plan has too many bands or directions.
         """
         check_room(tenant.path, tenant.nbytes, self.pool.blobs_SN.shape[1])
@@ -169,18 +169,18 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
 
 
 class Held(NamedTuple):
-    """A tenant that the API server asked to be read."""
+    """A tenant that the API server asked the worker to read."""
 
     path: str
-    """As requests name it, with the digest of what it holds."""
+    """As requests name it, with the digest of its contents."""
     reading: Future[Tenant]
 
 
 class WorkerManager(compat.LRUCacheWorkerLoRAManager):
-    """Loads artifacts where requests name them.
+    """Loads artifacts when requests name them.
 
-    What the API server asked to be read is held until it says otherwise: in a step of the engine there
-    is nothing to read, and nothing that can fail.
+    What the API server asked to have read is held until the server says otherwise, so within a step of
+    the engine there is nothing to read, and nothing that can fail.
     """
 
     _manager_cls = ModelManager
@@ -220,7 +220,7 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
         tenant = load_tenant(
             id, folder, manager.model, manager.places, manager.base, manager.settings
         )
-        # Looked at last: what was read of a folder that is replaced meanwhile may be either's.
+        # Checked last: if the folder is replaced meanwhile, what was read may come from either.
         if has_digest(path) and content_path(folder) != path:
             raise MismatchError(f"{folder}: holds other weights than {path}")
         tenant.fields = manager.tables(tenant)
@@ -233,7 +233,7 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
             self._held[id] = Held(path, self._thread.submit(self._read, id, path))
 
     def fetched(self, id: int) -> bool | str:
-        """Whether a prefetch is done; or why the artifact was refused, which ends it."""
+        """Whether a prefetch is done, or why the artifact was refused, after which it is not held."""
         held = self._held.get(id)
         if held is None or not held.reading.done():
             return held is None
@@ -243,7 +243,7 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
         return True
 
     def drop(self, id: int) -> None:
-        """Forgets an artifact: its slot, and its memory in the thread, which may wait for a GPU."""
+        """Frees an artifact's slot, and its memory in the thread, where that may wait for a GPU."""
         last = [self._held.pop(id, None)]
         self._tenants.remove_adapter(id)
         self._thread.submit(_free, last)
@@ -265,11 +265,11 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
 
 
 def mark_compiled(vllm_config: Any) -> None:
-    """Lets what vLLM compiles from now on have other names in its caches than without the plugin.
+    """Gives what vLLM compiles from now on other names in its caches than without the plugin.
 
-    They follow from the configuration, and a graph of an engine without the plugin has no deltas. To be
-    called before the first step, which compiles. The dictionary is changed where it is: copies of the
-    configuration share it.
+    vLLM derives the names from the configuration, and a graph compiled without the plugin has no deltas.
+    Must be called before the first step, which compiles. The dictionary is changed in place, since copies
+    of the configuration share it.
     """
     if vllm_config.additional_config is None:
         vllm_config.additional_config = {}
@@ -278,10 +278,10 @@ def mark_compiled(vllm_config: Any) -> None:
 
 
 def _free(last: list[Held | None]) -> None:
-    """Lets go of a tenant that nothing else holds, and gives free memory back to the system (some 10 ms).
+    """Frees a tenant that nothing else holds, and returns free memory to the system (some 10 ms).
 
-    A tenant's small tensors lie between others' in malloc's arenas, and glibc alone keeps the pages that
-    they leave: a worker whose tenants come and go would grow.
+    A tenant's small tensors lie between others in malloc's arenas, and glibc by itself keeps the pages
+    that they leave: a worker whose tenants come and go would grow.
     """
     last.clear()
     with contextlib.suppress(AttributeError):  # not glibc
@@ -289,13 +289,15 @@ def _free(last: list[Held | None]) -> None:
 
 
 def default_slot_bytes(places: list[Place], workers: int) -> int:
-    """What this worker has at most of an artifact of a sixteenth, and a fifth more: papers count codes
-    alone.
+    """The most that this worker has of an artifact of a sixteenth, plus a fifth.
+
+    The fifth is added because papers count codes alone.
 
     Args:
         places: of this worker.
-        workers: that share each layer. A direction has as many entries as rows and columns together, of
-            which a worker lacks some rows or some columns: fewer, the shorter the side is that is cut.
+        workers: number that share each layer. A direction has as many entries as the matrix has rows and
+            columns together, of which a worker lacks some rows or some columns: the shorter the side that
+            is cut, the fewer.
     """
     entries = 0.0
     for place in places:

@@ -1,7 +1,7 @@
-"""What a request gets of the tuned model beside its weights: chat template, sampling, end tokens.
+"""What a request gets from the tuned model besides its weights: chat template, sampling, end tokens.
 
 An artifact carries those files of the tuned model that differ from the base's. What it does not carry
-is the base's, and vLLM knows it already.
+is the same as the base's, which vLLM knows already.
 """
 
 from __future__ import annotations
@@ -22,41 +22,43 @@ SAMPLING = (
 )
 """Defaults that vLLM takes from a model's generation configuration."""
 MAX_ENDS = compat.MAX_NUM_STOP_TOKEN_IDS // 2
-"""Half of what a step of vLLM takes; the others are the base's and a request's own."""
+"""Half of what a step of vLLM takes; the other half is for the base's and a request's own."""
 TOP_K = 2**31
-"""vLLM's workers keep it in 32 bits."""
+"""Values of `top_k` are below this: vLLM's workers keep it in 32 bits."""
 SPECIAL = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
 )
-"""What a chat template may ask its tokenizer for."""
+"""Special tokens that a chat template may use."""
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
 class Manners:
-    """What differs from the base's."""
+    """What differs from the base."""
 
     template: str | None = None
     """The chat template; None: the base's."""
     sampling: dict[str, Any] | None = None
-    """Defaults of sampling; None: the base's."""
+    """Sampling defaults; None: the base's."""
     ends: frozenset[int] = frozenset()
-    """Tokens that end an answer, beside the base's."""
+    """Tokens that end an answer, besides the base's."""
     special: dict[str, str] = field(default_factory=dict)
-    """What chat templates call `eos_token` and the like, where it is not as in the base."""
+    """`eos_token` and the like, as chat templates use them, where they differ from the base's."""
 
     @classmethod
     def read(
         cls, artifact: Artifact, vocabulary: Mapping[str, int], size: int, templates: bool = True
     ) -> Manners:
-        """Reads what an artifact carries. All of it is checked here: in the engine a value of another
-        type would end the thread that reads requests.
+        """Reads and checks what an artifact carries.
+
+        All of it is checked here: in the engine, a value of another type would end the thread that reads
+        requests.
 
         Args:
             artifact: of the tuned model.
-            vocabulary: the base's tokens and their numbers.
-            size: of the base's vocabulary; a tokenizer may know other numbers.
-            templates: whether to take its chat template, a program that the API server runs.
+            vocabulary: the base's tokens and their ids.
+            size: of the base's vocabulary; a tokenizer may have ids beyond it.
+            templates: whether to use its chat template, which is a program that the API server runs.
 
         Raises:
             ArtifactError: a file is not what its name says.
@@ -74,7 +76,7 @@ class Manners:
 
 
 def _without_file(artifact: Artifact) -> dict[str, Any]:
-    """The end tokens of a tuned model that lacks the base's generation configuration: its model's."""
+    """End tokens of the model's configuration, where the tuned model lacks a generation configuration."""
     if GENERATION not in artifact.manifest.dropped_files:
         return {}
     config = artifact.json_file(TUNED_CONFIG_FILE) or {}
@@ -85,7 +87,7 @@ def _without_file(artifact: Artifact) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str | None:
-    """Of a token as tokenizers write it, a string or an object."""
+    """The text of a token, which tokenizers write as a string or as an object."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
@@ -109,7 +111,7 @@ def _ends(artifact: Artifact, generation: dict[str, Any], size: int) -> set[int]
 
 
 def _sampling(artifact: Artifact, generation: dict[str, Any]) -> dict[str, Any]:
-    checked: Any = compat.SamplingParams  # which has vLLM's own ranges
+    checked: Any = compat.SamplingParams  # it checks vLLM's own ranges
     found = {name: generation[name] for name in SAMPLING if generation.get(name) is not None}
     for name, value in found.items():
         where = f"{GENERATION}: {name}"

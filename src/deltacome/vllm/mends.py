@@ -1,12 +1,13 @@
-"""Faults of vLLM on a CPU that would reach tenants.
+"""Workarounds for faults of vLLM on a CPU that would reach tenants.
 
-- Slot −1, no adapter, is read by the kernels of ordinary adapters as the last slot. So there is one slot
-  more than vLLM uses: it stays empty.
-- Heads gather low-rank pairs for the rows of the batch; the logprobs of prompts are computed from other
-  rows, and the engine stops. So they are given the slots of the rows that they get.
-- A model with adapters is not compiled. Tenants alone can be, as their ops are made for it.
-- With adapters a stage of a pipeline that is not the first has no room for what the one before it sends,
-  as only a warm-up makes it, and there is none. So it is made when it is missing.
+- The kernels of ordinary adapters read slot −1, no adapter, as the last slot. So there is one slot more
+  than vLLM uses, and it stays empty.
+- Heads gather low-rank pairs for the rows of the batch. The logprobs of prompts are computed from other
+  rows, and the engine stops. So heads are given the slots of the rows that they get.
+- vLLM does not compile a model with adapters. With tenants alone it can be compiled, since their ops are
+  made for it.
+- With adapters, a pipeline's stage other than the first has no buffer for what the stage before it sends:
+  only a warm-up makes one, and there is none. So the buffer is made when it is missing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from deltacome.vllm.step import Step
 
 @contextlib.contextmanager
 def one_more_slot(lora_config: Any) -> Iterator[None]:
-    """While open, buffers are made for one slot more."""
+    """While open, buffers are made with one more slot."""
     lora_config.max_loras += 1
     try:
         yield
@@ -33,7 +34,7 @@ def one_more_slot(lora_config: Any) -> Iterator[None]:
 
 
 def mend_heads(model: nn.Module) -> None:
-    """Lets each head use the slots of the rows that it is given."""
+    """Makes each head use the slots of the rows that it is given."""
     for module in model.modules():
         if isinstance(module, compat.LogitsProcessorWithLoRA):
             _mend(module)
@@ -62,7 +63,7 @@ def _mend(module: Any) -> None:
 
 
 def install() -> None:
-    """Lets stages of a pipeline make room, and models with tenants alone be compiled."""
+    """Lets pipeline stages make their buffers, and models with tenants alone be compiled."""
     compat.wrap(compat.GPUModelRunner, "sync_and_gather_intermediate_tensors", _with_room)
     compat.wrap(compat.CpuPlatform, "check_and_update_config", _compiled)
 

@@ -1,7 +1,7 @@
 """What an operator sees of the tenants: figures on vLLM's own Prometheus endpoint, lines in its log.
 
-Tokens, loads and refusals are counted where the API server sees them. What the workers hold is asked
-for every few seconds, as a scrape cannot wait for them.
+Tokens, loads and refusals are counted where the API server sees them. The workers are asked every few
+seconds what they hold, since a scrape cannot wait for them.
 """
 
 from __future__ import annotations
@@ -17,25 +17,23 @@ from vllm.logger import init_logger
 from deltacome.format.clip import clip
 from deltacome.vllm import compat
 
-logger = init_logger("vllm.deltacome")  # only what is below `vllm` has a handler
+logger = init_logger("vllm.deltacome")  # only loggers below `vllm` have a handler
 WATCH_SECONDS = 5.0
 
 TOKENS = Counter("deltacome_tokens", "Tokens generated, by tenant", ["tenant"])
 LOADS = Counter("deltacome_loads", "Artifacts loaded by request")
 LOAD_SECONDS = Histogram(
     "deltacome_load_seconds",
-    "Seconds from a request to load until it is done, downloads not counted",
+    "Seconds from a request to load until it is done, without downloads",
 )
-REREAD_SECONDS = Histogram(
-    "deltacome_reread_seconds", "Seconds in which an idle tenant that was dropped is read again"
-)
+REREAD_SECONDS = Histogram("deltacome_reread_seconds", "Seconds to read a dropped tenant again")
 REFUSED = Counter(
-    "deltacome_refused_loads", "Loads, and requests for what had to be read, that were refused"
+    "deltacome_refused_loads", "Refused loads, and refused requests whose tenant had to be read"
 )
 
 
 def _gauge(name: str, text: str) -> Gauge:
-    # Of ordinary adapters there can be several API servers; all ask the same workers.
+    # With ordinary adapters there can be several API servers; all ask the same workers.
     return Gauge(name, text, multiprocess_mode="mostrecent")
 
 
@@ -49,7 +47,7 @@ FIGURES = {
         "deltacome_evictions", "Tenants that have left a slot of the first worker for another"
     ),
 }
-"""By the keys of `WorkerManager.figures`."""
+"""Gauges by the keys of `WorkerManager.figures`."""
 
 
 def loaded(name: str, path: str, seconds: float) -> None:
@@ -66,30 +64,30 @@ def reread(name: str, path: str, seconds: float) -> None:
 
 
 def refused(name: str, error: Exception) -> None:
-    """An artifact was refused. The log has the error below too, which clients are not told."""
+    """An artifact was refused. The log also has the error's cause, which clients are not told."""
     REFUSED.inc()
     why = f" ({error.__cause__!r})" if error.__cause__ else ""
     logger.warning("Refused tenant %r: %s", name, clip(f"{error}{why}"))
 
 
 def dropped(name: str, path: str) -> None:
-    """The workers hold a tenant's weights no more."""
+    """The workers no longer hold a tenant's weights."""
     logger.info("Dropped tenant %r from the workers: %s", name, clip(path))
 
 
 def unloaded(name: str, path: str) -> None:
-    """A name is nobody's any more."""
+    """A name is no longer a tenant's."""
     logger.info("Unloaded tenant %r: %s", name, clip(path))
 
 
 def forgotten(name: str) -> None:
-    """Nobody has a name, and nobody uses what had it: its figures go."""
-    with suppress(KeyError):  # of older Prometheus clients, where nothing was counted
+    """Nothing has a name any more, and nobody uses what had it: its figures are removed."""
+    with suppress(KeyError):  # in older Prometheus clients, if nothing was counted
         TOKENS.remove(name)
 
 
 async def counted(outputs: Any, name: str, params: Any) -> AsyncGenerator[Any, None]:
-    """What the engine says for a tenant, with its tokens counted."""
+    """Passes on the engine's outputs for a tenant and counts their tokens."""
     tokens = TOKENS.labels(name)
     seen: dict[int, int] = {}
     delta = getattr(getattr(params, "output_kind", None), "name", "") == "DELTA"
@@ -104,16 +102,19 @@ async def counted(outputs: Any, name: str, params: Any) -> AsyncGenerator[Any, N
 def record_present_adapters(
     original: Callable[..., None], self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """vLLM's `record`, with the gauge of adapters that run and wait kept to those of now. It would keep a
-    line for each list that there ever was, and a tenant has another name in the engine with each load."""
+    """vLLM's `record`, with its gauge limited to the adapters that run and wait now.
+
+    vLLM would keep a line for each list of adapters that there ever was, and each load gives a tenant
+    another name in the engine.
+    """
     gauge = self.gauge_lora_info
-    if scheduler_stats is not None and isinstance(gauge, Gauge):  # Ray's is another
+    if scheduler_stats is not None and isinstance(gauge, Gauge):  # Ray's has another type
         gauge.clear()
     original(self, scheduler_stats, *args, **kwargs)
 
 
 def watch(engine_client: Any) -> None:
-    """Asks the workers for their figures from now on, if an event loop runs."""
+    """Starts asking the workers for their figures every few seconds, if an event loop is running."""
 
     async def ask() -> None:
         failed = False
@@ -123,7 +124,7 @@ def watch(engine_client: Any) -> None:
                 for key, gauge in FIGURES.items():
                     gauge.set(figures[key])
                 failed = False
-            except Exception as error:  # figures stop nothing; one line until they come again
+            except Exception as error:  # missing figures stop nothing: one line until they return
                 if not failed:
                     logger.warning("No figures of tenants from the workers: %r", error)
                 failed = True

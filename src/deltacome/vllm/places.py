@@ -1,13 +1,13 @@
 """Where in vLLM's model the tensors of a checkpoint live: fused, renamed and sharded.
 
-vLLM multiplies q, k and v at once, and gate and up; a worker has some rows or columns of each; names
-are those of vLLM's own classes. A place is one module of this worker, and says for each tensor of the
-checkpoint in it which rows and columns it has. What a model's loader does by hand is not guessed at: a
-tensor that no place names is reported, and a tenant that changes it is refused.
+vLLM multiplies q, k and v at once, and gate and up; a worker has only some rows or columns of each; names
+are those of vLLM's own classes. A place is one module of this worker, and says for each of the
+checkpoint's tensors in it which rows and columns it has. What a model's loader does by hand is not
+guessed at: a tensor that no place names is reported, and a tenant that changes it is refused.
 
-What makes embeddings of images and sound has no place: its rows are not the tokens of a step, and what
-it gives is kept for all adapters alike. Nor has what a pooler calls, such as the head of a classifier,
-whose rows are requests.
+Modules that encode images and sound have no place: their rows are not the tokens of a step, and their
+outputs are kept for all adapters alike. Nor do modules that a pooler calls, such as a classifier's head:
+their rows are requests.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Part:
     rows: tuple[Range, ...]
     columns: Range
     before: int = 0
-    """How many of the rows come before the module's own, which the last of them may follow too."""
+    """How many of the rows come before the module's own; others may come after them."""
 
     @property
     def size(self) -> int:
-        """Rows that this worker's shard has."""
+        """Number of rows in this worker's shard."""
         return sum(stop - start for start, stop in self.rows)
 
 
 @dataclass
 class Place:
-    """A module of this worker's model, and what of the checkpoint is in it."""
+    """A module of this worker's model, and what it contains of the checkpoint."""
 
     name: str
     module: nn.Module
@@ -51,10 +51,10 @@ class Place:
     """`linear`, `embedding` (which may be the head too), `head` or `norm`."""
     parts: tuple[Part, ...]
     tied: bool = False
-    """A head that uses the embedding's weight."""
+    """Whether it is a head that uses the embedding's weight."""
 
     def group(self, group_size: int) -> int:
-        """Entries that share a scale in this worker's shards of it."""
+        """Entries that share a scale in this worker's shards of its tensors."""
         return common_group(group_size, [r for p in self.parts for r in (p.rows, (p.columns,))])
 
 
@@ -62,8 +62,8 @@ def find_places(model: nn.Module) -> list[Place]:
     """All modules of a model that a delta can reach.
 
     Raises:
-        UnsupportedError: a module that computes with a matrix in a way that is not covered (experts); a
-            model of images or sound that does not say what encodes them.
+        UnsupportedError: a module computes with a matrix in a way that is not covered (experts), or a
+            model of images or sound does not say what encodes them.
     """
     packed = compat.packed_modules(model)
     encoders = encoder_prefixes(model)
@@ -89,7 +89,7 @@ def _tied_to(head: Place, embeddings: Sequence[Place]) -> Place:
     """The embedding whose weight a head uses; the head itself where this worker has no embedding."""
     if len(embeddings) < 2:
         return (*embeddings, head)[0]
-    for one in embeddings:  # of Gemma's E models the layers have one too
+    for one in embeddings:  # in Gemma's E models the layers have one too
         if one.module.weight is head.module.weight:
             return one
     names = ", ".join(one.name for one in embeddings)
@@ -97,13 +97,13 @@ def _tied_to(head: Place, embeddings: Sequence[Place]) -> Place:
 
 
 def pooled_modules(model: nn.Module) -> set[int]:
-    """Ids of the modules that poolers call, with a row for each request, not for each token."""
+    """Ids of the modules that poolers call, which get a row for each request, not for each token."""
     poolers = (module for module in model.modules() if isinstance(module, compat.Pooler))
     return {id(module) for pooler in poolers for module in pooler.modules()}
 
 
 def encoder_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """How names begin of what encodes images and sound, towers and connectors; none for a model of text.
+    """Name prefixes of what encodes images and sound, towers and connectors; none for a text-only model.
 
     Raises:
         UnsupportedError: the model takes more than text and names no such modules.
@@ -120,7 +120,7 @@ def encoder_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def missing_prefixes(model: nn.Module) -> list[str]:
-    """Names of what other workers of the pipeline have."""
+    """Name prefixes of the modules that other workers of the pipeline have."""
     return [
         f"{name}."
         for name, module in model.named_modules()
@@ -145,8 +145,10 @@ def _place(name: str, module: nn.Module, packed: dict[str, list[str]]) -> Place 
 
 
 def _vocabulary(name: str, module: Any) -> Part:
-    """A worker's rows, and those around them: vLLM pads a vocabulary to whole blocks of codes, not the
-    part of each worker."""
+    """A worker's rows, and those around them, to whole blocks of codes.
+
+    vLLM pads the vocabulary to whole blocks, but not each worker's part of it.
+    """
     shard = module.shard_indices
     start, stop = shard.org_vocab_start_index, shard.org_vocab_end_index
     before = start % BLOCK
@@ -174,7 +176,7 @@ def _linear(name: str, module: nn.Module, packed: dict[str, list[str]]) -> Itera
 
 
 def _joined(rows: Sequence[Range]) -> Iterator[Range]:
-    """Runs that touch become one."""
+    """Merges runs that touch."""
     start, stop = rows[0]
     for first, last in rows[1:]:
         if first != stop:
@@ -185,7 +187,7 @@ def _joined(rows: Sequence[Range]) -> Iterator[Range]:
 
 
 def _runs(name: str, module: Any) -> tuple[list[tuple[int, Range]], Range]:
-    """For each matrix of a linear: its rows in all, and those of this worker; and the columns."""
+    """For each matrix of a linear, its number of rows and this worker's range; and the columns."""
     rank, size = compat.tensor_parallel(module)
 
     def mine(full: int) -> Range:

@@ -1,8 +1,8 @@
 """The entry point `vllm.general_plugins`, which every process of the engine calls once.
 
-What is rebound: the class of the worker's adapter manager (the one place where vLLM names it), and
-what the API server does with adapters' names (`frontend`). Exceptions of this function stop the
-engine, while those of an import are only logged: so all imports of vLLM happen inside of it.
+What is rebound: the class of the worker's adapter manager (in the one place where vLLM names it), and
+what the API server does with adapters' names (`frontend`). Exceptions of this function stop the engine,
+while those of an import are only logged, so vLLM is imported only inside the function.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import logging
 
 from deltacome.errors import UnsupportedError
 
-logger = logging.getLogger("vllm.deltacome")  # only what is below `vllm` has a handler
+logger = logging.getLogger("vllm.deltacome")  # only loggers below `vllm` have a handler
 
 
 def register() -> None:
     """Hooks the plugin into this process.
 
-    Not into a vLLM that the hooks were not written for: its log says so, and it goes on without, since
-    every vLLM of this Python calls this, whatever it serves. It has no tenants then: an artifact's folder
-    has no `adapter_config.json`, so it is refused as an adapter.
+    A vLLM that the hooks were not written for is left alone: its log says so, and it runs without them,
+    since every vLLM of this Python calls this, whatever it serves. It then has no tenants: an artifact's
+    folder has no `adapter_config.json`, so it is refused as an adapter.
     """
     from deltacome.vllm.version import check_version
 

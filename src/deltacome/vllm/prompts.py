@@ -1,4 +1,4 @@
-"""Logprobs of prompts: the head sees runs of all tokens there, not one row for each request.
+"""Logprobs of prompts, for which the head sees runs of all tokens, not one row for each request.
 
 Both model runners of vLLM compute them, each in functions of its own.
 """

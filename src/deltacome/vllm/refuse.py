@@ -1,4 +1,4 @@
-"""What vLLM can be told with which tenants would get other tokens than theirs: refused at the start."""
+"""Refuses, at the start, models and options of vLLM with which tenants would get wrong tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from deltacome.errors import UnsupportedError
 from deltacome.vllm.places import Place
 
 NORM_BEHIND = ("MiMoForCausalLM", "Step3p5ForCausalLM")
-"""Whose `compute_logits` has a norm before the head."""
+"""Architectures whose `compute_logits` has a norm before the head."""
 EMBEDS_AHEAD = ("Molmo2ForConditionalGeneration",)
-"""Which embed text while they encode images."""
+"""Architectures that embed text while they encode images."""
 
 
 def refuse_options(vllm_config: Any) -> None:
-    """Refuses models and options under which rows or bytes of tenants are not where they are looked for.
+    """Refuses models and options with which rows or bytes of tenants are not where they are expected.
 
     Raises:
         UnsupportedError: names the model or the option, and the way out.
@@ -33,28 +33,29 @@ def _models(config: Any) -> Iterator[str]:
     name = config.architecture
     if config.using_transformers_backend():
         yield (
-            f"--model-impl: {name}: on vLLM's Transformers backend tokens lie along another axis, and "
-            "tenants' norms would be the first one's: expected a model of vLLM's own"
+            f"--model-impl: {name}: on vLLM's Transformers backend tokens lie along another axis, so all "
+            "would get the norms of the first one's tenant: expected a model of vLLM's own"
         )
     if name in NORM_BEHIND:
         yield (
-            f"{name}: vLLM takes its last norm of the rows that are sampled, where tenants' norms would "
-            "be those of other rows: expected another architecture"
+            f"{name}: vLLM takes its last norm of the sampled rows alone, which would get the norms of "
+            "other rows' tenants: expected another architecture"
         )
     if name in EMBEDS_AHEAD:
         yield (
-            f"{name}: embeds text while it encodes images, which would get the embedding of whatever "
-            "tenants are in the step: expected another architecture"
+            f"{name}: embeds text while it encodes images, and the text would get the embeddings of "
+            "whichever tenants are in the step: expected another architecture"
         )
     if config.is_encoder_decoder:
         yield (
-            f"{name}: the rows of an encoder are not the tokens of a step, and would be other tenants': "
-            "expected a model without one"
+            f"{name}: the rows of an encoder are not the tokens of a step, and would be taken for other "
+            "tenants' rows: expected a model without one"
         )
     if _head_from_tokens(config):
         yield (
-            "classifier_from_token: a head of scores that is made of the base's head when the engine "
-            "starts would be the base's for all tenants: expected a checkpoint with a head of its own"
+            "classifier_from_token: the classifier's head is made of the base's head when the engine "
+            "starts, and would be the base's for all tenants: expected a checkpoint with a head of its "
+            "own"
         )
 
 
@@ -63,18 +64,19 @@ def _inputs(vllm_config: Any) -> Iterator[str]:
     config = vllm_config.model_config
     if vllm_config.lora_config.enable_tower_connector_lora:
         yield (
-            "--enable-tower-connector-lora: not beside tenants, whose images are encoded by the base's "
-            "towers: start without it, or set VLLM_PLUGINS without deltacome"
+            "--enable-tower-connector-lora: does not work with tenants, whose images the base's towers "
+            "encode: start without it, or set VLLM_PLUGINS without deltacome"
         )
     if config.multimodal_config and config.multimodal_config.is_multimodal_pruning_enabled():
         yield (
             "--video-pruning-rate: text is embedded while a video is encoded, and would get the "
-            "embedding of whatever tenants are in the step: expected it off"
+            "embeddings of whichever tenants are in the step: expected it off"
         )
     if config.enable_prompt_embeds and not vllm_config.use_v2_model_runner:
         yield (
-            "--enable-prompt-embeds: vLLM's V1 model runner looks up only the rows that are no "
-            "embeddings yet, as if they were the first: expected it off, or VLLM_USE_V2_MODEL_RUNNER=1"
+            "--enable-prompt-embeds: vLLM's V1 model runner looks up only the rows that are not "
+            "embeddings yet, which would be taken for the step's first rows: expected it off, or "
+            "VLLM_USE_V2_MODEL_RUNNER=1"
         )
 
 
@@ -83,8 +85,8 @@ def _options(vllm_config: Any) -> Iterator[str]:
     parallel = vllm_config.parallel_config
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield (
-            "--kv-sharing-fast-prefill: layers that share another's cache get the rows that are sampled "
-            "alone, as if they were the first: expected it off"
+            "--kv-sharing-fast-prefill: layers that share another's cache get only the sampled rows, "
+            "which would be taken for the step's first rows: expected it off"
         )
     if parallel.use_ubatching:
         yield (
@@ -93,13 +95,13 @@ def _options(vllm_config: Any) -> Iterator[str]:
         )
     if vllm_config.model_config.enable_sleep_mode:
         yield (
-            "--enable-sleep-mode: at level 2 what tenants have on the GPU is thrown away with the "
-            "weights, and weights that come instead may be another base: expected it off"
+            "--enable-sleep-mode: level 2 throws away what tenants have on the GPU along with the "
+            "weights, and the weights that replace them may be another base: expected it off"
         )
     if vllm_config.speculative_config is not None and vllm_config.use_v2_model_runner:
         yield (
-            "--speculative-config: vLLM's V2 model runner does not say whose the rows are that the head "
-            "gets of drafted tokens: expected none, or VLLM_USE_V2_MODEL_RUNNER=0"
+            "--speculative-config: vLLM's V2 model runner does not say whose rows the head gets for "
+            "drafted tokens: expected none, or VLLM_USE_V2_MODEL_RUNNER=0"
         )
     if parallel.enable_batch_sharded_sampling:
         yield (
@@ -108,7 +110,7 @@ def _options(vllm_config: Any) -> Iterator[str]:
 
 
 def _head_from_tokens(model_config: Any) -> bool:
-    """Whether vLLM makes a head of scores of some rows of the head (`as_seq_cls_model`)."""
+    """Whether vLLM makes a classifier's head of some rows of the head (`as_seq_cls_model`)."""
     if model_config.runner_type != "pooling":
         return False
     configs = (model_config.hf_config, model_config.hf_config.get_text_config())
@@ -117,7 +119,7 @@ def _head_from_tokens(model_config: Any) -> bool:
 
 
 def refuse_heads(model_config: Any, places: Sequence[Place]) -> None:
-    """Refuses a head that computes in another dtype than the model, which passes by where it is hooked.
+    """Refuses a head that computes in another dtype than the model, which bypasses its hook.
 
     Raises:
         UnsupportedError: names the head and both dtypes.
@@ -131,7 +133,7 @@ def refuse_heads(model_config: Any, places: Sequence[Place]) -> None:
 
 
 def refuse_impl(impl: str, device: torch.device, model_config: Any) -> None:
-    """Refuses to capture graphs of what waits for the GPU; torch would say so in other words.
+    """Refuses to capture graphs of ops that wait for the GPU, before torch does in other words.
 
     Raises:
         UnsupportedError: says what to set.
@@ -139,6 +141,6 @@ def refuse_impl(impl: str, device: torch.device, model_config: Any) -> None:
     if impl == "reference" and device.type == "cuda" and not model_config.enforce_eager:
         raise UnsupportedError(
             f"{device}: impl: expected 'triton', which needs Triton and an NVIDIA GPU of compute "
-            "capability 8.0 or newer, got 'reference', which graphs cannot be captured of: set "
+            "capability 8.0 or newer, got 'reference', which cannot be captured in graphs: set "
             "--enforce-eager"
         )

@@ -1,16 +1,16 @@
 """Which tenants the API server knows by name, who uses them, and which of them the workers hold.
 
-vLLM loads adapters within a step of the engine: reading stalls everybody, and a folder that has changed
-or gone stops the engine. So workers are asked to read a tenant in a thread beforehand, and hold it until
-they are told to drop it. That is done when nobody uses it any more:
+vLLM loads adapters within a step of the engine: reading there stalls everybody, and a folder that has
+changed or gone stops the engine. So the workers are asked beforehand to read a tenant in a thread, and
+hold it until they are told to drop it. That happens when nobody uses it any more:
 
-- *unload* and *reload* make a name forgotten, or another's, at once; requests that run go on with the
+- *unload* and *reload* forget a name, or give it other weights, at once; running requests go on with the
   weights they began with, and the last of them frees the memory. Other weights are another adapter to
   the engine, so that no step and no cached prefix ever mixes the two;
-- more tenants than `--max-cpu-loras` are too many to hold: of those that are idle, the one used longest
-  ago is dropped, and read again when it is asked for. What its folder holds must be what it held.
+- when more tenants are held than `--max-cpu-loras`, the idle one that was used longest ago is dropped,
+  and read again when it is asked for. Its folder must then hold what it held before.
 
-Workers are told by one API server: a second one would drop what the first one's requests use.
+Only one API server may tell the workers: a second one would drop what the first one's requests use.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from deltacome.vllm.request import artifact_path, content_path
 from deltacome.vllm.settings import Settings
 
 POLL_SECONDS = (0.01, 0.25)
-"""Between two questions whether the workers have read an artifact, at first and at most: an answer waits
-for the steps that run."""
+"""Pause before the workers are asked again whether they have read an artifact, at first and at most: an
+answer waits for running steps."""
 REFUSED_SECONDS = 60.0
-"""How long what the workers refused is not read again for requests, whose folder holds the same."""
+"""How long requests do not have a refused tenant read again while its folder holds the same."""
 MARK = "#"
-"""Between name and number in what the engine calls a tenant; no adapter's name has one."""
+"""Between name and number in the engine's name of a tenant; no adapter's own name has one."""
 
 
 @dataclass(eq=False)
@@ -49,22 +49,22 @@ class Entry:
 
     name: str
     request: Any
-    """What vLLM's registry has: the name, the folder with a digest of what it holds."""
+    """What vLLM's registry has: the name, and the folder with a digest of its contents."""
     engine_request: Any
-    """What the engine gets. It tells adapters apart by name where it should by number, so no two
-    weights have one name there, whatever kinds of adapters had it before."""
+    """What the engine gets. It tells adapters apart by name where it should by number, so no two sets of
+    weights share a name there, whatever kinds of adapters had the name before."""
     manners: Manners
     finder: Finder | None
-    """What found it, if a request and not a command named it first."""
+    """What found it, if it was first named by a request and not by a command."""
     users: int = 0
     held: bool = False
     gone: bool = False
     used: int = 0
-    """The clock when it was used last."""
+    """The clock when it was last used."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the workers read or drop it."""
     reading: asyncio.Task[None] | None = None
-    """What reads it again, for all who wait for it."""
+    """The task that reads it again, for all who wait for it."""
 
 
 class Registry:
@@ -87,24 +87,24 @@ class Registry:
         self._clock = itertools.count()
         self._polling = asyncio.Lock()
         self._refused: dict[tuple[str, str], tuple[float, DeltaError]] = {}
-        """By name and path, until when and why."""
+        """By name and path: until when it is not read again, and why."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def named(self, name: str | None) -> Entry | None:
-        """The tenant that requests of a name get."""
+        """The tenant that requests for a name get."""
         request = self.models.lora_requests.get(name)
         return None if request is None else self.entries.get(request.lora_int_id)
 
     async def load(self, name: str, folder: str, finder: Finder | None = None) -> Entry:
-        """Lets a name be an artifact's; the caller holds the lock of the name.
+        """Gives a name to an artifact; the caller holds the lock of the name.
 
         Raises:
             UnsupportedError: there are several API servers.
-            DeltaError: a worker or the canary refused it; whatever had the name still has it.
+            DeltaError: a worker or the canary refused it; whatever had the name keeps it.
         """
         if self._servers > 1:
             raise UnsupportedError(
-                f"{folder}: expected one API server, which alone knows the tenants that are in use, got "
+                f"{folder}: expected one API server, as only it knows which tenants are in use, got "
                 f"{self._servers}: set --api-server-count 1"
             )
         start = time.perf_counter()
@@ -127,7 +127,7 @@ class Registry:
                 )
             except BaseException as error:
                 self._retire(entry)
-                if isinstance(error, DeltaError):  # the canary too is asked once all is read
+                if isinstance(error, DeltaError):  # the canary, too, is asked after all is read
                     self._remember(entry, error)
                 raise
             previous = self.named(name)
@@ -138,7 +138,7 @@ class Registry:
         return entry
 
     def unload(self, request: Any) -> None:
-        """Lets the workers drop what a name had, when the last request that uses it has ended."""
+        """Has the workers drop what a name had, once the last request that uses it has ended."""
         if entry := self.entries.get(request.lora_int_id):
             metrics.unloaded(entry.name, entry.request.lora_path)
             self._retire(entry)
@@ -152,7 +152,7 @@ class Registry:
             VLLMValidationError: it cannot be read again.
         """
         entry = self.entries.get(request.lora_int_id)
-        if entry is None or entry.gone:  # since its name was looked up
+        if entry is None or entry.gone:  # replaced or unloaded since its name was looked up
             entry = self.named(request.lora_name)
         if entry is None:
             raise VLLMNotFoundError(f"The model `{request.lora_name}` was unloaded.")
@@ -179,7 +179,7 @@ class Registry:
             self._trim()
 
     async def _latest(self, entry: Entry) -> Entry:
-        """The entry of the weights that are found under a name now; any other entry as it is."""
+        """The entry itself; a new one, if it is not held and its name now finds other weights."""
         if entry.held or entry.finder is None:
             return entry
         folder = await entry.finder.find(entry.name)
@@ -196,7 +196,7 @@ class Registry:
     async def _hold(self, entry: Entry) -> None:
         """Has the workers read a tenant again, unless they hold it.
 
-        They read on when nobody waits any more, so the reading is not any request's.
+        The reading belongs to no request, since they read on when nobody waits any more.
         """
         if entry.held:
             return
@@ -214,7 +214,7 @@ class Registry:
         metrics.reread(entry.name, entry.request.lora_path, time.perf_counter() - start)
 
     def _remember(self, entry: Entry, error: DeltaError) -> None:
-        """That a tenant was refused by who may have read all of its bytes, which keeps others waiting."""
+        """Remembers a refusal, before which all bytes may be read: that keeps other tenants waiting."""
         now = time.monotonic()
         self._refused = {key: one for key, one in self._refused.items() if one[0] > now}
         self._refused[entry.name, entry.request.lora_path] = now + REFUSED_SECONDS, error
@@ -225,7 +225,7 @@ class Registry:
             raise DeltaError(f"{error} (refused before, and looked at again in a minute)")
 
     async def _read(self, entry: Entry) -> None:
-        """Has the workers read a tenant beside their work."""
+        """Has the workers read a tenant alongside their other work."""
         id, path = entry.request.lora_int_id, entry.request.lora_path
         async with entry.lock:
             if await asyncio.to_thread(content_path, artifact_path(path)) != path:
@@ -247,7 +247,7 @@ class Registry:
     async def _fetched(self, id: int) -> None:
         """Waits until the workers have read an artifact.
 
-        They read one after the other in the order of asking, and so are asked about one at a time.
+        They read one after the other, in the order of asking, so they are asked about one at a time.
         """
         pause, longest = POLL_SECONDS
         async with self._polling:
@@ -268,7 +268,7 @@ class Registry:
         self._trim()
 
     def _trim(self) -> None:
-        """Drops what nobody can ask for again, and of what is idle what is too much."""
+        """Drops what nobody can ask for again, and idle tenants beyond the capacity."""
         idle = [entry for entry in self.entries.values() if entry.users == 0]
         for entry in idle:
             if entry.gone:
@@ -279,7 +279,7 @@ class Registry:
             self._start(self._drop(entry))
 
     async def _drop(self, entry: Entry) -> None:
-        async with entry.lock:  # who asks for it meanwhile waits, and has it read again
+        async with entry.lock:  # whoever asks for it meanwhile waits, and has it read again
             if entry.users or not (entry.held or entry.gone):
                 return
             id, held, entry.held = entry.request.lora_int_id, entry.held, False

@@ -1,7 +1,7 @@
-"""How an artifact is named in a request: its folder, and what it holds.
+"""How an artifact is named in a request: by its folder and a digest of what it holds.
 
 The engine's prefix cache keeps the blocks of adapters apart by name and path. New weights in the same
-folder would find the old ones' blocks, so the path that the engine sees ends in a digest of the
+folder would find the blocks of the old ones, so the path that the engine sees ends in a digest of the
 manifest, which has the checksums of all weights.
 """
 
@@ -21,7 +21,7 @@ def content_path(folder: str) -> str:
     """The path of an artifact's folder with the digest of what it holds now.
 
     Raises:
-        ArtifactError: the manifest is not there, cannot be read, or is too large to be one.
+        ArtifactError: the manifest is missing, cannot be read, or is too large to be one.
     """
     folder = artifact_path(folder)
     digest = hashlib.sha256(read_manifest(Path(folder))).hexdigest()[:16]
@@ -29,7 +29,7 @@ def content_path(folder: str) -> str:
 
 
 def artifact_path(path: str) -> str:
-    """The folder of such a path; any other path as it is."""
+    """The folder in a path that `content_path` gave; any other path as it is."""
     return path.rpartition(_MARK)[0] or path
 
 

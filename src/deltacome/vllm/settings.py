@@ -1,8 +1,8 @@
-"""What can be set: the key `deltacome` of vLLM's `--additional-config`.
+"""The plugin's settings: the key `deltacome` of vLLM's `--additional-config`.
 
     vllm serve BASE --enable-lora --additional-config '{"deltacome": {"slot_bytes": 20000000}}'
 
-Everything has a default. That of `slot_bytes` fits artifacts of a sixteenth of the base's bytes;
+Each setting has a default. That of `slot_bytes` fits artifacts of a sixteenth of the base's bytes;
 `deltacome serve` sets it from the artifacts.
 """
 
@@ -20,33 +20,33 @@ class Settings:
     """Settings of one engine."""
 
     slot_bytes: int | None = None
-    """Bytes of packed terms that a resident tenant can have (on each worker); None: those
-    of a worker's part of 1/16 of the base."""
+    """Bytes of packed terms that a resident tenant can have on each worker; None: those of a
+    worker's part of 1/16 of the base."""
     max_rank: int | None = None
-    """Directions that a layer of a tenant can have; None: as many as there can be."""
+    """Directions that a tenant can have in a layer; None: as many as the layer allows."""
     max_bands: int = 6
     """Bands that a matrix of a tenant can have."""
     group_size: int = GROUP
     """Entries of a direction that share a scale, the same for all tenants."""
     signs: bool = False
-    """Whether tenants with dense 1-bit terms are served: a second op for each layer."""
+    """Whether tenants with dense 1-bit terms are served, which takes a second op in each layer."""
     lora: bool = True
     """Whether ordinary LoRA adapters are served too, which reserves vLLM's own buffers for them."""
     base: str | None = None
-    """The checkpoint that deltas were taken against, where that is not the model served: a quantised
-    base, say."""
+    """The checkpoint that deltas were taken against, if it is not the model that is served (a quantised
+    base, say)."""
     base_tokenizer: bool = False
-    """Whether tenants with another tokenizer are served, with the base's; else they are refused."""
+    """Whether tenants with another tokenizer are served, with the base's; otherwise they are refused."""
     templates: bool = True
-    """Whether chats of a tenant are written with its own chat template; else with the base's. A template
-    is a program, which the API server runs."""
+    """Whether a tenant's chats are written with its own chat template; otherwise with the base's. A
+    template is a program, which the API server runs."""
     canary: float | None = 0.25
-    """How far, in nats (root of the mean square), the logprobs of an artifact's canary may be from those
-    recorded when it was made; None: no canary is asked. A quantised base needs more."""
+    """How far, in nats (root mean square), the logprobs of an artifact's canary may be from those
+    recorded when it was made; None: no canary is checked. A quantised base needs more."""
     impl: str | None = None
     """Implementation of the ops; None: the fastest that runs here."""
     tenants: str | None = None
-    """Where tenants that no one has loaded are looked for by name: a folder of artifacts, or an address
+    """Where tenants that nobody has loaded are looked for by name: a folder of artifacts, or an address
     that fsspec understands."""
 
     @classmethod

@@ -1,9 +1,9 @@
 """A worker's part of a packed term, under tensor parallelism: slices of the same bytes.
 
-A factor is stored direction by direction, so a shard of a matrix's rows is a run of every direction of
-U, and one of its columns a run of every direction of V. Where runs begin within a scale group, the
-shard has smaller groups, which repeat its scale; its codes stay as they are. They lie in blocks, so
-runs begin where a block begins.
+A factor is stored direction by direction, so a shard of a matrix's rows is a run of entries of every
+direction of U, and a shard of its columns a run of entries of every direction of V. Where a run begins
+within a scale group, the shard has smaller groups, which repeat that group's scale; its codes stay as
+they are. Codes lie in blocks, so a run begins where a block begins.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def shard_bands(
     columns: Range,
     shard_group: int | None = None,
 ) -> Tensor:
-    """The blob of some rows and columns of a bands term; the blob itself if these are all.
+    """The blob of some rows and columns of a bands term; the blob itself if these are all of them.
 
     Args:
         name: of the tensor, for errors.
@@ -51,7 +51,7 @@ def shard_bands(
         group_size: entries of a direction that share a scale.
         rows: runs of rows, which follow each other in the shard.
         columns: a run of columns.
-        shard_group: entries that share a scale in the shard (`common_group`); by default as many.
+        shard_group: entries that share a scale in the shard (`common_group`); by default `group_size`.
 
     Raises:
         UnsupportedError: a run does not begin where a block of codes does.
@@ -92,10 +92,11 @@ def shard_signs(
 
 
 def common_group(group_size: int, runs: Iterable[Sequence[Range]]) -> int:
-    """Entries that share a scale in shards of several tensors, of which each is some runs.
+    """The number of entries that share a scale in shards of several tensors, each given as runs.
 
-    Runs that begin within a block of codes are refused where there are codes. Of the other runs, and of
-    tensors that are whole, groups are then what all kernels take: blocks, or what divides both.
+    Runs that begin within a block of codes are refused where there are codes. In other runs, and in
+    tensors that are whole, groups then have a size that all kernels take: whole blocks, or a common
+    divisor of group and block.
     """
     cuts = [
         cut for one in runs for cut in (*(start for start, _ in one), *(b for _, b in one[:-1]))
@@ -105,7 +106,7 @@ def common_group(group_size: int, runs: Iterable[Sequence[Range]]) -> int:
 
 
 def _runs(name: str, factor: Factor, runs: Sequence[Range], group: int) -> Factor:
-    """Runs of entries of every direction, one behind the other."""
+    """Runs of entries of every direction, one after the other."""
     size = sum(stop - start for start, stop in runs)
     if factor.values is not None:
         values = torch.cat([factor.values[:, start:stop] for start, stop in runs], 1)

@@ -1,9 +1,9 @@
-"""How large a part of an artifact one of several workers can have to hold.
+"""How large a part of an artifact one of several workers may have to hold.
 
 Pipeline parallelism gives a worker some of the layers. Under tensor parallelism it has some rows or some
-columns of a matrix, and so a part of U or of V; the other factor is whole. Which of the two is in
-transformers' plan for the family, `base_model_tp_plan`; what that does not name counts as whole. A slot
-that is too small refuses its tenant, so every doubt makes it larger.
+columns of a matrix, and so a part of U or of V; the other factor is whole. Which of the two it is comes
+from transformers' plan for the family, `base_model_tp_plan`; what the plan does not name counts as whole.
+A tenant is refused if its slot is too small, so every doubt makes the slot larger.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from deltacome.format.spec import BLOCK, bands_nbytes, signs_nbytes
 from deltacome.runtime.capacity import slot_nbytes
 
 LAYER = re.compile(r"(.*?)\.\d+\.")
-"""The name of a stack of layers, and a layer's own."""
+"""Matches the name of a layer; its group is the name of the stack of layers."""
 
 
 def worker_nbytes(artifact: Artifact, config: Any, tensor: int, pipeline: int) -> int:
-    """Bytes of the packed terms that a worker has at most.
+    """The most bytes of packed terms that one worker has.
 
     Args:
         artifact: of a tenant.
         config: transformers' configuration of the base.
-        tensor: workers that share each layer.
-        pipeline: stages; layers count as shared out evenly, unless the environment says how
-            (VLLM_PP_LAYER_PARTITION): then all of them count.
+        tensor: number of workers that share each layer.
+        pipeline: number of stages. Layers count as shared out evenly; if the environment says how
+            (VLLM_PP_LAYER_PARTITION), all of them count.
     """
     if tensor == pipeline == 1:
         return slot_nbytes(artifact)
@@ -56,10 +56,10 @@ def _nbytes(record: Record, group: int, config: Any, tensor: int) -> int:
         return 0
     rows, columns = record.bands_shape
     if tensor > 1:
-        group = min(group, BLOCK)  # a cut within a group makes smaller ones, of a block at least
+        group = min(group, BLOCK)  # a cut within a group makes smaller groups, of a block at least
         text = config.get_text_config()
         way = _way(record, text)
-        if way == "colwise":  # of the weight's transpose: rows, of a head at least
+        if way == "colwise":  # columns of the transpose: rows, at least a head's
             padded = math.ceil(rows / BLOCK) * BLOCK  # as vocabularies are
             mine = max(math.ceil(padded / tensor), _head_size(text))
             if record.shape[0] == text.vocab_size and mine % BLOCK:
@@ -72,7 +72,7 @@ def _nbytes(record: Record, group: int, config: Any, tensor: int) -> int:
 
 
 def _way(record: Record, text: Any) -> str | None:
-    """How a matrix is shared, in the words of transformers."""
+    """How a matrix is shared out, in transformers' words."""
     if record.shape[0] == text.vocab_size:
         return "colwise"
     name = re.sub(r"\.\d+\.", ".*.", record.name.removesuffix(".weight"))
@@ -81,7 +81,7 @@ def _way(record: Record, text: Any) -> str | None:
 
 
 def _head_size(text: Any) -> int:
-    """Entries of the largest head of attention."""
+    """Entries of the largest attention head."""
     sizes = [v for k, v in text.to_dict().items() if k.endswith("head_dim") and isinstance(v, int)]
     heads = getattr(text, "num_attention_heads", None) or 1
     return max([text.hidden_size // heads, *sizes])

@@ -1,8 +1,8 @@
 """Which slot each row of the running batch belongs to: written once a step, read by every layer.
 
 The buffers keep their addresses, since captured graphs read them. On a CPU the kernels group rows
-themselves, so only the slots are kept there. What is read of them in code that a compiler traces must not
-depend on the number of rows: it traces once for all batches, and keeps what it saw.
+themselves, so only the slots are kept there. What code that is compiled reads from the buffers must not
+depend on the number of rows: the compiler traces it once for all batches, and keeps what it saw.
 
 Legend: T tokens.
 """
@@ -20,9 +20,9 @@ from deltacome.ops.rows import TILES, Rows, group_all, group_rows, set_unused
 
 
 class _Rows:
-    """The slots of up to `size` rows, and with `grouped` their tiles, of each size.
+    """The slots of up to `size` rows and, if `grouped`, their tiles of each size.
 
-    Slots, order and tiles then lie in one buffer, so that one copy brings a step's.
+    Slots, order and tiles then lie in one buffer, so that one copy brings those of a step.
     """
 
     def __init__(self, slots: int, size: int, device: torch.device, *, grouped: bool) -> None:
@@ -42,8 +42,8 @@ class _Rows:
         if not self.grouped:
             self.all.slot_T[:rows].copy_(slot_T)
             return
-        grouped = group_all(slot_T, self.slots)  # on the host: no kernels for it
-        # Pinned, or the copy would wait for the step that runs; and new, as the last may not be read yet.
+        grouped = group_all(slot_T, self.slots)  # on the host, so without kernels
+        # Pinned, or the copy would wait for the running step; new, as the last one may not be read yet.
         shape = (len(self._lines), 3 * rows)
         lines = torch.full(shape, -1, dtype=torch.int32, pin_memory=self.pinned)
         parts = _parts(lines)
@@ -58,20 +58,20 @@ class _Rows:
 
 
 def _parts(lines: Tensor) -> Rows:
-    """What lies in a buffer: slots and order in a third of a line each, a line for each size of tiles.
+    """What a buffer holds: slots and order in the first third of a line each, a line for each tile size.
 
-    What is left of those two is −1, for the rows that follow: nobody's.
+    The rest of the first two lines is −1, which makes the rows that follow nobody's.
     """
     rows = lines.shape[1] // 3
     return Rows(lines[0, :rows], lines[1, :rows], lines[2:].view(len(TILES), rows, 3), 0)
 
 
 class Step:
-    """Rows of the tokens of a step, and of those whose logits are asked for.
+    """The rows of a step's tokens, and of those whose logits are asked for.
 
     Attributes:
-        idle: no row has a slot, and no graph that is captured now will run for rows that have one. Code
-            that is compiled must not look at it; the ops do, when they run.
+        idle: no row has a slot, and no graph that is captured now will run for rows that have one.
+            Compiled code must not look at it; the ops do, when they run.
     """
 
     _prompts: Tensor | None = None
@@ -91,8 +91,8 @@ class Step:
         Args:
             token_slots: of each token.
             sampled_slots: of each row that the head gets.
-            adapters: whether the batch has any adapters. The engine captures graphs of their own for
-                batches without; for the others with made-up adapters, that no tenant's slot stands for.
+            adapters: whether the batch has any adapters. The engine captures separate graphs for batches
+                without; the others it captures with made-up adapters, which have no tenant's slot.
         """
         slots = max(token_slots, default=-1) >= 0 or max(sampled_slots, default=-1) >= 0
         self.idle = not (slots or (adapters and self.graphs))
@@ -102,7 +102,7 @@ class Step:
 
     @property
     def skipped(self) -> bool:
-        """Whether layers may leave out their deltas: `idle`, and no compiler sees that they do."""
+        """Whether layers may leave out their deltas: when `idle`, unless a compiler is tracing them."""
         return not torch.compiler.is_compiling() and self.idle
 
     def tokens(self, count: int) -> Rows:
@@ -110,7 +110,7 @@ class Step:
         return self._tokens.get(count)
 
     def sampled(self, x_TI: Tensor) -> Rows:
-        """The rows of the head's input: sampled tokens, or a run of a prompt's."""
+        """The rows of the head's input: sampled tokens, or a run of a prompt's tokens."""
         first = self.first_row(x_TI)
         if first is None:
             return self._sampled.get(x_TI.shape[0])
@@ -121,7 +121,7 @@ class Step:
         """Where a head's input begins in the hidden states of all tokens, for logprobs of prompts.
 
         Raises:
-            MismatchError: it is no run of their rows, so nobody knows whose they are.
+            MismatchError: it is not a run of their rows, so it is not known whose they are.
         """
         if cls._prompts is None:
             return None
@@ -144,7 +144,7 @@ class Step:
     @classmethod
     @contextlib.contextmanager
     def prompt_logits(cls, hidden_states_TI: Tensor) -> Iterator[None]:
-        """While open, the head's rows are runs of these, in every step of this process."""
+        """While open, the head's rows are runs of these hidden states, in every step of this process."""
         cls._prompts = hidden_states_TI
         try:
             yield

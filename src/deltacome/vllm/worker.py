@@ -1,7 +1,7 @@
-"""What the API server can ask of a worker, by name: methods that vLLM's workers get.
+"""What the API server can ask of a worker by name: methods that are added to vLLM's workers.
 
-Reading an artifact takes a worker some tenths of a second for a 7B model: headers, fingerprints, and
-on a GPU the copy into pinned memory. It is done in a thread; the engine goes on with its steps.
+Reading an artifact takes a worker some tenths of a second for a 7B model: headers, fingerprints and, on a
+GPU, the copy into pinned memory. It is done in a thread, while the engine goes on with its steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def deltacome_prefetch(self: Any, id: int, path: str) -> None:
 
 
 def deltacome_fetched(self: Any, id: int) -> bool | str:
-    """Whether an artifact has been read; or why it was refused."""
+    """Whether an artifact has been read, or why it was refused."""
     return _manager(self).fetched(id)
 
 
