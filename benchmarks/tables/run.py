@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _replace_section(report: Path, text: str) -> None:
-    """Puts a section in the place of the one with the same name, in the order of TABLES."""
+    """Puts a section in the place of the one with the same name, by the numbers in their names."""
     title = "# The paper's tables, measured\n\n"
     old = report.read_text() if report.exists() else title
     parts = re.split(r"(?m)^(?=## )", old)

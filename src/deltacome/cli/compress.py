@@ -83,7 +83,7 @@ def compress(
         ),
     ] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Which calibration text is drawn or written.")] = 0,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="dtype of the calibration passes.")] = "auto",
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,

@@ -43,7 +43,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="With --task: longest answer, in tokens. Default: 64.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
     device: Device = "auto",
     dtype: Annotated[
         str, typer.Option(help="bfloat16 saves memory, but its own noise hides a good delta's KL.")

@@ -22,9 +22,11 @@ def generate(
             exists=True, dir_okay=False, help="Picture to put before PROMPT; may be repeated."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The most tokens that the answer can have.")
+    ] = 128,
     device: Device = "auto",
-    dtype: str = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of the base's weights.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Answer a prompt with BASE, or with the fine-tune that --delta stands for."""

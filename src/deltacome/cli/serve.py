@@ -34,7 +34,7 @@ def serve(
         int | None, typer.Option(min=0, help="Bytes per slot. Default: the largest tenant's.")
     ] = None,
     lora: Annotated[bool, typer.Option(help="Serve ordinary LoRA adapters too.")] = False,
-    port: int = 8000,
+    port: Annotated[int, typer.Option(help="Port of the API server.")] = 8000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and exit.")] = False,
     as_json: Json = False,
 ) -> None:

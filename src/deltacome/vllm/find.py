@@ -82,7 +82,7 @@ class Finder:
 
     Args:
         place: a folder, or an fsspec address.
-        cache: where copies of remote artifacts are kept; by default below the Hub's cache.
+        cache: where copies of remote artifacts are kept; by default in `$HF_HOME/deltacome`.
     """
 
     def __init__(self, place: str, cache: Path | None = None) -> None:

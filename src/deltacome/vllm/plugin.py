@@ -1,8 +1,9 @@
 """The entry point `vllm.general_plugins`, which every process of the engine calls once.
 
-What is rebound: the class of the worker's adapter manager (in the one place where vLLM names it), and
-what the API server does with adapters' names (`frontend`). Exceptions of this function stop the engine,
-while those of an import are only logged, so vLLM is imported only inside the function.
+What is rebound: the class of the worker's adapter manager (in the one place where vLLM names it), what
+the API server does with adapters' names (`frontend`), and a few methods more (`mends`, `prompts`,
+`worker`). Exceptions of this function stop the engine, while those of an import are only logged, so vLLM
+is imported only inside the function.
 """
 
 from __future__ import annotations

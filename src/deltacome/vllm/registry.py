@@ -222,7 +222,7 @@ class Registry:
     def _check_refused(self, name: str, path: str) -> None:
         until, error = self._refused.get((name, path), (0.0, None))
         if error is not None and until > time.monotonic():
-            raise DeltaError(f"{error} (refused before, and looked at again in a minute)")
+            raise DeltaError(f"{error} (refused before; it is read again after at most a minute)")
 
     async def _read(self, entry: Entry) -> None:
         """Has the workers read a tenant alongside their other work."""

@@ -20,7 +20,7 @@ class Settings:
     """Settings of one engine."""
 
     slot_bytes: int | None = None
-    """Bytes of packed terms that a resident tenant can have on each worker; None: those of a
+    """Bytes of packed terms that a resident tenant can have on each worker; None: 1.2 times a
     worker's part of 1/16 of the base."""
     max_rank: int | None = None
     """Directions that a tenant can have in a layer; None: as many as the layer allows."""

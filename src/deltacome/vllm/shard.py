@@ -54,7 +54,7 @@ def shard_bands(
         shard_group: entries that share a scale in the shard (`common_group`); by default `group_size`.
 
     Raises:
-        UnsupportedError: a run does not begin where a block of codes does.
+        UnsupportedError: a run begins or, before the end of the matrix, ends within a block of codes.
     """
     shard_group = shard_group or group_size
     if list(rows) == [(0, shape[0])] and columns == (0, shape[1]) and shard_group == group_size:
