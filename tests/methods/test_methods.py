@@ -25,6 +25,24 @@ ADAPTIVE = [DeltaCome(), LowRank(), Residual(), PrinMix(), Adaptive(distill=0)]
 ALL = [*ADAPTIVE, BitDelta(), BitDelta("rows"), Residual(parse_template("4:2,2:*"), "rows")]
 
 
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        (BitDelta, "rate", 0),
+        (BitDelta, "rate", float("nan")),
+        (BitDelta, "scales", "row"),
+        (Residual, "scales", "column"),
+        (LowRank, "directions", 0),
+        *((kind, "distill", -1) for kind in (BitDelta, DeltaCome, PrinMix, Adaptive)),
+        *((kind, "damping", -0.1) for kind in (DeltaCome, PrinMix, Adaptive)),
+        (Adaptive, "damping", float("inf")),
+    ],
+)
+def test_options_out_of_range_are_refused(kind, option, value):
+    with pytest.raises(PlanError, match=f"{option}: expected .*, got {value!r}"):
+        kind(**{option: value})
+
+
 def matrices_of(shapes=SHAPES):
     deltas = {name: long_tailed(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     return deltas, {n: Matrix(shapes[n], lambda n=n: deltas[n]) for n in shapes}

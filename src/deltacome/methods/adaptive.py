@@ -32,7 +32,7 @@ from torch import Tensor
 from deltacome.format.codec import BandTensors, Packed
 from deltacome.format.spec import Band, bands_nbytes
 from deltacome.methods.bands import factor_of
-from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms
+from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms, check_common
 from deltacome.numerics.allocate import allocate
 from deltacome.numerics.gptq import Quantized, factor_gram, quantize_v, round_nearest
 from deltacome.numerics.refit import refit_u
@@ -69,6 +69,10 @@ class Adaptive:
     damping: float = 0.1
     distill: int = 100
     diagonal: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range with PlanError."""
+        check_common(self.distill, self.damping)
 
     default_ratio = DEFAULT_RATIO  # plans fill whatever bytes there are
     calibrates = True  # inputs, and what outputs are worth, are measured on text

@@ -9,6 +9,7 @@ layers of the blocks; signs for the embedding and the head are an extension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deltacome.format.codec import Packed, SignTensors
-from deltacome.methods.method import Matrix, Planner, Shape, Terms
+from deltacome.methods.method import Matrix, Planner, Shape, Terms, check_option
 
 Scales = Literal["matrix", "rows"]
 """One scale for a matrix, or one for each of its rows."""
@@ -38,6 +39,12 @@ class BitDelta:
     distill: int = 0
     rate: float = 0.1
 
+    def __post_init__(self) -> None:
+        """Refuses values out of range with PlanError."""
+        check_scales(self.scales)
+        check_option(self.distill >= 0, "distill", "0 or more steps", self.distill)
+        check_option(0 < self.rate < math.inf, "rate", "a share above 0", self.rate)
+
     default_ratio = None  # it follows from the one bit
     calibrates = False  # signs are data-free; distillation wants text, but no grams
 
@@ -57,6 +64,11 @@ class BitDelta:
     ) -> dict[str, Packed]:
         """Signs and their initial scales (see `Method.compress`)."""
         return {name: Packed(signs=signs_of(d, self.scales)) for name, d in deltas.items()}
+
+
+def check_scales(scales: str) -> None:
+    """Refuses anything but the two kinds with PlanError."""
+    check_option(scales in ("matrix", "rows"), "scales", "matrix or rows", scales)
 
 
 def scale_count(shape: Shape, scales: Scales) -> int:

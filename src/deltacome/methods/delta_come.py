@@ -20,7 +20,7 @@ from torch import Tensor
 from deltacome.format.codec import Packed
 from deltacome.format.spec import rank
 from deltacome.methods.bands import Gptq, scaled_svd
-from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Terms
+from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Terms, check_common
 from deltacome.methods.template import PRECISIONS, Template, parse_template
 
 TRIPLE = parse_template(PRECISIONS["triple"])
@@ -42,6 +42,10 @@ class DeltaCome:
     damping: float = 0.01
     gptq: bool = True
     distill: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range with PlanError."""
+        check_common(self.distill, self.damping)
 
     calibrates = True  # GPTQ and the reported errors are against the inputs
 

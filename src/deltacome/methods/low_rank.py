@@ -16,7 +16,7 @@ from torch import Tensor
 from deltacome.format.codec import BandTensors, Factor, Packed
 from deltacome.format.spec import rank
 from deltacome.methods.bands import scaled_svd
-from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Terms
+from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Terms, check_option
 from deltacome.methods.template import parse_template
 
 
@@ -29,6 +29,11 @@ class LowRank:
     """
 
     directions: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range with PlanError."""
+        many = self.directions is None or self.directions > 0
+        check_option(many, "directions", "1 or more", self.directions)
 
     calibrates = False  # the method is data-free
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from deltacome.errors import PlanError
 from deltacome.format.codec import Packed
 from deltacome.format.spec import Plan, bands_nbytes, signs_nbytes
 
@@ -54,6 +55,18 @@ Planner = Callable[[float], dict[str, Terms]]
 
 Called a few times with numbers of bytes that differ little, since what surrounds terms depends on them.
 """
+
+
+def check_option(good: bool, name: str, expected: str, got: object) -> None:
+    """Refuses a value of a method's option with PlanError unless it is good."""
+    if not good:
+        raise PlanError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_common(distill: int, damping: float) -> None:
+    """Checks the options that several methods have."""
+    check_option(distill >= 0, "distill", "0 or more steps", distill)
+    check_option(0 <= damping < math.inf, "damping", "a share of 0 or more", damping)
 
 
 class Method(Protocol):

@@ -31,7 +31,7 @@ from deltacome.errors import PlanError, naming
 from deltacome.format.codec import Packed
 from deltacome.format.spec import Band, Plan, bands_nbytes, rank
 from deltacome.methods.bands import Gptq, scaled_svd
-from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms
+from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms, check_common
 from deltacome.numerics.gptq import round_nearest
 from deltacome.numerics.refit import refit_u
 
@@ -53,6 +53,10 @@ class PrinMix:
     damping: float = 0.01
     refit: bool = True
     distill: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range with PlanError."""
+        check_common(self.distill, self.damping)
 
     default_ratio = DEFAULT_RATIO  # the program fills whatever bytes there are
     calibrates = True  # GPTQ and the refit are against the inputs

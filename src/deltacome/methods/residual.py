@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from deltacome.format.codec import Packed
-from deltacome.methods.bitdelta import Scales, scale_count, signs_of
+from deltacome.methods.bitdelta import Scales, check_scales, scale_count, signs_of
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Matrix, Planner, Shape, Terms, share_evenly
 from deltacome.methods.template import Template, parse_template
@@ -34,6 +34,10 @@ class Residual:
 
     template: Template = parse_template("16:*")  # noqa: RUF009 (a template is frozen)
     scales: Scales = "matrix"
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range with PlanError."""
+        check_scales(self.scales)
 
     calibrates = False  # the method is data-free
 
