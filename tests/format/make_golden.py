@@ -36,7 +36,7 @@ def zero(bits, side, group):
 
 
 def half(side, n):
-    """Entry n of a 16-bit factor, a number that float16 holds exactly."""
+    """Entry n of a 16-bit factor, a number that float16 represents exactly."""
     return (n - 3) / 8 if side == "v" else (5 - 2 * n) / 16
 
 
@@ -107,7 +107,7 @@ def unit():
 
 
 def positive(row, n):
-    """The code of a sign."""
+    """Whether the sign of an entry is positive."""
     return (3 * n + n * n // 5 + 7 * row) % 5 < 2
 
 
@@ -122,7 +122,7 @@ def signs(scales):
 
 
 def signs_unit():
-    """Signs alone with a scale for all rows and for each, and with bands and added rows."""
+    """Signs alone, with one scale or one for each row, and signs with bands and added rows."""
     grown = {"base_shape": SHAPE, "plan": PLAN[3:], "sign_scales": 7, "exact_rows": (7, 9)}
     records = (
         record("embed.weight", (9, 70), **grown),

@@ -45,7 +45,7 @@ def rename_in_json(folder, old, new):
 
 
 def rewrite(folder, change):
-    """Changes a shard's entries, with the manifest's size and the index made to fit."""
+    """Changes a shard's entries, and the manifest's size and the index to fit."""
     entries = load_file(folder / SHARD)
     change(entries)
     save_file(entries, folder / SHARD)
@@ -145,7 +145,7 @@ def test_swapped_shards(sharded):
 
 
 def test_shards_swapped_with_their_index(sharded):
-    """The entries are all there, in files of the right size: the checksum knows."""
+    """The entries are all there, in files of the right size; only the checksum tells."""
     names = [f"delta-0000{i}-of-00003.safetensors" for i in (1, 2)]
     os.rename(sharded / names[0], sharded / "x")
     os.rename(sharded / names[1], sharded / names[0])
@@ -259,7 +259,7 @@ def test_flipped_bit(folder):
     content = bytearray((folder / SHARD).read_bytes())
     content[-100] ^= 4
     (folder / SHARD).write_bytes(content)
-    artifact = Artifact.open(folder)  # headers are whole
+    artifact = Artifact.open(folder)  # headers are intact
     with pytest.raises(ArtifactError, match=f"{SHARD}: expected SHA-256"):
         artifact.verify_bytes()
 
@@ -272,7 +272,7 @@ def test_file_that_goes_away_after_opening(folder):
 
 
 def test_what_was_read_does_not_change_with_the_file(folder):
-    """Nor does a file that is truncated meanwhile end the process, as a mapped one would."""
+    """A file that is truncated meanwhile does not end the process either, as a mapped one would."""
     artifact = Artifact.open(folder)
     blob, exact = artifact.blob("layer.weight"), artifact.exact("norm.weight")
     with (folder / SHARD).open("r+b") as file:  # in place
@@ -295,7 +295,7 @@ def carrying(tmp_path, name, content):
 
 
 def test_a_carried_file_that_is_too_large_to_be_parsed(tmp_path):
-    """A megabyte of brackets takes thirty once it is parsed."""
+    """A megabyte of brackets takes thirty megabytes once it is parsed."""
     content = b'{"a": [' + b"[]," * (1 << 19) + b"0]}"
     artifact = carrying(tmp_path, "generation_config.json", content)
     artifact.verify_bytes()

@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads of it, its tables, and whose scores it takes."""
+"""The model card: what the Hub reads from it, its tables, and whose scores it takes."""
 
 import dataclasses
 import shutil
@@ -178,7 +178,7 @@ def test_own_words_stay(artifact):
     assert said["tags"] == ["mine", "deltacome", "delta-compression"]
     assert said["model-index"][0]["results"]
     assert card.text.strip() == "# My model\n\nMade of love."
-    # What compression wrote is nobody's own, and is written anew.
+    # A card that compression wrote is no user's own, and is written anew.
     (artifact.path / "README.md").write_text(str(model_card(artifact)) + "Lost.\n")
     assert "Lost" not in str(artifact.generate_model_card())
     assert "org/name" in artifact.generate_model_card(name="org/name").text
@@ -195,7 +195,7 @@ def test_own_words_stay(artifact):
     ],
 )
 def test_what_is_no_name_is_not_written_into_commands(artifact, base, revision):
-    """Readers copy them, and the artifact may be anybody's."""
+    """Readers copy the commands, and the artifact may be anybody's."""
     artifact.manifest = dataclasses.replace(
         artifact.manifest, base_name_or_path=base, base_revision=revision
     )

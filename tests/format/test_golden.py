@@ -78,7 +78,7 @@ def read_factor(reader, bits, count, size, group):
 
 
 def read_delta(blob, shape, plan, group):
-    """The delta of a bands term, rows of numbers."""
+    """The delta of a bands term, as rows of numbers."""
     reader = Reader(blob)
     delta = [[0.0] * shape[1] for _ in range(shape[0])]
     for bits, count in plan:
@@ -94,7 +94,7 @@ def read_delta(blob, shape, plan, group):
 
 
 def read_signs(blob, shape, scales):
-    """The delta of a signs term, rows of numbers."""
+    """The delta of a signs term, as rows of numbers."""
     reader, blocks = Reader(blob), math.ceil(shape[1] / 64)
     words = reader.take("I", shape[0] * blocks * 2)
     alpha = reader.take("f", scales)
@@ -233,11 +233,11 @@ def test_fingerprints_stay():
     assert tensors["still.weight"].base_digest == full_digest(still)
     changed = large.clone()
     changed[0, 0] = changed[-1, -1] = -1
-    for place in (0, 63, 4032, 4095):  # the first and the last run
+    for place in (0, 63, 4032, 4095):  # in the first and the last run
         changed = large.clone()
         changed.view(-1)[place] = -1
         assert sample_digest(changed) != sample_digest(large)
     changed = large.clone()
-    changed.view(-1)[64] = -1  # between two runs: only the full fingerprint sees it
+    changed.view(-1)[64] = -1  # between two runs, where only the full fingerprint sees it
     assert sample_digest(changed) == sample_digest(large)
     assert full_digest(changed) != full_digest(large)

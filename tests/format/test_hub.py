@@ -32,10 +32,10 @@ def test_push_and_pull(hub, artifact):
     }
     pulled.verify_bytes()
     assert pulled.digest == artifact.digest
-    # Weights go and come by LFS, not within the commit.
+    # Weights are pushed and pulled by LFS, not within the commit.
     assert len(hub.asked("PUT", "^/lfs/")) == 1
     assert len(hub.asked("GET", "^/lfs/")) == 1
-    # The card is on the Hub only: people read it there.
+    # The card is on the Hub only, where people read it.
     files = hub.repos["org/name"].commits[pulled.path.name]
     assert files.keys() == content(pulled.path).keys() | {"README.md"}
     card = ModelCard(files["README.md"].decode())
@@ -85,7 +85,7 @@ def test_nothing_stays_of_what_was_there(hub, artifact, tmp_path):
     repo.commit("main", files | old)
     artifact.push_to_hub("org/name")
     now = repo.commits[repo.branches["main"]]
-    assert now.keys() & old.keys() == {"logo.png"}  # which is no file of an artifact
+    assert now.keys() & old.keys() == {"logo.png"}  # not a file of an artifact
     Artifact.from_pretrained("org/name").verify_bytes()
 
 
@@ -128,7 +128,7 @@ def test_what_is_not_there_is_one_clear_error(hub, artifact, name, revision, rea
     with pytest.raises(ArtifactError, match=reason) as error:
         Artifact.from_pretrained(name, revision=revision)
     assert "\n" not in str(error.value)
-    if "empty" not in name:  # by the same rule
+    if "empty" not in name:  # the same rule for checkpoints
         with pytest.raises(CheckpointError, match=reason):
             Checkpoint(name, revision)
 
@@ -192,9 +192,9 @@ def test_names(tmp_path, monkeypatch):
     assert split_name("gpt2", "v1", DeltaError) == ("gpt2", "v1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name@v1").mkdir(parents=True)
-    assert split_name("org/name@v1", None, DeltaError) == ("org/name@v1", None)  # a folder is one
+    assert split_name("org/name@v1", None, DeltaError) == ("org/name@v1", None)  # is a folder
 
 
 def test_all_that_is_carried_is_fetched():
-    for end in ("safetensors", "json", "jinja", "txt", "model", "tiktoken"):  # CARRIED_NAME
+    for end in ("safetensors", "json", "jinja", "txt", "model", "tiktoken"):  # as in CARRIED_NAME
         assert f"*.{end}" in FILES

@@ -1,4 +1,4 @@
-"""The manifest comes from outside: everything that it may not say is refused with the field's name."""
+"""The manifest comes from outside: everything that it may not say is refused, naming the field."""
 
 import copy
 import dataclasses

@@ -32,7 +32,7 @@ def test_sections_follow_each_other_without_overlap(shape, plan, group):
         end = section.offset + section.nbytes
     assert nbytes == -(-end // ALIGN) * ALIGN == bands_nbytes(shape, plan, group)
     assert [sections[-1].name for sections in bands] == ["s"] * len(plan)
-    # All of it but scales, zero points, singular values and padding is codes.
+    # All of it is codes, except scales, zero points, singular values and padding.
     assert codes_nbytes(shape, plan) <= nbytes
 
 

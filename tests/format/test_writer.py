@@ -12,7 +12,7 @@ RUN = {"base": "some/base", "seed": 0, "plan": [[2, 4]]}
 
 
 def parts():
-    """The golden unit in two."""
+    """The golden unit, split in two."""
     unit = golden.unit()
     for records in (unit.records[:2], unit.records[2:]):
         keys = [key for record in records for key in record.entries(golden.GROUP)]

@@ -1,4 +1,4 @@
-"""Deltas whose spectrum falls as those of fine-tunes do, inputs that are louder in some directions."""
+"""Deltas whose spectra fall as those of fine-tunes do, and inputs that are louder in some directions."""
 
 import torch
 
@@ -18,7 +18,7 @@ def long_tailed(out_size=OUT, in_size=IN, seed=0, power=1.0):
 
 
 def some_gram(size=IN, seed=5, dead=0):
-    """Of inputs with a few loud directions; the last `dead` inputs are never active."""
+    """The gram of inputs with a few loud directions; the last `dead` inputs are never active."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(600, size, generator=generator) * torch.logspace(0.5, -1, size)
     x = x @ torch.linalg.qr(torch.randn(size, size, generator=generator))[0]

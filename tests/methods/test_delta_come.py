@@ -1,4 +1,4 @@
-"""The method by itself, on deltas whose spectrum falls as those of fine-tunes do."""
+"""The method by itself, on deltas whose spectra fall as those of fine-tunes do."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_gptq_beats_rounding_on_the_calibration_inputs():
 
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_more_precisions_are_better_at_equal_bytes(calibrated):
-    # The paper's table 2, with its claim: singular vectors of large values deserve more bits.
+    # The paper's table 2 and its claim: singular vectors of large singular values deserve more bits.
     gram = some_gram() if calibrated else None
     nbytes = 2 * OUT * IN / 12
     errors = {}

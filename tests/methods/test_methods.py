@@ -1,4 +1,4 @@
-"""Every method: what it promises of bytes and errors, on the same deltas."""
+"""Every method: what it promises about bytes and errors, on the same deltas."""
 
 import json
 from types import SimpleNamespace
@@ -143,7 +143,7 @@ def test_a_residual_is_closer_than_its_signs_alone():
 
 
 def test_signs_suit_a_flat_spectrum_and_low_rank_a_steep_one():
-    # Why D-QRELO takes both: equal bytes, deltas of little and of much rank.
+    # Why D-QRELO uses both: at equal bytes, each suits one kind of delta, of high rank or of low.
     def errors(power):
         delta, nbytes = long_tailed(power=power), 2 * OUT * IN / 15
         plans = LowRank().planner({"w": Matrix((OUT, IN), lambda: delta)})(nbytes)
@@ -156,7 +156,7 @@ def test_signs_suit_a_flat_spectrum_and_low_rank_a_steep_one():
 
 
 def test_the_program_is_optimal():
-    # Against all plans that spend a little less, for a delta of few directions.
+    # Compared with all plans that spend a little less, for a delta of few directions.
     shape = (16, 1024)
     costs, nbytes = direction_costs(long_tailed(*shape)), 3600
     index = {bits: 1 + i for i, bits in enumerate(WIDTHS)}
@@ -198,7 +198,7 @@ def test_prinmix_is_closer_than_delta_come_at_equal_bytes():
 
 
 def test_directions_are_shared_out_on_the_cpu(monkeypatch):
-    """Where prices are. What stands for a spectrum on a GPU here can do nothing but come from there."""
+    """That is where prices are. The stand-in for a spectrum on a GPU can only be copied to the CPU."""
     there = SimpleNamespace(cpu=lambda: torch.arange(IN, 0, -1).float())
     monkeypatch.setattr(Adaptive, "spectrum", lambda *_: there)
     plans = Adaptive().planner({"w": Matrix((IN, IN), lambda: torch.empty(0))})(IN * IN / 8)

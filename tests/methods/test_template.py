@@ -49,7 +49,7 @@ def test_a_fraction_is_of_the_smaller_side_and_at_least_one():
 
 def test_the_paper_s_plan_at_a_sixteenth():
     # Delta-CoMe, table 2: 8+3+2 at 1/16 of 16 bit for 4096-wide attention is 2, 32, 968 directions;
-    # the paper counts codes alone, so the same number of bytes less scales and padding.
+    # the paper counts only codes, so this is the same number of bytes without scales and padding.
     template, shape = parse_template(PRECISIONS["triple"]), (4096, 4096)
     paper = bands((8, 2), (3, 32), (2, 968))
     assert template.fill(shape, bands_nbytes(shape, paper)) == paper
@@ -79,7 +79,7 @@ shapes = st.tuples(st.integers(1, 90), st.integers(1, 300))
 
 
 def longest(template: Template, shape):
-    """The plan without a limit of bytes; every other plan is a part of it from the front."""
+    """The plan without a limit of bytes; every other plan is a prefix of it."""
     return template.fill(shape, float("inf"))
 
 
@@ -89,7 +89,7 @@ def directions(plan):
 
 @settings(max_examples=300, deadline=None)
 @given(templates(), shapes, st.floats(-10, 40000))
-@example(parse_template("8:20,2:*"), (16, 16), 1100.0)  # fixed counts alone are above the rank
+@example(parse_template("8:20,2:*"), (16, 16), 1100.0)  # the fixed counts alone exceed the rank
 def test_a_filled_plan_fits_and_is_the_largest_that_does(template, shape, nbytes):
     plan, full = template.fill(shape, nbytes), longest(template, shape)
     assert rank(plan) <= min(shape)

@@ -1,5 +1,8 @@
-"""GPTQ against two things that share none of its code: the greedy step of Optimal Brain
-Quantization, with the inverse updated column by column, and a search of all codes."""
+"""GPTQ against two references that share none of its code.
+
+They are the greedy step of Optimal Brain Quantization, with the inverse updated column by column, and a
+search of all codes.
+"""
 
 import itertools
 
@@ -16,7 +19,7 @@ from deltacome.numerics.grid import min_max_grid, round_to_grid
 
 @pytest.fixture(autouse=True)
 def poison():
-    """torch.empty gives NaN, so an output that was never written shows."""
+    """Makes torch.empty give NaN, so that an output that was never written shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -28,7 +31,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def correlated_gram(n: int, seed: int = 0, tokens: int | None = None) -> Tensor:
-    """Of inputs with a decaying spectrum and a few loud channels, as a transformer's are."""
+    """The gram of inputs with a decaying spectrum and a few loud channels, like a transformer's."""
     x = draw(tokens or 4 * n, n, seed=seed) / torch.arange(1, n + 1).sqrt()
     x = x @ torch.linalg.qr(draw(n, n, seed=seed + 1))[0]
     x[:, :: max(n // 4, 1)] *= 5
@@ -36,7 +39,7 @@ def correlated_gram(n: int, seed: int = 0, tokens: int | None = None) -> Tensor:
 
 
 def energy(error_RN: Tensor, gram_NN: Tensor) -> Tensor:
-    """e C eᵀ of each row, float64."""
+    """e C eᵀ of each row e, in float64."""
     e, c = error_RN.double(), gram_NN.double()
     return ((e @ c) * e).sum(1)
 
@@ -51,8 +54,11 @@ def sweep_order(gram: Tensor, act_order: bool) -> list[int]:
 
 
 def textbook(w_RN: Tensor, gram: Tensor, order: list[int], nearest, damping: float = 0.01) -> None:
-    """Optimal Brain Quantization in a fixed order: equation 2 of the GPTQ paper, and equation 3
-    for the inverse. `nearest(column, target)` gives the column's values."""
+    """Optimal Brain Quantization in a fixed order.
+
+    It is equation 2 of the GPTQ paper, with equation 3 for the inverse. `nearest(column, target)` gives
+    the column's values.
+    """
     w = w_RN.double().clone()
     h = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram)).double()
     inverse = torch.linalg.inv(h)
@@ -142,7 +148,7 @@ def test_no_codes_are_better_than_the_best_of_all_codes():
     greedy = energy(values(got) - v, gram)
     assert (greedy >= optimum * (1 - 1e-9)).all()
     assert optimum.sum() < greedy.sum() < 0.9 * plain.sum()
-    # Greedy finds the optimum of many rows, but not of all.
+    # Greedy finds the optimum for many rows, but not for all.
     found = int((greedy <= optimum * (1 + 1e-6)).sum())
     assert rows / 4 < found < rows
 
@@ -187,7 +193,7 @@ def test_dead_inputs_get_plain_rounding_and_disturb_no_other():
     alive = torch.arange(100) % 3 > 0
     v, gram = draw(5, 100), torch.zeros(100, 100)
     gram[torch.outer(alive, alive)] = correlated_gram(int(alive.sum())).flatten()
-    # One group per column, so that leaving out the dead ones leaves the grids as they are.
+    # One group per column, so that leaving out the dead columns does not change the grids.
     got = quantize_v(v, factor_gram(gram), 2, group_size=1)
     plain = round_to_grid(v, got.scale, got.zero, 2, 1)
     assert torch.equal(got.codes[:, ~alive], plain[:, ~alive])

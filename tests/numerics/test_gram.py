@@ -20,7 +20,7 @@ def test_the_sum_is_over_all_tokens(dtype):
     x = torch.cat(batches).double()
     assert gram.tokens == 36
     assert gram.value.dtype == torch.float32
-    # Half precision is added exactly as it is: nothing is lost but float32 rounding.
+    # Half precision is added exactly as it is, so nothing is lost but float32 rounding.
     torch.testing.assert_close(gram.value.double(), x.T @ x, rtol=1e-5, atol=1e-5)
 
 

@@ -37,7 +37,7 @@ def test_values_come_back_within_a_step(rows, n, group, bits, exponent, offset, 
     assert int(codes.max()) <= levels
     error = (dequantize(codes, scale, zero, group) - w).abs()
     step = scale.float().repeat_interleave(group, 1)[:, :n]
-    # Half a step, and what the rounding of a scale to float16 can take off the ends of the range.
+    # Half a step, plus what rounding a scale to float16 can take off the ends of the range.
     within = step * (0.5 + levels / 2**11) * (1 + 1e-5)
     # A step that underflows float32 makes the group one of zeros.
     assert (error <= within).all() or (w.abs() < 2.0**-120).all()

@@ -17,7 +17,7 @@ def problem():
     delta = torch.randn(O, I, generator=generator) * torch.logspace(0, -2, I)
     x = torch.randn(200, I, generator=generator) * torch.logspace(0.5, -1, I)
     u, s, v = svd(delta, R)
-    rough = (v * 4).round() / 4  # as rounding does, it turns the directions
+    rough = (v * 4).round() / 4  # turns the directions, as rounding does
     return delta, s[:, None] * rough, u, x.T @ x
 
 
@@ -76,7 +76,7 @@ def test_directions_that_few_inputs_hardly_reach(problem):
     normal_RR = (a_RI @ gram_II).double() @ a_RI.double().T
     size_R = normal_RR.diagonal().abs().sqrt()
     smallest = torch.linalg.eigvalsh(normal_RR / size_R / size_R[:, None])[0]
-    assert smallest < -1e-4  # of float32's rounding alone
+    assert smallest < -1e-4  # from float32's rounding alone
     with pytest.warns(UserWarning, match="reaches too few of 30 directions"):
         u_RO = refit_u(delta, a_RI, gram_II)
     assert u_RO.isfinite().all()

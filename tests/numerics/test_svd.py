@@ -6,7 +6,7 @@ from deltacome.numerics.svd import svd
 
 
 def long_tailed(out: int, inputs: int, seed: int = 0) -> torch.Tensor:
-    """A fine-tune's delta in small: a decaying part, and the rounding noise of bfloat16."""
+    """A small copy of a fine-tune's delta: a decaying part, and the rounding noise of bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     k = min(out, inputs)
     left = torch.randn(out, k, generator=generator) / torch.arange(1, k + 1)
@@ -61,7 +61,7 @@ def test_the_vectors_are_those_of_lapack_up_to_sign(shape):
     cos_u = (u * left.T[:5]).sum(1)
     cos_v = (v * right[:5]).sum(1)
     torch.testing.assert_close(cos_u.abs(), torch.ones(5))
-    torch.testing.assert_close(cos_u, cos_v)  # both turned or neither
+    torch.testing.assert_close(cos_u, cos_v)  # both are flipped, or neither is
 
 
 def test_the_sign_makes_the_peak_of_v_positive():

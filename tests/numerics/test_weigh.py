@@ -63,7 +63,7 @@ def test_no_other_matrix_of_that_rank_is_closer():
 def test_the_spectrum_is_that_of_the_triples(weights, shape):
     inputs, outputs = WEIGHTS[weights]
     d = delta()
-    if shape == (40, 24):  # the tall side's weights with it
+    if shape == (40, 24):  # and the weights of its sides with it
         d, inputs, outputs = d.T, outputs, inputs
         inputs = inputs.diag() if inputs is not None and inputs.ndim == 1 else inputs
     _, s, _ = weighted_svd(d, 24, inputs, outputs)

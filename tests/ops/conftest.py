@@ -15,7 +15,7 @@ def impl(request, monkeypatch):
 
 @pytest.fixture
 def by_python():
-    """Ops go by Python, whether or not the library has taken them over."""
+    """Ops go through Python, whether or not the library has taken them over."""
     few = native.few_rows(0)
     yield
     native.few_rows(few)

@@ -1,8 +1,9 @@
-"""Triton's interpreter, mended where it treats the bits of bfloat16 as integers or cuts them off.
+"""Triton's interpreter, mended where it treats the bits of bfloat16 as integers or truncates to them.
 
-It keeps bfloat16 as uint16. Products and conversions of integers take those for numbers, and float32 is
-cut off, not rounded. A GPU does neither (`test_triton_aot.py` reads the rounding from the PTX), so a test
-of bfloat16 could pass only if it were blind. With this it is as strict as that of float16.
+It stores bfloat16 as uint16. Products and conversions of integers take those bits for numbers, and
+float32 is truncated, not rounded. A GPU does neither (`test_triton_aot.py` reads the rounding from the
+PTX), so a test of bfloat16 could pass only if it were blind. With this module it is as strict as one of
+float16.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ _cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
 
 def _widened(handle):
-    """A handle of bfloat16 as one of float32, any other as it is."""
+    """A bfloat16 handle as a float32 one; any other as it is."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16

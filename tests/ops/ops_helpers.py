@@ -1,7 +1,7 @@
 """Pools filled with tenants of random codes, what each row should get, and the implementations.
 
 Triton decides at its first import whether it interprets, so `test_triton.py` runs the tests of the ops
-once more in a process of their own, with TRITON_INTERPRET=1; there, and nowhere else, `IMPLS` is Triton.
+again in a process of their own, with TRITON_INTERPRET=1; there, and only there, `IMPLS` is Triton alone.
 
 T tokens, I in, O out.
 """
@@ -40,7 +40,7 @@ RUNS = {
     "avx512_vnni": lambda: torch.cpu.get_capabilities().get("avx512_vnni", False),
 }
 ISAS = [isa for isa in hatch_build.instruction_sets() if isa not in RUNS or RUNS[isa]()]
-"""Instruction sets that this CPU has; `test_native.py` sees to it that their libraries are there."""
+"""Instruction sets that this CPU has; `test_native.py` checks that their libraries are there."""
 
 
 def implementations():
@@ -48,13 +48,13 @@ def implementations():
         return ["triton"]
     if DEVICE == "cuda":
         return ["reference", "triton"]
-    # Only without a compiler is there nothing to test; then `test_native.py` says so.
+    # Only without a compiler is there nothing to test, and `test_native.py` then says so.
     native_ones = ["cpu", *(f"cpu-{isa}" for isa in ISAS)] if hatch_build.compiler() else []
     return ["reference", *native_ones]
 
 
 IMPLS = implementations()
-# Of 64 rows the kernels are those of 16 with other sizes: enough for the interpreter, which is slow.
+# The kernels for 64 rows are those for 16 with other sizes, so the slow interpreter needs only 16.
 TILES = (1, 16) if INTERPRETED else (1, 16, 64) if "triton" in IMPLS else (16,)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLANS = ((Band(8, 2), Band(3, 3), Band(2, 5)), (Band(16, 1), Band(4, 33)), (Band(1, 4),))
@@ -64,16 +64,16 @@ MIXES = [
     [1],
     [-1] * 5,
     [0, 1, 2],
-    [2, -1, 0, 3, 2, 1, 1, -1, 0],  # 3 is empty
+    [2, -1, 0, 3, 2, 1, 1, -1, 0],  # slot 3 is empty
     [3, 3, 3],
     [0] * 17 + [2] * 3 + [-1],
 ]
-"""Slots of a batch's rows, for pools of four of which the last is empty."""
+"""Slots of the rows of several batches, for pools of four slots, the last of them empty."""
 MIXED = [
     (slots, tile)
     for tile in TILES
     for slots in MIXES
-    # More rows than a tile of 16 holds are to a tile of one what fewer are, and seconds.
+    # To tiles of one row, more than 16 rows are nothing new, and the interpreter takes seconds for them.
     if not INTERPRETED or len(slots) <= 16 * tile
 ]
 
@@ -94,7 +94,8 @@ def randn(*shape, seed=0, dtype=torch.float32):
 def filled(in_size, outs, plans, group=128, slots=None, seed=0):
     """A table with a tenant for each plan, and their dense deltas; slots left over are empty.
 
-    Every part of a tenant has its plan, cut to what fits, but the last part of every third tenant none.
+    Every part of a tenant has the tenant's plan, cut to what fits, except that the third part of every
+    third tenant has none.
     """
     slots = len(plans) if slots is None else slots
     tenants = [
@@ -115,7 +116,7 @@ def filled(in_size, outs, plans, group=128, slots=None, seed=0):
         for parts in tenants
     ]
     pool = Pool(slots, max(n for _, n in layouts), device=DEVICE)
-    pool.blobs_SN.fill_(0xFF)  # what lies behind a blob must not be read
+    pool.blobs_SN.fill_(0xFF)  # what lies after a blob must not be read
     table = BandTable(
         *(pool, in_size, outs),
         max_rank=max(sum(rank(p) for p in parts if p) for parts in tenants),
@@ -140,7 +141,7 @@ def filled(in_size, outs, plans, group=128, slots=None, seed=0):
 
 
 def fitted(plan, most):
-    """A plan with at most so many directions, at least one in its first band."""
+    """The plan cut to at most `most` directions, which is at least one."""
     kept, left = [], most
     for band in plan:
         if left:
@@ -177,7 +178,7 @@ def filled_signs(in_size, outs, slots=3, empty=1, seed=0):
 
 
 def expected_of(x_TI, slots, deltas):
-    """float64 (T, O), what each row should get."""
+    """What each row should get, float64 (T, O)."""
     rows = [
         deltas[slot] @ row if slot >= 0 else torch.zeros(len(deltas[0]), dtype=torch.float64)
         for slot, row in zip(slots, x_TI.cpu().double(), strict=True)
@@ -191,9 +192,10 @@ def rows_of(slots, table, tile=16):
 
 
 def assert_added(y, before, expected, *, exact_t=True):
-    """`y` is `before + expected` in float32 and rounded once; rows that get nothing kept every bit.
+    """Asserts that `y` is `before + expected` in float32, rounded once.
 
-    With `exact_t` false what lies between two products may have been rounded to 11 bits.
+    Rows that get nothing must keep every bit. Without `exact_t`, what lies between the two products may
+    have been rounded to 11 bits.
     """
     y, before = y.cpu(), before.cpu()
     untouched = (expected == 0).all(-1)
@@ -208,7 +210,7 @@ def assert_added(y, before, expected, *, exact_t=True):
 
 
 def framed(values_TN):
-    """The values in the middle of NaN, so that what is written beside them shows."""
+    """A frame of NaN around the values, so that a write outside of them shows, and the values in it."""
     rows, columns = values_TN.shape
     frame = torch.full((rows + 2, columns + 3), float("nan"), dtype=values_TN.dtype, device=DEVICE)
     inside = frame[1 : rows + 1, 1 : columns + 1]
@@ -223,9 +225,9 @@ def assert_framed(frame, columns):
 
 
 def use(impl, monkeypatch):
-    """The name for the op, with the CPU's library set to that of the instruction set.
+    """The name for the op. Sets the CPU's library to that of the instruction set, if one is named.
 
-    Without one it is the way that users go: torch calls the library. Those with one go by Python.
+    Without an instruction set, torch calls the library, as it does for users; with one, Python does.
     """
     name, _, isa = impl.partition("-")
     if isa:

@@ -32,12 +32,12 @@ from deltacome.ops.rows import group_all
 from deltacome.ops.slots import BandTable, PlacedBands, Pool
 
 OUTS = [[70, 1, 200]] if INTERPRETED else [[130], [128, 64, 64], [70, 1, 200]]
-"""Outputs of the parts of a layer; in the interpreter, which takes seconds for each, the least even."""
+"""Outputs of the parts of a layer; the interpreter, which takes seconds for each, gets the least even."""
 every_tile = pytest.mark.parametrize("tile", TILES)
 
 
 def check(slots, table, deltas, impl, tile=16, *, dtype=torch.float32, seed=0):
-    """Runs `bands` into the middle of NaN."""
+    """Checks `bands` on outputs that are framed by NaN."""
     x_TI = randn(len(slots), table.in_size, seed=seed, dtype=dtype)
     frame, y_TO = framed(randn(len(slots), sum(table.outs), seed=seed + 1, dtype=dtype))
     before = y_TO.clone()
@@ -49,7 +49,7 @@ def check(slots, table, deltas, impl, tile=16, *, dtype=torch.float32, seed=0):
 
 
 def check_rows(slots, table, deltas, impl, tile=16, *, dtype=torch.float32, scale=1.0, seed=0):
-    """Runs `band_rows` into the middle of NaN; rows without a slot have ids that exist nowhere."""
+    """Checks `band_rows` on outputs framed by NaN; rows without a slot have ids that don't exist."""
     out = table.outs[0]
     ids_T = (torch.arange(len(slots)) * 7 + 3) % out
     ids_T[torch.tensor(slots, dtype=torch.int64) < 0] = out + 5
@@ -72,9 +72,9 @@ def check_rows(slots, table, deltas, impl, tile=16, *, dtype=torch.float32, scal
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_width(impl, bits, tile):
     plans = [(Band(bits, 35),), (Band(bits, 2),)]
-    slots = [1, -1, 0, 2, 1]  # one tenant twice, another once, none, and a slot that is empty
+    slots = [1, -1, 0, 2, 1]  # one tenant twice, another once, no slot, an empty slot
     shapes = ((1, 1), (63, 65), (64, 128), (129, 127), (150, 1100), (700, 33))
-    # The interpreter walks through many blocks for seconds; there `test_splits_of_a_sum` has some.
+    # Many blocks take the interpreter seconds; `test_splits_of_a_sum` gives it some.
     for out, size in shapes[:4] if INTERPRETED else shapes:
         table, deltas = filled(size, [out], plans, slots=3)
         check(slots, table, deltas, impl, tile)
@@ -83,22 +83,22 @@ def test_every_width(impl, bits, tile):
 
 @pytest.mark.skipif(INTERPRETED, reason="takes seconds for what `test_parts_and_dtypes` shows")
 def test_every_width_in_bfloat16(impl):
-    """A CPU that can multiplies such rows as bytes: 16 bits of what meets the codes are left."""
-    slots = [1, -1, 0, 2, 1, 1, 1, 1, 0, 1, 1]  # by one, two and four rows of a tenant
+    """A CPU that can multiply such rows as bytes does; what multiplies the codes then has 16 bits."""
+    slots = [1, -1, 0, 2, 1, 1, 1, 1, 0, 1, 1]  # one, two and four rows of a tenant at a time
     shapes = ((65, 63, 128), (1, 1, 64), (300, 700, 64), (127, 1100, 192))
     for out, size, group in shapes:
         for bits in WIDTHS:
             plans = [(Band(bits, 35),), (Band(bits, 2), Band(2, 9))]
             table, deltas = filled(size, [out, 1, out], plans, group, slots=3)
             x_TI = randn(len(slots), size, seed=bits, dtype=torch.bfloat16)
-            x_TI[:, size // 2] *= 300  # as activations have it
+            x_TI[:, size // 2] *= 300  # as in activations
             y_TO = torch.zeros(len(slots), 2 * out + 1, device=DEVICE)
             bands(y_TO, x_TI, rows_of(slots, table), table, impl=impl)
             expected = expected_of(x_TI, slots, deltas)
             error = (y_TO.cpu() - expected).norm(dim=-1)
             assert (error <= 5e-4 * expected.norm(dim=-1)).all(), (out, bits)
             for j, slot in enumerate(slots):
-                # Whoever else is in the batch.
+                # The result is the same whoever else is in the batch.
                 alone = torch.zeros_like(y_TO[:1])
                 bands(alone, x_TI[j : j + 1], rows_of([slot], table), table, impl=impl)
                 assert (alone - y_TO[j]).norm() <= 1e-6 * expected[j].norm()
@@ -157,11 +157,11 @@ def test_many_rows_of_a_few(impl):
     ids=["one", "in and out of one piece", "two in turn"],
 )
 def test_many_rows_in_bfloat16(impl, slots, by_python, monkeypatch):
-    """With instructions for it a CPU has another way; torch can go it without them too, slowly."""
+    """A CPU with bfloat16 instructions has another path, which torch can take slowly without them too."""
     called = []
     decode = many._decode
     monkeypatch.setattr(many, "MANY", 4)
-    monkeypatch.setattr(many, "PIECE", 70 * 64)  # so that both factors come in pieces
+    monkeypatch.setattr(many, "PIECE", 70 * 64)  # so that both factors are decoded in pieces
     monkeypatch.setattr(many, "_has_bfloat16", lambda: True)
     monkeypatch.setattr(many, "_decode", lambda *a: called.append(a[0]) or decode(*a))
     used = {slot for slot in range(3) if slots.count(slot) >= 4}
@@ -189,7 +189,7 @@ def test_other_group_sizes(impl, group, tile):
 @every_tile
 @pytest.mark.parametrize("splits", [2, 8])
 def test_splits_of_a_sum(tile, splits, monkeypatch):
-    """Each part of it counts once, also where some have no steps; a split of its own or not."""
+    """Each part counts once, even if some have no steps, whether their number is `SPLITS` or another."""
     from deltacome.ops.bands import triton as kernels
 
     monkeypatch.setattr(kernels, "split_count", lambda *_: splits)
@@ -198,7 +198,7 @@ def test_splits_of_a_sum(tile, splits, monkeypatch):
 
 
 def test_sums_are_split_into_one_number_of_parts():
-    """Each number would be a kernel more to compile."""
+    """Each further number would be another kernel to compile."""
     kernels = pytest.importorskip("deltacome.ops.bands.triton")
     count, many = kernels.split_count, kernels.PROGRAMS
     programs, steps = range(1, 4 * many, 7), range(1, 40)
@@ -221,7 +221,7 @@ def test_groups_that_cut_through_blocks(impl):
 
 @every_tile
 def test_activations_of_any_size(impl, tile):
-    """Sums are not clipped to what float16 holds between the two products."""
+    """Between the two products, sums are not clipped to the range of float16."""
     table, deltas = filled(140, [70], PLANS)
     x_TI = 6e4 * randn(1, 140).sign().to(torch.float16)
     y_TO = torch.zeros(1, 70, device=DEVICE)
@@ -266,7 +266,7 @@ def test_a_slot_is_loaded_cleared_and_loaded_again(impl, tile):
     table.clear(1)
     check([1, 0], table, [deltas[0], torch.zeros_like(deltas[0])], impl, tile)
     blob = other.pool.blobs_SN[0][: bands_nbytes((70, 140), PLANS[2])]
-    table.pool.load(0, 0, blob)  # fewer bands than what was there
+    table.pool.load(0, 0, blob)  # fewer bands than were there
     table.load(0, [PlacedBands(0, PLANS[2])])
     check([0, 2], table, [delta, deltas[1], deltas[2]], impl, tile)
 
@@ -280,7 +280,7 @@ def test_any_shape(impl, tile, data, seed, dtype):
     size = data.draw(st.integers(1, 300), "in")
     band = st.builds(Band, st.sampled_from(WIDTHS), st.integers(1, 40))
     plans = data.draw(st.lists(st.lists(band, min_size=1, max_size=4), min_size=1, max_size=3))
-    options = {"slots": len(plans) + 1, "seed": seed}  # one is empty
+    options = {"slots": len(plans) + 1, "seed": seed}  # one slot is empty
     table, deltas = filled(size, outs, [tuple(plan) for plan in plans], **options)
     slots = data.draw(st.lists(st.integers(-1, len(plans)), max_size=8), "slots")
     check(slots, table, deltas, impl, tile, dtype=dtype, seed=seed)
@@ -304,7 +304,7 @@ def test_threads_do_not_change_a_bit(impl, dtype):
     table, _ = filled(640, [512, 100], [(Band(8, 3), Band(3, 20), Band(2, 100))] * 7)
     before = torch.get_num_threads()
     try:
-        # Enough work to wake others; few tenants share their tasks, many are taken whole.
+        # Enough work to wake other threads, which share out the tasks of few tenants and take many whole.
         for slots in ([0] * 16, [0, 1, 2] * 22, list(range(7)) * 9):
             results = []
             for threads in (1, 2, 3):
@@ -313,7 +313,7 @@ def test_threads_do_not_change_a_bit(impl, dtype):
                 x_TI = randn(len(slots), 640, dtype=dtype)
                 bands(y_TO, x_TI, rows_of(slots, table), table, impl=impl)
                 results.append(y_TO)
-            if impl == "reference":  # torch's own products do not promise it
+            if impl == "reference":  # torch's own products do not promise this
                 torch.testing.assert_close(results[0], results[1])
                 continue
             assert torch.equal(results[0], results[1])

@@ -1,4 +1,4 @@
-"""The kernels' benchmarks: they check their results, and what they would print on a GPU is whole."""
+"""The kernels' benchmarks: they check their results, and what they would print on a GPU is complete."""
 
 import importlib
 import importlib.metadata
@@ -52,7 +52,7 @@ def imported(name, monkeypatch):
 
 
 def test_a_bare_machine_says_what_it_can(monkeypatch, tmp_path):
-    """One with a GPU that has the sources, but no git, and no package of ours."""
+    """Bare means with a GPU and the sources, but with neither git nor our package."""
     origin = imported("origin", monkeypatch)
     assert "Commit unknown" not in origin.origin()
 
@@ -136,7 +136,7 @@ def test_gpu_tables_are_whole(gpu, limits, tmp_path):
 
 @interpreted
 def test_gpu_tables_outlive_a_part_that_fails(gpu, limits, tmp_path, monkeypatch):
-    """And a machine without matplotlib."""
+    """They also outlive the absence of matplotlib."""
 
     def fails(limits):
         yield "| one |"
@@ -157,7 +157,7 @@ def test_gpu_tables_outlive_a_part_that_fails(gpu, limits, tmp_path, monkeypatch
 
 
 def test_the_plan_of_figure_3(monkeypatch):
-    """Codes of one bit an entry, as the paper counts them; its own at 4096."""
+    """Codes of one bit per entry, as the paper counts them; at 4096, the paper's own plan."""
     gpu = imported("gpu", monkeypatch)
     assert gpu.figure3_plan(4096) == gpu.LLAMA[4096, 4096]
     for size in gpu.SIZES:
@@ -173,7 +173,7 @@ def test_figure_3_has_the_tiles_that_an_engine_takes(gpu, limits, monkeypatch):
 
 
 def test_what_is_checked_is_what_is_timed(gpu):
-    """Another dtype of y is another kernel, which takes as long to compile."""
+    """Another dtype of y would be another kernel, which takes as long to compile."""
     dtypes = []
 
     def op(y_TO, x_TI, rows, table, *, impl):

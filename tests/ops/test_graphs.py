@@ -1,4 +1,4 @@
-"""What a compiler or a captured graph needs: shapes that follow from shapes, no wait for the device."""
+"""What compilers and captured graphs need: shapes that follow from shapes, no waiting for the device."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_all_ops_in_one_graph(impl):
 
 
 class Launch:
-    """In place of a kernel: takes any grid and any arguments, and keeps what it is launched with."""
+    """Stands in for a kernel: takes any grid and any arguments, and records what it is launched with."""
 
     def __init__(self):
         self.grids, self.compiled = [], set()
@@ -55,7 +55,7 @@ class Launch:
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
             self.grids.append(grid)
-            # Of a number the compiler knows whether it is 1, and whether 16 divides it.
+            # The compiler knows of a number whether it is 1, and whether 16 divides it.
             numbers = [(n == 1, n % 16) for n in arguments if isinstance(n, int)]
             self.compiled.add((*numbers, *sorted(constants.items())))
 
@@ -100,7 +100,7 @@ def test_launching_asks_nothing_of_the_device(monkeypatch, tile):
 
 @interpreted
 def test_a_batch_known_to_be_of_the_base_launches_nothing(monkeypatch):
-    """What a graph that is captured for such batches has in it."""
+    """So a graph that is captured for such batches contains no launch."""
     from deltacome.ops.bands import triton as band_kernels
     from deltacome.ops.norm import triton as norm_kernel
     from deltacome.ops.signs import triton as sign_kernel
@@ -153,7 +153,7 @@ def test_a_plan_changes_no_launch(monkeypatch):
 
 @interpreted
 def test_few_variants_are_compiled(monkeypatch):
-    """One for each number of splits, whatever the ranks of the layers and the sizes of batches are."""
+    """One for each number of splits, whatever the ranks of layers and the sizes of batches."""
     from deltacome.ops.bands import triton as band_kernels
 
     launches = {name: Launch() for name in ("shrink", "expand", "gather")}
@@ -167,13 +167,13 @@ def test_few_variants_are_compiled(monkeypatch):
             bands(y_TO, x_TI, rows, table, impl="triton")
             band_rows(x_TI, torch.zeros(tokens).long(), rows, table, impl="triton")
     compiled = {name: len(launch.compiled) for name, launch in launches.items()}
-    # What expands rows of an embedding has no splits, and another side.
+    # Rows of an embedding are expanded without splits, and from another side.
     assert compiled == {"shrink": 2, "expand": 3, "gather": 1}
 
 
 @interpreted
 def test_what_is_timed_has_all_there_can_be_to_do(monkeypatch):
-    """While the rows of the batch are nobody's and no slot holds anything, as when an engine starts."""
+    """Even if no row of the batch has a tenant and no slot holds anything, as when an engine starts."""
     from deltacome.ops.bands import triton as band_kernels
     from deltacome.ops.signs import triton as sign_kernel
 
@@ -210,7 +210,7 @@ def test_what_is_timed_has_all_there_can_be_to_do(monkeypatch):
         assert tiles_M3[:, 2].max() <= 16
         live = fields[..., 2] if name == "signs" else fields[:, :, 0, COUNT]
         assert live.flatten().tolist() in ([1, 1, 1], [1, 1, 0], [20, 20, 20], [60])
-        if name == "shrink":  # each row has met each direction: no NaN of the fixture is left there
+        if name == "shrink":  # every row met every direction: none of the fixture's NaN is left
             assert not trial[0][:, : int(live.sum())].any()
     assert torch.equal(y_TO, before[0])
     assert torch.equal(x_TI, before[1])
@@ -236,7 +236,7 @@ def test_a_configuration_is_chosen_once_and_never_in_a_capture(monkeypatch):
     monkeypatch.setattr(launch, "_time", time)
     monkeypatch.setattr(launch.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    assert tune() == [("slow", "rows")]  # nothing may be timed now
+    assert tune() == [("slow", "rows")]  # nothing may be timed in a capture
     capturing[0] = False
     timed = [("slow", "made up"), ("fast", "made up"), ("fast", "rows")]
     assert tune() == timed  # the rows are changed once

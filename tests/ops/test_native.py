@@ -61,7 +61,7 @@ def test_what_c_could_not_walk():
         with pytest.raises(MismatchError, match=r"\[-1, 3\)"):
             call(slot=torch.tensor([0, slot], dtype=torch.int32))
     assert not y_TO.any()
-    with pytest.raises(RuntimeError, match="memory"):  # as torch says of outputs that overlap
+    with pytest.raises(RuntimeError, match="memory"):  # torch's own error for outputs that overlap
         call(y=torch.zeros(1, 70).expand(2, 70))
 
 
@@ -108,7 +108,7 @@ def test_the_build_goes_on_without_a_compiler(command, says, tmp_path, monkeypat
 
 @pytest.mark.skipif(COMPILER is None or not STATM.exists(), reason="no C++ compiler, or no /proc")
 def test_memory_of_a_long_prompt_is_given_back():
-    # In a process of its own: what other tests hold comes and goes.
+    # In a process of its own, since what other tests hold comes and goes.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         least, most, after = pool.apply(memory_after, ([1, 4096, 1],))
     assert most > least + (100 << 20)

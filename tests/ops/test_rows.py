@@ -26,13 +26,13 @@ def test_tiles_cover_each_row_once(tokens, slots, tile):
             assert all(slot_T[place] == slot for place in places)
             covered += places
         assert sorted(covered) == (slot_T >= 0).nonzero().view(-1).tolist()
-        if tile > 1:  # rows of one tenant are together: its tiles are full but for one
+        if tile > 1:  # a tenant's rows are adjacent, so all its tiles but one are full
             needed = sum(-(-int((slot_T == slot).sum()) // tile) for slot in range(slots))
             assert sum(slot >= 0 for slot, _, _ in rows.tiles_M3.tolist()) == needed
 
 
 def test_rows_without_a_slot_move_nothing():
-    """A batch that is padded has the same order and the same tiles, and then more."""
+    """A padded batch has the same order and the same tiles, followed by more."""
     slots = [2, -1, 0, 2, 1]
     few = group_rows(torch.tensor(slots), 3, tile=4)
     many = group_rows(torch.tensor([*slots, *[-1] * 20]), 3, tile=4)
@@ -55,7 +55,7 @@ def test_slots_out_of_range(slots):
     [(1, 1, 1), (2, 1, 16), (4, 8, 1), (5, 8, 16), (256, 8, 16), (257, 8, 64)],
 )
 def test_tiles_of_the_size_that_is_chosen(tokens, slots, tile):
-    """In buffers that are larger than the batch, and not cleared behind it."""
+    """In buffers that are larger than the batch and not cleared after its end."""
     slot_T = torch.randint(-1, slots, (tokens,), generator=torch.Generator().manual_seed(tokens))
     held = group_all(torch.cat([slot_T, torch.full((400,), -1)]), slots)
     got, of = chosen(held.tiles_M3, held.tile, tokens, slots)
@@ -69,7 +69,7 @@ def test_tiles_of_the_size_that_is_chosen(tokens, slots, tile):
 
 
 def test_rows_that_are_said_to_be_the_bases():
-    """An op on any part of the buffer does nothing, without a look at it, until more is said."""
+    """Until told otherwise, an op on any part of the buffer does nothing, without reading it."""
     table, _ = filled(140, [140], PLANS)
     buffer_T = torch.zeros(9, dtype=torch.int32, device=DEVICE)
     rows = Rows(buffer_T[2:5], buffer_T, buffer_T, 1)
@@ -87,11 +87,11 @@ def test_rows_that_are_said_to_be_the_bases():
     assert added(others) == [True, True]
     set_unused(buffer_T, False)
     assert added(rows) == [True, True]
-    set_unused(buffer_T, False)  # may be said twice
+    set_unused(buffer_T, False)  # may be called twice
 
 
 def test_another_buffer_at_the_same_address():
-    """What was said of a buffer ends with it."""
+    """What was set for a buffer ends with it."""
     memory = torch.zeros(9, dtype=torch.int32, device=DEVICE)
     first = memory.view(9)
     set_unused(first, True)

@@ -119,7 +119,7 @@ def test_registration(impl):
 
 
 def check_rows(slots, table, deltas, dtype, tile=16, scale=1.0, seed=0):
-    """Runs `sign_rows` into the middle of NaN; rows that get nothing have ids that exist nowhere."""
+    """Checks `sign_rows` on outputs framed by NaN; rows that get nothing have ids that don't exist."""
     out = table.outs[0]
     ids_T = (torch.arange(len(slots)) * 7 + 3) % out
     empty = torch.tensor([slot < 0 or not deltas[slot].any() for slot in slots], dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_rows_that_do_not_fit():
     two, _ = filled_signs(70, [80, 80])
     with pytest.raises(MismatchError, match="one part"):
         sign_rows(y_TI, torch.zeros(2).long().to(DEVICE), rows, two)
-    if DEVICE == "cpu":  # the assertion of a GPU ends the process
+    if DEVICE == "cpu":  # on a GPU the assertion ends the process
         for ids in ([0, 80], [-1, 0]):
             with pytest.raises(RuntimeError, match=r"\[0, 80\)"):
                 sign_rows(y_TI, torch.tensor(ids), rows, table)

@@ -61,7 +61,7 @@ def test_what_a_table_refuses():
             table.clear(slot)
     with pytest.raises(MismatchError, match="expected 2 parts, got 1"):
         table.load(0, [None])
-    assert not table.fields_SPBF[0].any()  # what was refused left the slot empty
+    assert not table.fields_SPBF[0].any()  # the refused load left the slot empty
     with pytest.raises(PlanError, match="at most 2 bands"):
         table.load(0, [PlacedBands(0, (Band(1, 1),) * 3), None])
     with pytest.raises(PlanError, match="9 directions"):
@@ -79,7 +79,7 @@ def test_directions_are_counted_over_all_parts():
     second = bands_nbytes((70, 140), PLAN)
     table.load(0, [PlacedBands(0, PLAN), PlacedBands(second, PLAN)])
     assert table.fields_SPBF[0, :, :2, FIRST].tolist() == [[0, 2], [6, 8]]
-    assert table.max_rank == 140  # as many as there can be
+    assert table.max_rank == 140  # as many as can exist
 
 
 def test_what_a_table_of_signs_refuses():

@@ -1,6 +1,6 @@
-"""The Triton kernels in Triton's interpreter: the tests of the ops, once more in a process of their own.
+"""The Triton kernels in Triton's interpreter: the tests of the ops, run again in a process of their own.
 
-Where there is a GPU the tests run on it as well (`ops_helpers.IMPLS`).
+Where there is a GPU, the tests run on it as well (`ops_helpers.IMPLS`).
 """
 
 import os
@@ -13,7 +13,7 @@ import pytest
 from ops_helpers import INTERPRETED
 
 FILES = ("test_bands.py", "test_signs.py", "test_norm.py", "test_graphs.py", "test_benchmarks.py")
-# Without the project's own options, the second -q of which leaves out how many passed.
+# Without the project's own options: with their -q as a second one, pytest leaves out how many passed.
 OPTIONS = (
     "-p",
     "no:cacheprovider",
@@ -37,7 +37,8 @@ def test_in_the_interpreter(capfd):
         text=True,
         check=False,
     )
-    with capfd.disabled():  # a log says what the minutes go into; of pytest's workers it has stderr
+    # A log shows where the minutes go; of pytest's workers it has stderr.
+    with capfd.disabled():
         sys.stderr.write(child.stdout[-3000:])
     assert child.returncode == 0, child.stdout + child.stderr
     (passed,) = re.findall(r"(\d+) passed", child.stdout)

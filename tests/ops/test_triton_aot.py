@@ -1,7 +1,8 @@
 """Every configuration of every kernel compiled for GPUs that need not be there.
 
-No register spills, shared memory that leaves room for a second program, tensor cores where they are meant
-to be. In processes of their own: Triton either interprets or compiles, and decides once.
+No register may spill, shared memory must leave room for a second program, and tensor cores must be used
+where they are meant to be. This runs in processes of their own, since Triton either interprets or
+compiles, and decides once.
 """
 
 import os
@@ -87,10 +88,10 @@ for size in (1024, 8192, 16384):
     build(f"norm {size}", norm.normalise, {"SIZE": size}, num_warps=norm.WARPS)
 """
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory of a multiprocessor."""
+"""Bytes of shared memory of a multiprocessor, by compute capability."""
 CASES = [("bf16", 90, "all"), ("fp16", 80, "largest"), ("fp32", 80, "all")]
-"""Each type once, for minutes each; of fp16, which is as wide as bf16, the largest tiles where there is
-least memory."""
+"""Each dtype once, since each takes minutes; fp16, which is as wide as bf16, only with the largest tiles,
+where there is least memory."""
 
 
 def compile_all(case, folder):

@@ -1,14 +1,14 @@
 // The ops on a CPU, from packed codes; `native.py` says why it is built this way.
 //
-// Compiled once for each instruction set into a library of its own; the compiler's flags pick the
-// width of a vector (`native_vectors.h`). Codes become floats (`native_floats.h`), or bytes where the
-// CPU has products of those (`native_bytes.h`), for a chunk of up to 4 tokens. What a thread reads
-// next is fetched beside its sums (`Ahead`).
+// Compiled once per instruction set, each time into a library of its own; the compiler's flags determine
+// the width of a vector (`native_vectors.h`). Codes become floats (`native_floats.h`), or bytes where the
+// CPU has dot products of bytes (`native_bytes.h`), and are decoded once for a chunk of up to 4 tokens.
+// A thread prefetches what it reads next while it sums (`Ahead`).
 //
-// Sums never depend on the number of threads: one direction, or one block of outputs, is summed by
-// one thread in one order.
+// Sums never depend on the number of threads: each direction, and each block of outputs, is summed by
+// one thread in a fixed order.
 //
-// Legend: T tokens, R directions, N entries of a direction, one float a lane.
+// Legend: T tokens, R directions, N entries of a direction, one float per lane.
 
 #include <algorithm>
 #include <atomic>
@@ -28,19 +28,19 @@ namespace {
 
 #include "native_vectors.h"
 
-constexpr int64_t CHUNK = 32;             // blocks of inputs whose 4 tokens stay in the L1 cache
+constexpr int64_t CHUNK = 32;             // blocks of inputs that stay in the L1 cache for 4 tokens
 constexpr int64_t MAX_TOKENS = 4;         // tokens that share one decoding
 constexpr int64_t THREAD_WORK = 1 << 17;  // codes × tokens worth waking a thread for
 constexpr int64_t AHEAD = 16;             // directions between a prefetch and its use
-constexpr int64_t SPAN = 4;               // blocks of outputs: 2-bit codes of a cache line
-constexpr int64_t MAX_SPAN = 16;          // of a task: so many groups fill a register
-constexpr int64_t SIGN_ROWS = 16;         // of a task
-constexpr int64_t SIGN_FIELDS = 3;        // offsets of words and scales, and how many scales
-constexpr int RAGGED = 0;                 // any width, where groups cut through blocks
+constexpr int64_t SPAN = 4;               // blocks of outputs whose 2-bit codes fill a cache line
+constexpr int64_t MAX_SPAN = 16;          // blocks of a task: that many groups fill a register
+constexpr int64_t SIGN_ROWS = 16;         // rows of a task of signs
+constexpr int64_t SIGN_FIELDS = 3;        // offsets of words and scales, number of scales
+constexpr int RAGGED = 0;                 // stands for any width where groups cut through blocks
 
 struct Factor {
   int64_t bits, directions, size, blocks, groups, group_size;
-  const uint8_t *low, *high, *scale, *zero;  // at 16 bits, `low` are the values
+  const uint8_t *low, *high, *scale, *zero;  // at 16 bits, `low` holds the values
 
   uint16_t half(const uint8_t *array, int64_t index) const {
     uint16_t h;
@@ -55,7 +55,7 @@ struct Factor {
     return word >> (p * (k / (2 * p))) & ((1u << p) - 1);
   }
 
-  // One entry, whatever the width and the size of a group.
+  // One entry, for any width and any group size.
   float value(int64_t r, int64_t n) const {
     if (bits == 16) return from_half(half(low, r * size + n));
     uint32_t code = digit(low, bits == 3 ? 2 : int(bits), r, n);
@@ -64,7 +64,7 @@ struct Factor {
     return (float(code) - float(zero[g])) * from_half(half(scale, g));
   }
 
-  // Whether codes of a block have one scale: not numbers, and not groups that cut through blocks.
+  // Whether the codes of a block share one scale: not at 16 bits, nor where groups cut through blocks.
   bool gridded() const { return bits != 16 && group_size % BLOCK == 0; }
 };
 
@@ -79,11 +79,11 @@ struct Grids {
   }
 };
 
-// Bytes that this thread reads next, fetched beside its sums as fast as it uses up what it has. A
-// tenant's part of a layer is some kilobytes, of which the CPU's own prefetching sees little before
-// they end.
+// The bytes that this thread reads next, prefetched during its sums as fast as it uses up those that it
+// has. A tenant's part of a layer is some kilobytes, which end before the CPU's own prefetcher has
+// fetched much of them.
 struct Ahead {
-  bool with_u;  // V alone for rows of an embedding: of U they read a code here and there
+  bool with_u;  // false for rows of an embedding, which read only scattered codes of U
   const struct Band *band = nullptr, *last = nullptr;
   const uint8_t *at = nullptr, *end = nullptr;
 
@@ -92,7 +92,7 @@ struct Ahead {
   void next();
   void lines(int64_t count) {
     if (at >= end) return;
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + 64 * i, 0, 2);  // or past the end
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + 64 * i, 0, 2);  // may pass the end
     at += 64 * count;
   }
 };
@@ -100,7 +100,7 @@ struct Ahead {
 #include "native_floats.h"
 
 struct Band {
-  int64_t part, count, first;  // first: its place among the directions of its slot
+  int64_t part, count, first;  // first: directions of its slot that come before it
   Factor v, u;
   const uint8_t *s;
 
@@ -127,7 +127,7 @@ void Ahead::all(const Band *first, const Band *last_) {
   for (start(first, last_); at < end; next()) lines((end - at + 63) / 64);
 }
 
-// What the slots of a pool hold for one layer; `fields` as ops/slots.py lays them out.
+// What the slots of a pool hold for one layer; `fields` are laid out as in ops/slots.py.
 struct Table {
   const uint8_t *blobs;
   int64_t slot_bytes;
@@ -138,7 +138,7 @@ struct Table {
 
   static constexpr int FIELDS = 12;  // of a band: bits, count, first, V (4), U (4), s
 
-  // Adds the bands of a slot, part by part.
+  // Appends the bands of a slot, part by part.
   void read(int64_t slot, std::vector<Band> &bands) const {
     const uint8_t *base = blobs + slot * slot_bytes;
     const auto factor = [&](const int64_t *offset, int64_t bits, int64_t count, int64_t size) {
@@ -200,22 +200,23 @@ struct Matrix {
   }
 };
 
-// Tokens from j on that share one decoding: 4, 2 or 1. The t of a chunk lies in one piece, (R, TT)
+// How many tokens from j on share one decoding: 4, 2 or 1. The t of such a chunk is contiguous, (R, TT)
 // from j · R on, so that expanding reads it in order.
 inline int64_t chunk_of(int64_t j, int64_t tokens) {
   const int64_t left = tokens - j;
   return left >= MAX_TOKENS ? MAX_TOKENS : left >= 2 ? 2 : 1;
 }
 
-// One part's outputs of one tenant's rows, or all inputs for rows of an embedding.
+// What is expanded, and into what: one part's outputs for one tenant's rows, or all inputs for rows of an
+// embedding.
 struct Target {
   const Band *bands, *end;
   bool with_u;
-  int64_t rank, size, column;  // column: the first in y
+  int64_t rank, size, column;  // column: the first column in y
   const int64_t *rows;         // of y
   int64_t tokens;
   const float *t;
-  bool bytes;  // whether factors are read so where they can be (native_bytes.h)
+  bool bytes;  // whether factors are read as bytes where they can be (native_bytes.h)
 
   const Factor &factor(const Band *band) const { return with_u ? band->u : band->v; }
 };
@@ -224,7 +225,7 @@ struct Target {
 thread_local std::vector<Weights> weighed;
 thread_local std::vector<float> weight_memory;
 
-// The weights of each band that is read as floats, and of some tokens from j on, for blocks b … b1.
+// Computes the weights of each band that is read as floats, for TT tokens from j on and blocks b … b1.
 template <int TT, class AsFloats>
 void weigh(const Target &to, int64_t b, int64_t b1, int64_t j, AsFloats as_floats) {
   const auto groups_of = [&](const Factor &f, int64_t &first) {
@@ -260,7 +261,7 @@ void expand_floats(const Factor &f, int64_t count, int64_t b, int64_t blocks, co
     expand_any<TT, 1>(f, count, b + n, weights, tile + n * BLOCK, SPAN * BLOCK, next);
 }
 
-// Blocks b … b1 of the outputs of TT tokens from j on, SPAN at a time.
+// Adds blocks b … b1 of the outputs of TT tokens from j on to y, SPAN blocks at a time.
 template <int TT>
 void expand_span(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y, Ahead &next) {
   weigh<TT>(to, b, b1, j, [](const Band *) { return true; });
@@ -333,40 +334,40 @@ void shrink_range(const Band &band, int64_t r0, int64_t r1, int64_t tokens, int6
   }
 }
 
-// The rows of one slot, what it holds, and where their t lie in the scratch.
+// The rows of one slot, the bands that it holds, and where the t of these rows lies in the scratch.
 struct Group {
-  int64_t slot, first, tokens;  // first: place of the first row among those of all groups
+  int64_t slot, first, tokens;  // first: index of the first row among those of all groups
   const Band *bands, *end;
   int64_t rank, t;
-  size_t shrinks, expands;  // ends of its tasks
+  size_t shrinks, expands;  // where its tasks end
 };
 
-// Directions of a band whose t is to be made, or blocks of outputs of a part's bands.
+// Directions of a band for which t is to be computed, or blocks of outputs of a part's bands.
 struct Task {
   const Group *group;
   const Band *bands, *end;
   int64_t column, size, first, last;
 };
 
-// What a call has to do; a thread keeps the memory from call to call.
+// What a call has to do. Each thread keeps the memory from call to call.
 struct Work {
   std::vector<Group> groups;
-  std::vector<int64_t> rows;  // of y, by slot
+  std::vector<int64_t> rows;  // of y, sorted by slot
   std::vector<Band> bands;
   std::vector<Task> shrinks, expands;
   std::vector<int64_t> count;
   std::vector<float> memory;
-  int64_t codes = 0;  // × rows
+  int64_t codes = 0;  // codes × rows, over all tasks
 
   float *scratch(int64_t floats) {
-    // What a long prompt took is given back when a token follows, not between its layers.
+    // Memory that a long prompt took is freed when a single token follows, not between layers.
     if (int64_t(memory.size()) > 16 * std::max<int64_t>(floats, 1 << 20))
       std::vector<float>().swap(memory);
     if (int64_t(memory.size()) < floats) memory.resize(floats);
     return memory.data();
   }
 
-  // Rows by slot. -1 if a slot is out of range, else the number of rows that have one.
+  // Sorts rows by slot. Returns -1 if a slot is out of range, else the number of rows that have a slot.
   int64_t group(const int32_t *slot, int64_t tokens, int64_t slots) {
     groups.clear();
     shrinks.clear();
@@ -386,7 +387,7 @@ struct Work {
     for (int64_t s = 0; s < slots; ++s) {
       if (count[s]) groups.push_back({s, first, count[s], nullptr, nullptr, 0, 0, 0, 0});
       first += count[s];
-      count[s] = first - count[s];  // from here on: where its next row goes
+      count[s] = first - count[s];  // from here on: where the slot's next row goes
     }
     rows.resize(live);
     for (int64_t j = 0; j < tokens; ++j)
@@ -394,9 +395,9 @@ struct Work {
     return live;
   }
 
-  // Reads what the slots of the groups hold; drops those that hold nothing. The floats of all t.
+  // Reads the bands of each group's slot and drops groups that have none. Returns the floats of all t.
   int64_t read(const Table &table) {
-    bands.reserve(groups.size() * table.parts * table.max_bands);  // they do not move from here on
+    bands.reserve(groups.size() * table.parts * table.max_bands);  // bands don't move from here on
     int64_t floats = 0;
     size_t kept = 0;
     for (Group g : groups) {
@@ -414,11 +415,11 @@ struct Work {
     return floats;
   }
 
-  // Blocks of outputs of some bands, as tasks of the last group that was begun.
+  // Adds the blocks of outputs of some bands as tasks of the last group that was begun.
   void expand(const Group &g, const Band *first, const Band *end, int64_t column, int64_t size,
               int64_t threads) {
     const int64_t blocks = (size + BLOCK - 1) / BLOCK;
-    // Where threads take whole groups, a task may be as large as it can.
+    // Where threads take whole groups, a task may be as large as possible.
     const int64_t shares = whole_groups(threads) ? 1 : 2 * threads;
     const int64_t span = std::clamp((blocks + shares - 1) / shares, SPAN, MAX_SPAN);
     for (int64_t b = 0; b < blocks; b += span)
@@ -428,8 +429,9 @@ struct Work {
 
   bool whole_groups(int64_t threads) const { return groups.size() >= 2 * size_t(threads); }
 
-  // Widens rows, makes t, uses it, for each group. Of many groups a thread takes whole ones, so that
-  // it waits for no other and knows what it reads next; the tasks of a few are shared out.
+  // For each group: widens rows, computes t and expands it. If there are many groups, threads take whole
+  // ones, so that none waits for another and each knows what it reads next; if there are few, their tasks
+  // are shared out.
   template <class Widen, class Shrink, class Expand>
   void run(int64_t threads, bool with_u, Widen widen, Shrink shrink, Expand expand) {
     const int team = int(std::max<int64_t>(1, std::min(threads, codes / THREAD_WORK)));
@@ -477,8 +479,8 @@ extern "C" {
 
 const char *deltacome_source() { return SOURCE; }
 
-// y (T, O) += Σ ((x V̂ᵀ) · s) Û with the bands of each row's slot. -1, and nothing written, if a slot
-// is out of range.
+// y (T, O) += Σ ((x V̂ᵀ) · s) Û with the bands of each row's slot. Returns -1, and writes nothing, if a
+// slot is out of range.
 int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data,
                         int64_t x_stride, int64_t x_bf16, const int32_t *slot, int64_t tokens,
                         const uint8_t *blobs, int64_t slot_bytes, const int64_t *fields,
@@ -499,7 +501,7 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
   float *halves = x_TI + live * ldx, *sums = halves + live * ldh, *t = sums + live * lds;
   const int64_t *rows = work.rows.data();
   for (Group &g : work.groups) {
-    const int64_t span = g.tokens > 32 ? 64 : 16;  // directions that use one piece of x from L1
+    const int64_t span = g.tokens > 32 ? 64 : 16;  // directions that read one piece of x from L1
     int64_t column = 0, part = 0;
     for (const Band *first = g.bands, *end; first != g.end; first = end) {
       for (; part < first->part; ++part) column += outs[part];
@@ -535,8 +537,8 @@ int64_t deltacome_bands(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
   return live;
 }
 
-// Writes directions r0 … r1 of a slot as bfloat16, a row each: entries n0 … n1 (n0 the first of a block)
-// of their U, or of their V times the singular value. Those of a U are of one part.
+// Writes directions r0 … r1 of a slot as bfloat16, one row each: entries n0 … n1 of U, or of V times the
+// singular value. n0 is the first entry of a block. For U, all directions belong to one part.
 int64_t deltacome_factor(uint16_t *to, int64_t of_u, int64_t r0, int64_t r1, int64_t n0, int64_t n1,
                          int64_t slot, const uint8_t *blobs, int64_t slot_bytes,
                          const int64_t *fields, int64_t slots, int64_t parts, int64_t max_bands,
@@ -554,8 +556,8 @@ int64_t deltacome_factor(uint16_t *to, int64_t of_u, int64_t r0, int64_t r1, int
   return codes;
 }
 
-// y (T, I) += scale · Σ Û[:, ids]ᵀ diag(s) V̂ with the bands of each row's slot. -1 if a slot is out of
-// range, -2 if an id is no row; nothing is written then.
+// y (T, I) += scale · Σ Û[:, ids]ᵀ diag(s) V̂ with the bands of each row's slot. Returns -1 if a slot is
+// out of range, -2 if an id is; nothing is written then.
 int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, const int64_t *ids,
                             const int32_t *slot, int64_t tokens, const uint8_t *blobs,
                             int64_t slot_bytes, const int64_t *fields, int64_t slots,
@@ -602,8 +604,8 @@ int64_t deltacome_band_rows(void *y_data, int64_t y_stride, int64_t y_bf16, cons
   return live;
 }
 
-// y[t, o] += α[o] · Σ ±x[t] with the signs of each row's slot; `fields` (slots, parts, SIGN_FIELDS).
-// -1 as above.
+// y[t, o] += α[o] · Σ ±x[t] with the signs of each row's slot; `fields` is (slots, parts, SIGN_FIELDS).
+// Returns -1 as above.
 int64_t deltacome_signs(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data,
                         int64_t x_stride, int64_t x_bf16, const int32_t *slot, int64_t tokens,
                         const uint8_t *blobs, int64_t slot_bytes, const int64_t *fields,
@@ -656,7 +658,7 @@ int64_t deltacome_signs(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_
   return live;
 }
 
-// y[t] = x[t] / √(mean(x[t]²) + eps) · w[slot] for rows that have a slot. -1 as above.
+// y[t] = x[t] / √(mean(x[t]²) + eps) · w[slot] for rows that have a slot. Returns -1 as above.
 int64_t deltacome_norm(void *y_data, int64_t y_stride, int64_t y_bf16, void *x_data,
                        int64_t x_stride, int64_t x_bf16, const int32_t *slot, int64_t tokens,
                        const float *weights, int64_t slots, int64_t size, double eps) {

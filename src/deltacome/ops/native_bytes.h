@@ -1,19 +1,20 @@
-// Few rows in bfloat16, by the CPU's dot products of bytes (AVX-512 VNNI). `native.cpp` includes this
-// among its own definitions.
+// Products of few rows in bfloat16 with packed codes, by the CPU's dot products of bytes (AVX-512 VNNI).
+// `native.cpp` includes this among its own definitions.
 //
-// Such an instruction multiplies 64 codes of one byte with 64 signed bytes and adds fours of them, where
-// floats take four conversions and four multiplications. What meets the codes (a row, or what a direction
-// weighs in a row) therefore becomes numbers of 16 bits, 256 · high + low, with a unit for each group:
-// finer than bfloat16 where it counts, at a cost of two products. Sums of bytes are exact, in any order.
+// One such instruction multiplies 64 one-byte codes by 64 signed bytes and adds the products in fours;
+// with floats this takes four conversions and four multiplications. What multiplies the codes (a row, or
+// the weights of directions in a row) therefore becomes 16-bit numbers, 256 · high + low, with a unit for
+// each group: finer than bfloat16 where it counts, at a cost of two products. Sums of bytes are exact, in
+// any order.
 //
-// All widths have one order: after the shift of a lane, byte 4m + q of a block is code 16q + m
-// (docs/format.md). Rows are laid out in it; outputs are brought back from it.
+// The order of codes is the same for all widths: after each lane's shift, byte 4m + q of a block is code
+// 16q + m (docs/format.md). Rows are laid out in that order; outputs are converted back from it.
 //
-// Legend: as in native.cpp; G groups of a direction, padded to 16.
+// Legend: as in native.cpp; G groups of a direction, padded to a multiple of 16.
 
-constexpr int64_t GROUPS = 16;        // whose scales and zero points fill a register
-constexpr float LARGEST = 127 * 256;  // of the numbers of 16 bits
-constexpr float NOTHING = 1e-30f;     // what is smaller counts as 0
+constexpr int64_t GROUPS = 16;        // groups whose scales or zero points fill a register
+constexpr float LARGEST = 127 * 256;  // of the 16-bit numbers
+constexpr float NOTHING = 1e-30f;     // anything smaller counts as 0
 
 // Whether the codes of a factor are read as bytes.
 inline bool as_bytes(const Factor &f) { return f.gridded(); }
@@ -23,7 +24,7 @@ inline vf as_floats(__m512i high, __m512i low) {
   return (vf)_mm512_fmadd_ps(_mm512_cvtepi32_ps(high), times, _mm512_cvtepi32_ps(low));
 }
 
-// The high byte of numbers of 16 bits; the low one, signed too, is their lowest 8 bits.
+// The high bytes of 16-bit numbers; the low ones, also signed, are their lowest 8 bits.
 inline __m512i upper(__m512i whole) {
   return _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
 }
@@ -40,7 +41,7 @@ struct Scales {
   }
 };
 
-// Bits of a code to shift a lane by, for planes of P bits.
+// How many bits to shift each lane by in planes of P bits, plus `more`.
 template <int P>
 inline __m512i lane_shift(int more = 0) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -50,7 +51,7 @@ inline __m512i lane_shift(int more = 0) {
   return _mm512_add_epi32(_mm512_mullo_epi32(place, _mm512_set1_epi32(P)), _mm512_set1_epi32(more));
 }
 
-// The codes of a block, a byte each, in the order above; `low` and `high` are its planes.
+// The codes of a block, one byte each, in the order above; `low` and `high` are its planes.
 template <int BITS>
 inline __m512i code_bytes(const uint8_t *low, const uint8_t *high) {
   constexpr int P = PLANE<BITS>;
@@ -60,7 +61,7 @@ inline __m512i code_bytes(const uint8_t *low, const uint8_t *high) {
     const __m512i mask = _mm512_set1_epi8(char((1 << P) - 1));
     const __m512i code = _mm512_srlv_epi32((__m512i)words<P>(low, 0), lane_shift<P>());
     if constexpr (BITS != 3) return _mm512_and_si512(code, mask);
-    // The third bit goes where the byte has room for it: bit 2. 0xca: by the mask, one or the other.
+    // The third bit goes to bit 2 of its byte, above the other two. 0xca selects either by the mask.
     const __m512i third = _mm512_rorv_epi32((__m512i)words<1>(high, 0), lane_shift<1>(-2));
     const __m512i both = _mm512_ternarylogic_epi32(mask, code, third, 0xca);
     return _mm512_and_si512(both, _mm512_set1_epi8(7));
@@ -69,11 +70,11 @@ inline __m512i code_bytes(const uint8_t *low, const uint8_t *high) {
 
 // A row of floats as bytes.
 struct Halves {
-  int8_t *high, *low;  // one a place of every block
-  float *unit, *sum;   // (G,): of a group, and the sum of its numbers
+  int8_t *high, *low;  // one for each place of each block
+  float *unit, *sum;   // (G,): the unit of each group, and the sum of its numbers
 
   static int64_t groups(int64_t count) { return (count + GROUPS - 1) / GROUPS * GROUPS; }
-  // Floats that a row takes.
+  // How many floats a row takes.
   static int64_t room(int64_t blocks, int64_t groups_) {
     return 2 * blocks * BLOCK / 4 + 2 * groups(groups_);
   }
@@ -81,7 +82,7 @@ struct Halves {
       : high((int8_t *)memory), low(high + blocks * BLOCK),
         unit((float *)(low + blocks * BLOCK)), sum(unit + groups(groups_)) {}
 
-  // `x` is followed by zeros to the end of its last block.
+  // `x` must be followed by zeros to the end of its last block.
   void set(const float *x, int64_t blocks, int64_t groups_, int64_t per_group) {
     std::fill(unit + groups_, unit + groups(groups_), 0.f);
     std::fill(sum + groups_, sum + groups(groups_), 0.f);
@@ -91,7 +92,7 @@ struct Halves {
       for (int64_t n = b0 * BLOCK; n < b1 * BLOCK; n += LANES) {
         const vf v = load(x + n);
         most = (vf)_mm512_max_ps((__m512)most, _mm512_abs_ps((__m512)v));
-        all += v - v;  // not 0 where a number is not finite
+        all += v - v;  // NaN if a number is not finite
       }
       const float largest = _mm512_reduce_max_ps((__m512)most) + ::sum(all);
       const vf inverse = splat(largest > NOTHING ? LARGEST / largest : 0.f);
@@ -109,7 +110,7 @@ struct Halves {
         _mm512_storeu_si512(high + b * BLOCK, interleave(h));
         _mm512_storeu_si512(low + b * BLOCK, interleave(l));
       }
-      unit[g] = largest / LARGEST;  // or not a number
+      unit[g] = largest / LARGEST;  // or NaN
       sum[g] = ::sum(total);
     }
   }
@@ -125,13 +126,13 @@ struct Halves {
   }
 };
 
-// t[r, j] = Σ_n x[j, n] · value[r, n], for the bytes of TT rows, `ld` floats apart. PER: the blocks of a
-// group, or 0 if that many are rare.
+// t[r, j] = Σ_n x[j, n] · value[r, n] for TT rows as bytes (`Halves`), `ld` floats apart. PER: the number
+// of blocks in a group, or 0 if that number is a rare one.
 template <int BITS, int TT, int PER>
 NOINLINE void shrink_bytes(const Factor f, int64_t r0, int64_t r1, const float *x, int64_t ld,
                            float *t, Ahead &next) {
   const int64_t per_group = f.group_size / BLOCK;
-  const int64_t lines = f.blocks * BITS / 8 + 1;  // of a direction
+  const int64_t lines = f.blocks * BITS / 8 + 1;  // cache lines of a direction
   for (int64_t r = r0; r < r1; ++r) {
     next.lines(lines);
     const int64_t at = r * f.blocks;
@@ -176,12 +177,13 @@ NOINLINE void shrink_bytes(const Factor f, int64_t r0, int64_t r1, const float *
   }
 }
 
-// What each direction weighs in groups of a row's outputs, as bytes: those of four directions in a word.
+// The weight of each direction in each group of a row's outputs, as bytes, four directions to a word.
 struct Mix {
   uint32_t *high, *low;  // (directions / 4, 16)
-  vf unit, offset;       // of each group: of its numbers, and what its zero points add
+  vf unit, offset;       // of each group: the unit of its numbers, and what zero points add
 
-  // Up to 16 groups from `first` on; t of directions lies `stride` apart, `memory` has `room`.
+  // For up to 16 groups from `first` on. t has one entry per direction, `stride` apart; `memory` has
+  // `room(directions)` floats.
   Mix(const Factor &f, int64_t directions, int64_t first, int64_t count, const float *t,
       int64_t stride, float *memory) {
     float *weights = memory;
@@ -217,17 +219,17 @@ struct Mix {
   static int64_t room(int64_t directions) { return (directions + 3) / 4 * 6 * GROUPS; }
 };
 
-// Sums of the bytes of a block of outputs of a token, high and low, of the four vectors that it has.
+// The sums for one token's block of outputs, of high and of low bytes: four vectors each.
 struct Sums {
   __m512i high[4], low[4];
 };
 
-// y += the sums of a block in their unit, in the order of the outputs.
+// y += sums · unit + offset for one block, in the order of the outputs.
 inline void add_sums(const Sums &sums, vf unit, vf offset, float *y) {
   __m512 v[4];
   UNROLL
   for (int i = 0; i < 4; ++i) v[i] = (__m512)(as_floats(sums.high[i], sums.low[i]) * unit + offset);
-  // Lane 4m + q of vector i is output 16q + 4m + i: fours are transposed.
+  // Lane 4m + q of vector i is output 16q + 4m + i, so fours are transposed.
   const __m512d a = (__m512d)_mm512_unpacklo_ps(v[0], v[1]);
   const __m512d b = (__m512d)_mm512_unpackhi_ps(v[0], v[1]);
   const __m512d c = (__m512d)_mm512_unpacklo_ps(v[2], v[3]);
@@ -238,9 +240,9 @@ inline void add_sums(const Sums &sums, vf unit, vf offset, float *y) {
   for (int i = 0; i < 4; ++i) store(y + i * LANES, load(y + i * LANES) + out[i]);
 }
 
-// Σ_q t[4q … 4q + 3, j] · codes of block b for fours q0 … q1 of directions and TT tokens, on top of what
-// `sums` has of those before. After the last four they are added to y, whose tokens lie SPAN blocks
-// apart; `lane` is the place of the block's group in `mix`.
+// Σ_q t[4q … 4q + 3, j] · codes of block b, over fours q0 … q1 of directions, for TT tokens, on top of
+// `sums`, which holds those of the fours before q0. After the last four, the sums are added to y, whose
+// tokens lie SPAN blocks apart; `lane` is the index of the block's group in `mix`.
 template <int BITS, int TT>
 NOINLINE void mix_bytes(const Factor &f, int64_t count, int64_t q0, int64_t q1, int64_t b,
                         const Mix *mix, int64_t lane, Sums *sums, float *y) {
@@ -257,7 +259,7 @@ NOINLINE void mix_bytes(const Factor &f, int64_t count, int64_t q0, int64_t q1, 
   const uint8_t *low = f.low + at * PLANE<BITS>, *high = f.high + at;
   int64_t to[4] = {0, apart, 2 * apart, 3 * apart};
   for (int64_t q = q0; q < q1; ++q, low += 4 * apart * PLANE<BITS>, high += 4 * apart) {
-    if (4 * q + 4 > count)  // what is not there weighs nothing
+    if (4 * q + 4 > count)  // directions past the last weigh nothing
       for (int64_t i = count - 4 * q; i < 4; ++i) to[i] = 0;
     __m512i code[4], pair[4], four[4];
     UNROLL
@@ -292,16 +294,16 @@ NOINLINE void mix_bytes(const Factor &f, int64_t count, int64_t q0, int64_t q1, 
     add_sums(s[j], splat(mix[j].unit[lane]), splat(mix[j].offset[lane]), y + j * SPAN * BLOCK);
 }
 
-// Fours of directions of which a line each stays in the L1 cache, of 8 ways of 4 KiB: where directions
-// lie a multiple of that apart, all fall into the same few places.
+// How many fours of directions can each keep one line in an L1 cache of 8 ways of 4 KiB. Directions that
+// lie a multiple of 4 KiB apart all fall into the same few places of it.
 inline int64_t fours_in_cache(const Factor &f) {
   const int64_t apart = f.blocks * 8 * (f.bits == 3 ? 2 : f.bits), page = 4096;
   return std::clamp<int64_t>(8 * page / std::gcd(apart, page) / 4, 2, 16);
 }
 
-// tile[j, n, :] += Σ_r t[r, j] · value[r, block b + n, :] for up to SPAN blocks of TT tokens. Some
-// directions are taken to the end of the cache lines that hold their codes before others are begun: in
-// a large matrix they would not stay in the cache.
+// tile[j, n, :] += Σ_r t[r, j] · value[r, block b + n, :] for up to SPAN blocks of TT tokens. A few
+// directions are taken to the end of the cache lines that hold their codes before the next few are begun,
+// since in a large matrix those lines would not stay in the cache.
 template <int BITS, int TT>
 NOINLINE void expand_bytes(const Factor f, int64_t count, int64_t b, int64_t blocks, const Mix *mix,
                            int64_t lane0, float *tile, Ahead &next) {
@@ -356,12 +358,12 @@ void expand_bytes_any(const Factor &f, int64_t count, int64_t b, int64_t blocks,
 thread_local std::vector<Mix> mixes;
 thread_local std::vector<float> mix_memory;
 
-// Whether directions of a band are mixed as bytes: a few are not worth a mix.
+// Whether the directions of a band are mixed as bytes; fewer than 4 are not worth a mix.
 inline bool mixed(const Target &to, const Band *band) {
   return band->count >= 4 && as_bytes(to.factor(band));
 }
 
-// The mix of each band that is read as bytes, and of each token from j on, for blocks b … b1.
+// Makes a mix for each band that is read as bytes and each token from j on, for blocks b … b1.
 void make_mixes(const Target &to, int64_t b, int64_t b1, int64_t j, int64_t tokens) {
   mixes.clear();
   int64_t room = 0;
@@ -380,7 +382,7 @@ void make_mixes(const Target &to, int64_t b, int64_t b1, int64_t j, int64_t toke
   }
 }
 
-// `expand_span`, by bytes where a factor allows it.
+// `expand_span`, with bytes where a factor allows it.
 template <int TT>
 void expand_span_bytes(const Target &to, int64_t b, int64_t b1, int64_t j, const Matrix &y,
                        Ahead &next) {

@@ -1,15 +1,15 @@
 // Products with packed codes, as floats. `native.cpp` includes this among its own definitions.
 //
-// A block of 64 codes is V vectors. The layout of codes makes one of them two instructions: the words of
-// a block, repeated over the lanes, hold consecutive codes, each at a place that depends on the lane
-// alone (docs/format.md). Codes are not brought down from there: what a mask leaves of a word, made a
-// float, is the code times a power of two, and that is divided out of sums or rows. Scales and zero
-// points stay out of the innermost loops too: a scale multiplies what a direction weighs, a zero point
-// the sum of a group's inputs.
+// A block of 64 codes is V vectors. The layout of codes lets two instructions decode a vector: the
+// words of a block, repeated over the lanes, hold consecutive codes, each at a place in its word that
+// depends only on its place in the block (docs/format.md). Codes are not shifted down from there: what a
+// mask leaves of a word, converted to a float, is the code times a power of two, which is divided out of
+// the sums or the rows. Scales and zero points stay out of the innermost loops too: a scale multiplies
+// the weight of a direction, a zero point the sum of a group's inputs.
 //
 // Legend: as in native.cpp.
 
-// The words of a block of a plane of P bits, those of vector i, repeated over the lanes.
+// The words that hold vector i of a block in a plane of P bits, repeated over the lanes.
 template <int P>
 inline vu words(const uint8_t *block, int i) {
 #if defined(__AVX512F__)
@@ -43,8 +43,9 @@ inline vu words(const uint8_t *block, int i) {
   return v;
 }
 
-// Where the codes of a plane of P bits lie in their words: the masks that leave them, and what makes
-// codes of that again. A code at the top of its word, which would be a sign, is moved down first.
+// Where the codes of a plane of P bits lie in their words: the masks that keep them, and the factors that
+// turn the result into codes. A vector with codes at the top of a word, where they would be
+// read as a sign, is shifted down first.
 template <int P>
 struct Places {
   uint32_t mask[BLOCK] __attribute__((aligned(64)));
@@ -67,7 +68,7 @@ constexpr Places<P> PLACES{};
 template <int BITS>
 constexpr int PLANE = BITS == 3 ? 2 : BITS;  // bits of a code in the lower plane
 
-// Codes of vector i of a block, times 2^place.
+// The codes of vector i of a block, each times 2^place.
 template <int P>
 inline vf in_place(const uint8_t *block, int i) {
   vu mask;
@@ -76,7 +77,7 @@ inline vf in_place(const uint8_t *block, int i) {
   return __builtin_convertvector((vi)(word & mask), vf);
 }
 
-// What brings the third bit of a code to the place of the other two.
+// The factors that bring the third bit of each code to the place of the other two.
 struct Lift {
   float at[BLOCK] __attribute__((aligned(64)));
   constexpr Lift() : at() {
@@ -95,8 +96,8 @@ inline vf unit(int i) {
   return splat(1.f);
 }
 
-// Vector i of block b of direction r: codes times 2^place, or values. One at a time, each used at once:
-// a compiler that has all of a block first runs out of registers.
+// Vector i of block b of direction r: codes times 2^place, or values. Each vector is used as soon as it
+// is decoded: with a whole block decoded first, a compiler runs out of registers.
 template <int BITS>
 inline vf decode(const Factor &f, int64_t r, int64_t b, int i) {
   if constexpr (GRID<BITS>) {
@@ -110,12 +111,12 @@ inline vf decode(const Factor &f, int64_t r, int64_t b, int i) {
     float values[16] = {};
     if (BITS == 16) from_halves(f.low + 2 * at, values, count, f.directions * f.size - at);
     for (int64_t k = 0; BITS != 16 && k < count; ++k) values[k] = f.value(r, first + k);
-    for (int64_t k = count; k < LANES; ++k) values[k] = 0;  // another direction's
+    for (int64_t k = count; k < LANES; ++k) values[k] = 0;  // may be another direction's
     return load(values);
   }
 }
 
-// Directions of a large matrix lie pages apart: too far for the CPU to see which line is next.
+// Directions of a large matrix lie pages apart, too far for the CPU to predict which line is next.
 template <int BITS>
 inline void prefetch(const Factor &f, int64_t r, int64_t b) {
   if constexpr (GRID<BITS>)
@@ -130,7 +131,8 @@ inline int64_t blocks_of_group(const Factor &f) {
   return GRID<BITS> ? f.group_size / BLOCK : f.blocks;
 }
 
-// The sums of a row's groups, zero up to `room`; nothing to be used where groups cut through blocks.
+// Writes the sum of each group of a row, then zeros up to `room`; only zeros, which nothing uses, where
+// groups cut through blocks.
 void sum_groups(const float *x, int64_t size, int64_t group_size, float *sums, int64_t room) {
   std::fill(sums, sums + room, 0.f);
   if (group_size % BLOCK) return;
@@ -141,8 +143,8 @@ void sum_groups(const float *x, int64_t size, int64_t group_size, float *sums, i
   }
 }
 
-// −Σ_g Σ x[j, g] · scale[r, g] · zero[r, g], a part of it in each lane, for the sums over groups of a row,
-// which are zero up to a multiple of 16.
+// total[j] −= Σ_g sums[j, g] · scale[r, g] · zero[r, g], a part of it in each lane. `sums` has the sum of
+// each group of a row, then zeros up to a multiple of 16.
 template <int TT>
 inline void zero_points(const Factor &f, int64_t r, const float *sums, int64_t ld, vf *total) {
   for (int64_t g = 0; g < f.groups; g += 16) {
@@ -156,17 +158,17 @@ inline void zero_points(const Factor &f, int64_t r, const float *sums, int64_t l
   }
 }
 
-// t[r, j] += Σ_n x[j, n] · value[r, n] over blocks b0 … b1, for TT tokens; what zero points add, for all
-// blocks, comes with the first.
+// t[r, j] += Σ_n x[j, n] · value[r, n] over blocks b0 … b1, for TT tokens. What zero points add over all
+// blocks is added with the first block.
 template <int BITS, int TT>
 NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t b1,
                      const float *x, int64_t ldx, const float *sums, int64_t lds, float *t,
                      Ahead &next) {
-  constexpr int SUMS = TT == 1 ? std::min(V, 4) : 2;  // enough of them to hide the adder's latency
+  constexpr int SUMS = TT == 1 ? std::min(V, 4) : 2;  // enough sums to hide the adder's latency
   const int32_t per_group = int32_t(blocks_of_group<BITS>(f));
   const int64_t g0 = int32_t(b0) / per_group, g1 = int32_t(b1 + per_group - 1) / per_group;
-  const int64_t lines = (b1 - b0) * BITS_OF<BITS> / 8 + 1;  // of a direction
-  // Divided once for all directions, by what codes are multiplied with where they lie.
+  const int64_t lines = (b1 - b0) * BITS_OF<BITS> / 8 + 1;  // cache lines of a direction
+  // Rows are divided, once for all directions, by the powers of two that multiply the codes.
   float scaled[TT * CHUNK * BLOCK] __attribute__((aligned(64)));
   for (int64_t j = 0; j < TT; ++j)
     for (int64_t n = b0; n < b1; ++n)
@@ -213,11 +215,11 @@ NOINLINE void shrink(const Factor f, int64_t r0, int64_t r1, int64_t b0, int64_t
   }
 }
 
-// What each direction weighs in up to 16 groups of TT tokens' outputs, and what zero points add there.
+// The weight of each direction in up to 16 groups of TT tokens' outputs, and what zero points add there.
 struct Weights {
   const float *at;      // (count, TT, apart)
   const float *offset;  // (TT, apart)
-  int64_t first, apart;  // first: group
+  int64_t first, apart;  // first: the first group
 
   static int64_t apart_of(int64_t groups) { return (groups + LANES - 1) / LANES * LANES; }
   static int64_t room(int64_t count, int64_t groups, int64_t tokens) {
@@ -225,7 +227,7 @@ struct Weights {
   }
 };
 
-// `t` (count, TT); `memory` has room.
+// `t` is (count, TT); `memory` has `Weights::room` floats.
 template <int TT>
 Weights weights_of(const Factor &f, int64_t count, int64_t first, int64_t groups, const float *t,
                    float *memory) {
@@ -253,7 +255,7 @@ Weights weights_of(const Factor &f, int64_t count, int64_t first, int64_t groups
 }
 
 // y[j, block, :] += Σ_r weight[r, j] · code[r, block, :] + offset[j] for NB blocks from b on and TT tokens,
-// whose y lie ldy floats apart. W vectors of a block have sums in registers at a time.
+// whose y lie ldy floats apart. Sums of W vectors of a block are held in registers at a time.
 template <int BITS, int TT, int NB>
 NOINLINE void expand(const Factor f, int64_t count, int64_t b, const Weights weights, float *y,
                      int64_t ldy, Ahead &next) {
@@ -296,7 +298,7 @@ NOINLINE void expand(const Factor f, int64_t count, int64_t b, const Weights wei
   }
 }
 
-// Entries n … n1 of direction r, times a factor, as bfloat16; n is the first of a block.
+// Writes entries n … n1 of direction r, times `times`, as bfloat16; n is the first entry of a block.
 template <int BITS>
 NOINLINE void write(const Factor f, int64_t r, int64_t n, int64_t n1, float times, uint16_t *to) {
   const int64_t per_group = blocks_of_group<BITS>(f);
@@ -345,7 +347,7 @@ NOINLINE void sign_sums(const uint8_t *signs, int64_t blocks, const float *x, in
   for (int64_t b = 0; b < blocks; ++b)
     UNROLL
     for (int i = 0; i < V; ++i) {
-      // The bit becomes the sign of −1.
+      // A set bit flips the sign of −1.
       vu up;
       std::memcpy(&up, SIGN_PLACES.up + i * LANES, sizeof up);
       const vf sign = (vf)(((words<1>(signs + b * 8, i) << up) & 0x80000000) ^ 0xbf800000);

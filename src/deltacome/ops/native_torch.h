@@ -1,12 +1,12 @@
 // Ops as torch calls them: from its dispatcher to the kernels, with no Python in between. `native.cpp`
-// includes this last. By way of Python and ctypes a call takes as long as a small layer's delta.
+// includes this last. A call through Python and ctypes takes as long as a small layer's delta.
 //
-// It goes by torch's stable C interface (2.10 and newer), whose functions `native.py` hands over by
-// address: nothing here is compiled against torch or linked with it. Each op gets its arguments on a
-// stack of 64-bit words and owns those that are handles.
+// It uses torch's stable C interface (2.10 and newer), whose functions `native.py` passes in by address:
+// nothing here is compiled against torch or linked with it. Each op gets its arguments on a stack of
+// 64-bit words and owns those that are handles.
 //
-// Only what is plain goes this way: few rows, on the CPU, laid out as the kernels read them. All else,
-// and whatever is to be refused, is passed on as it came to the op of the same name in Python.
+// Only plain calls are handled here: few rows, on the CPU, laid out as the kernels read them. Any other
+// call, and any that is to be refused, is passed on unchanged to the op of the same name in Python.
 
 namespace {
 
@@ -34,9 +34,9 @@ struct Torch {
 
 constexpr uint64_t VERSION = (2ull << 56) | (10ull << 48);  // of the interface
 constexpr int32_t CPU = 0, U8 = 0, I32 = 3, I64 = 4, F32 = 6, BF16 = 15;  // as torch numbers them
-std::atomic<int64_t> few_rows{0};  // batches of fewer go this way
+std::atomic<int64_t> few_rows{0};  // batches of fewer rows are handled here
 
-// A tensor on the CPU, or `there` is false.
+// A tensor on the CPU; for any other, `there` is false.
 struct View {
   bool there;
   void *data = nullptr;
@@ -50,21 +50,21 @@ struct View {
             !torch.dtype(handle, &type) && !torch.dim(handle, &dim) &&
             !torch.sizes(handle, &size) && !torch.strides(handle, &stride);
   }
-  bool is(int32_t type_, int64_t dim_) const {  // in one piece, too
+  bool is(int32_t type_, int64_t dim_) const {  // and contiguous
     if (!there || type != type_ || dim != dim_) return false;
     int64_t expected = 1;
     for (int64_t d = dim - 1; d >= 0; expected *= size[d--])
       if (size[d] != 1 && stride[d] != expected) return false;
     return true;
   }
-  // As `native.readable` has it.
+  // As in `native.readable`.
   bool readable() const {
     return there && dim == 2 && (type == F32 || type == BF16) && size[1] > 0 &&
            (size[1] == 1 || stride[1] == 1) && (size[0] <= 1 || stride[0] >= size[1]);
   }
 };
 
-// Integers of a list; fewer than it has if there are too many.
+// The integers of a list; fewer than it has if it is too long.
 struct Sizes {
   int64_t at[16], sum = 0;
   size_t count = 0;
@@ -90,7 +90,7 @@ inline int64_t threads() {
   return count;
 }
 
-// Whether slots of y's rows can be walked; what follows only where some row has one.
+// The slots of y's rows: whether the kernels can walk them here, and whether no row has one.
 struct Slots {
   bool walkable = false, nobody = false;
   int64_t rows = 0;
@@ -105,7 +105,7 @@ struct Slots {
   }
 };
 
-// What `bands` and `signs` both begin with: y, x, slot, order, tiles, blobs, fields, outs.
+// The arguments that `bands` and `signs` both begin with: y, x, slot, order, tiles, blobs, fields, outs.
 struct Linear {
   View y, x, blobs, fields;
   Sizes outs;
@@ -115,7 +115,7 @@ struct Linear {
       : y(stack[0]), x(stack[1]), blobs(stack[5]), fields(stack[6]), outs(stack[7]),
         rows(slot.rows) {}
 
-  // Whether the kernels can walk it, with `count` numbers at the end of fields of `dim` dimensions.
+  // Whether the kernels can walk them; `fields` must have `dim` dimensions, the last of size `count`.
   bool fits(int64_t dim, int64_t count) const {
     return y.readable() && x.readable() && blobs.is(U8, 2) && fields.is(I64, dim) &&
            y.size[0] == rows && x.size[0] == rows && y.size[1] == outs.sum &&
@@ -163,7 +163,7 @@ bool norm_here(const uint64_t *stack) {
                         y.size[1], eps) >= 0;
 }
 
-// An op's arguments, a letter each: tensor, list, text, or a number.
+// One op. KINDS has a letter for each argument: tensor, list, string or number.
 template <bool (*HERE)(const uint64_t *), const char *NAME, const char *KINDS>
 void op(uint64_t *stack, uint64_t, uint64_t) {
   if (HERE(stack)) {
@@ -173,7 +173,7 @@ void op(uint64_t *stack, uint64_t, uint64_t) {
       if (KINDS[i] == 's') torch.drop_text((Handle)stack[i]);
     }
   } else if (torch.call(NAME, "", stack, VERSION)) {
-    throw std::runtime_error(std::string(NAME) + " refused");  // `run` in native.py looks for it
+    throw std::runtime_error(std::string(NAME) + " refused");  // `run` in native.py looks for this
   }
 }
 
@@ -185,8 +185,8 @@ constexpr char NORM[] = "deltacome::norm_python", NORM_KINDS[] = "ttttns";
 
 extern "C" {
 
-// Takes the ops over for tensors on the CPU, for good; `functions` as Torch lists them. Not 0 if torch
-// will not.
+// Takes over the ops for tensors on the CPU, for good; `functions` are those of `Torch`, in its order.
+// Returns a value other than 0 if torch refuses.
 int64_t deltacome_take_over(const void *functions) {
   std::memcpy(&torch, functions, sizeof torch);
   Handle library;
@@ -196,6 +196,6 @@ int64_t deltacome_take_over(const void *functions) {
          torch.implement(library, "norm", op<norm_here, NORM, NORM_KINDS>, VERSION);
 }
 
-// Batches of so many rows and more are left to Python; returns how many it were.
+// Leaves batches of this many rows or more to Python; returns the previous number.
 int64_t deltacome_few_rows(int64_t rows) { return few_rows.exchange(rows); }
 }

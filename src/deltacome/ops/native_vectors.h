@@ -1,5 +1,5 @@
-// Vectors of an instruction set, and numbers of 16 bits and of 8 as floats. `native.cpp` includes this
-// among its own definitions.
+// Vectors of an instruction set, and conversions between floats and numbers of 16 or 8 bits. `native.cpp`
+// includes this among its own definitions.
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -16,7 +16,7 @@ constexpr int V = BLOCK / LANES;
 
 // Arrays of vectors stay in registers only if the loops over them are unrolled.
 #define UNROLL _Pragma("GCC unroll 16")
-// One function a kernel, so that a profile names it.
+// Each kernel stays a function of its own, so that a profile names it.
 #define NOINLINE __attribute__((noinline))
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -40,7 +40,7 @@ inline float sum(vf v) {
   const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 #else
-  // Halves, so that the order is that of a tree.
+  // Halves are added, so that the order is that of a tree.
   float lane[LANES];
   store(lane, v);
   for (int n = LANES / 2; n; n /= 2)
@@ -56,7 +56,7 @@ inline float from_bf16(uint16_t h) {
   return f;
 }
 
-inline uint16_t to_bf16(float f) {  // to nearest even
+inline uint16_t to_bf16(float f) {  // rounds to nearest even
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
@@ -74,7 +74,7 @@ inline float from_half(uint16_t h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h);
 #else
-  // The exponent moves by multiplying, which also makes subnormal halves right.
+  // Multiplying moves the exponent, and is right for subnormal halves too.
   uint32_t bits = uint32_t(h & 0x7fff) << 13;
   float f;
   std::memcpy(&f, &bits, 4);
@@ -83,8 +83,8 @@ inline float from_half(uint16_t h) {
 #endif
 }
 
-// The first `count` of up to 16 numbers as floats; up to `left` of them may be read. Of `to`, which has
-// room for 16, the rest of the last vector is finite.
+// Converts the first `count` of up to 16 numbers to floats; up to `left` may be read. `to` has room for
+// 16, and the rest of its last vector is finite.
 inline void from_halves(const uint8_t *from, float *to, int64_t count, int64_t left) {
 #if defined(__AVX512F__)
   (void)left;
