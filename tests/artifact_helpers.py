@@ -17,13 +17,13 @@ from deltacome.format.tensors import dtype_name
 from deltacome.format.writer import ArtifactWriter, Unit
 
 PLAN = (Band(16, 1), Band(8, 1), Band(4, 1), Band(3, 2), Band(2, 2), Band(1, 3))
-"""Every width; ten directions."""
+"""Every width, in ten directions."""
 TERMS = {
     "bands": ("bands",),
     "mixed": ("one+bands", "rows", "bands", "one", "rows+bands"),
 }
-"""Packed terms of the matrices of an artifact, in turn: signs with a scale for one matrix or for its
-rows, bands, or both."""
+"""The packed terms that an artifact's matrices get in turn: signs with one scale for the matrix ("one")
+or one for each row ("rows"), bands, or both."""
 
 
 def random_factor(bits, count, size, group_size, generator):
@@ -38,7 +38,7 @@ def random_factor(bits, count, size, group_size, generator):
 
 
 def random_bands(shape, plan=PLAN, group_size=32, seed=0, size=0.5):
-    """Bands of random codes; `size` is that of the singular values."""
+    """Bands of random codes; `size` scales the singular values."""
     generator = torch.Generator().manual_seed(seed)
     bands = []
     for band in plan:
@@ -124,12 +124,12 @@ def random_artifact(
     files=None,
     **config,
 ) -> Artifact:
-    """An artifact that changes every tensor of a base, but those named in `same`.
+    """An artifact that changes every tensor of a base except those named in `same`.
 
     Args:
         vocab: rows of the tuned embedding and head, if not the base's.
         tie: whether the tuned model ties its head, if not as the base does.
-        terms: which packed terms the matrices have, of `TERMS`.
+        terms: which packed terms the matrices have, a key of `TERMS`.
         config: fields of the tuned configuration that differ from the base's.
     """
     base = Checkpoint(base_folder)

@@ -10,7 +10,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest go first, so that no process is left with one of them at the end."""
+    """Runs the slowest files first, so that no process is left with one of them at the end."""
 
     def rank(item):
         found = [place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)]
@@ -21,8 +21,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """From before the first shared fixture on: small tensors are quicker so, and bytes of an artifact
-    hang on the number of threads."""
+    """Sets one thread before the first shared fixture.
+
+    Small tensors are faster so, and an artifact's bytes depend on the number of threads."""
     torch.set_num_threads(1)
 
 
@@ -34,7 +35,7 @@ def _still_one_thread(_one_thread):
 
 @pytest.fixture
 def poison():
-    """Fills memory that torch allocates without writing it with NaN, so that it shows."""
+    """Fills with NaN the memory that torch allocates without writing it, so that its use shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -47,9 +48,9 @@ def poison():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in of the Hub, which huggingface_hub in this process takes for the real one.
+    """A stand-in for the Hub, which huggingface_hub in this process takes for the real one.
 
-    Its variables are read when it is imported; `hub.environment` is for child processes."""
+    huggingface_hub reads its variables on import; `hub.environment` is for child processes."""
     from hub_server import TOKEN, Hub
     from huggingface_hub import constants
 

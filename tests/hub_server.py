@@ -1,7 +1,7 @@
-"""A stand-in of the Hub's HTTP API: what huggingface_hub asks of it to push and pull a model.
+"""A stand-in for the Hub's HTTP API: what huggingface_hub needs to push and pull a model.
 
-Repositories, branches, commits, files in the commit and files by LFS (all of `*.safetensors`), ETags,
-tokens, private repositories, the errors' headers. Xet is not there: clients need HF_HUB_DISABLE_XET=1.
+Repositories, branches, commits, files in the commit and files through LFS (all `*.safetensors`), ETags,
+tokens, private repositories, error headers. There is no Xet: clients need HF_HUB_DISABLE_XET=1.
 """
 
 import base64
@@ -43,7 +43,7 @@ class HubError(Exception):
 
 
 class Hub:
-    """The server, on a free port of this machine; `requests` is what it was asked, in order."""
+    """The server, on a free port of this machine; `requests` lists what it was asked, in order."""
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}
@@ -65,7 +65,7 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
-        self.storage = f"http://localhost:{self.server.server_port}"  # another host, as a CDN is
+        self.storage = f"http://localhost:{self.server.server_port}"  # another host, like a CDN
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self):
@@ -73,7 +73,7 @@ class Hub:
         self.server.server_close()
 
     def publish(self, name, folder):
-        """A folder as the next commit of a public repository, which is made if it is not there."""
+        """Publishes a folder as the next commit of a public repository, made if it does not exist."""
         files = {file.name: file.read_bytes() for file in folder.iterdir()}
         self.objects |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
         return self.repos.setdefault(name, Repo(private=False)).commit("main", files)
@@ -119,7 +119,7 @@ class Hub:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repo, sha
 
-    # --- what is asked ---
+    # --- requests ---
 
     def create(self, body, owner):
         asked = json.loads(body)
@@ -232,7 +232,7 @@ def _json(said, status=200):
 
 
 def _oid(content):
-    """Of a blob in git."""
+    """The git object id of a blob."""
     if content is None:
         return None
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,4 +1,4 @@
-"""Arguments as people give them: names or torch's own words, paths or texts; else a refusal."""
+"""Arguments in every form that users give: names or torch objects, paths or strings; else a refusal."""
 
 import json
 import sys
@@ -89,7 +89,7 @@ def test_what_takes_a_dtype_takes_its_name(pair, tmp_path):
 
 
 def test_the_sources_alone_have_no_number(pair, tmp_path, monkeypatch, cli):
-    """As on a path, without an installed distribution."""
+    """As when the sources are on the path and no distribution is installed."""
     ask = deltacome.importlib.metadata.version
 
     def version(name):

@@ -269,7 +269,7 @@ def test_a_share_in_percent_is_wrong_usage(cli, artifact, pair):
 def test_a_server_without_its_engine_is_refused_first(cli, monkeypatch):
     monkeypatch.setattr("deltacome.vllm.version.importlib.metadata.version", missing_version)
     assert_refused(cli("serve", "/no/base"), "pip install 'deltacome[vllm]'")
-    # This one shows a command for elsewhere.
+    # A dry run prints a command to run elsewhere.
     assert_refused(cli("serve", "/no/base", "--dry-run"), "/no/base")
 
 

@@ -44,7 +44,7 @@ RUNS = {
 
 
 class At:
-    """Where things are; `new` is nowhere yet."""
+    """Where things are; `new` does not exist yet."""
 
     def __init__(self, folder):
         self.base, self.tuned = make_pair("small", folder)
@@ -66,7 +66,7 @@ def at(made, tmp_path):
 
 
 def child(*arguments, code=None, **environment):
-    """The program, or some code in its place, with pipes for a terminal."""
+    """Runs the program, or some code in its place, with pipes instead of a terminal."""
     command = [PROGRAM] if code is None else [sys.executable, "-c", code]
     return subprocess.run(
         [*command, *map(str, arguments)],
@@ -116,7 +116,7 @@ def test_names_on_the_hub_instead_of_folders(cli, at, hub):
     artifact = deltacome.Artifact.open(at.artifact)
     commit = artifact.push_to_hub("org/delta", branch="v1").rpartition("/")[2]
     repo = hub.repos["org/delta"]
-    repo.commit("main", {})  # where there is none
+    repo.commit("main", {})  # holds no artifact
     folder = at.artifact
     for name in ("inspect", "verify", "merge", "export", "generate", "capacity", "eval", "serve"):
         at.artifact = "org/delta@v1"
@@ -129,7 +129,7 @@ def test_names_on_the_hub_instead_of_folders(cli, at, hub):
         at.artifact = folder
         assert code == 1, name
         assert "not an artifact" in err
-    assert commit in out  # vLLM gets a folder
+    assert commit in out  # vLLM is given a folder
     with deltacome.attach(deltacome.base_for(at.base, "org/delta@v1"), "org/delta@v1"):
         pass
 
@@ -250,10 +250,10 @@ def test_progress_is_for_terminals():
     assert "\x1b[3" not in on_a_terminal(code=BARS, NO_COLOR="1").replace("\x1b[3A", "")
     assert on_a_terminal(code=BARS.replace("False", "True")) == ""
     silent = child(code=BARS)
-    assert (silent.stdout, silent.stderr) == ("", "")  # it was over in less than a line takes
+    assert (silent.stdout, silent.stderr) == ("", "")  # it ended before a line was due
 
 
-@pytest.mark.parametrize("quiet", ["False", "True"])  # as --json: stdout stays clean all the same
+@pytest.mark.parametrize("quiet", ["False", "True"])  # as --json: stdout stays clean either way
 def test_a_log_gets_a_line_now_and_then(quiet):
     always = "import deltacome.cli.printing as p; p.LINE_SECONDS = 0"
     logged = child(code=always + BARS.replace("False", quiet))

@@ -1,4 +1,4 @@
-"""What importing a room loads: each runs without Triton and vLLM, and readers without writers."""
+"""What importing a room loads: each needs neither Triton nor vLLM, and readers need no writers."""
 
 import json
 import os
@@ -16,7 +16,7 @@ MODULES = [
         ".__init__"
     )
     for file in sorted(SOURCE.rglob("*.py"))
-    # Kernels' files alone may need Triton; they have tests of their own.
+    # Only kernel files may need Triton; they have tests of their own.
     if not file.name.startswith("triton") and file.parent.name != "vllm"
 ]
 MODULES.remove("deltacome")
@@ -24,7 +24,7 @@ ROOMS = sorted({name.split(".")[1] for name in MODULES})
 WRITERS = ("compression", "methods", "numerics")
 WRITING = tuple(f"deltacome.{room}" for room in WRITERS)
 TOGETHER = {
-    # Rooms that may share a process, as torch takes seconds to load → what must not be loaded.
+    # Rooms that share a process, since torch takes seconds to load → what must not be loaded.
     ("errors", "cli"): ("torch", "transformers", "deltacome.format"),
     ("device", "format", "rows", "chats", "arch", "ops"): (
         "transformers",
@@ -118,7 +118,7 @@ def run(names, never=(), **more):
 
 @pytest.fixture(scope="module")
 def each():
-    """What became of each group of rooms."""
+    """The outcome of each group of rooms."""
     groups = {"": {}, "torch": {}, "transformers": {}}
     for rooms, never in TOGETHER.items():
         names = [name for name in MODULES if name.split(".")[1] in rooms]

@@ -1,4 +1,4 @@
-"""What is declared: distributions that are imported, files that a build depends on."""
+"""What is declared: the distributions that are imported, and the files that a build depends on."""
 
 import ast
 import importlib.util
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOUND_BY_TORCH = {"triton"}
-"""Comes with torch's builds for GPUs, and is asked for before it is imported."""
+"""Comes with torch's GPU builds, and is looked for before it is imported."""
 
 
 def imported():

@@ -1,8 +1,8 @@
-"""The whole way on a real model: base, fine-tune, compress, verify, merge, generate, evaluate.
+"""End to end on a real model: base, fine-tune, compress, verify, merge, generate, evaluate.
 
-It runs the demo as a user would, with a few steps of training: what it checks is that the delta
-stands for the tuned model, whatever that has learnt. Steps and not minutes, which on a busy machine teach
-nothing.
+It runs the demo as a user would, but with few training steps: it checks that the delta stands for the
+tuned model, whatever that has learnt. Training is limited in steps, not minutes, because on a busy
+machine minutes teach nothing.
 """
 
 import json
@@ -33,7 +33,7 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(cli):
-    """Runs a command line that succeeds → stdout."""
+    """Runs a command line that must succeed → stdout."""
 
     def run(*arguments: object) -> str:
         code, out, err = cli(*arguments)

@@ -49,7 +49,7 @@ def test_shards_are_read_as_one(tmp_path):
 
 
 def test_a_single_file_counts_where_an_index_is_left_over(tmp_path):
-    """As in transformers, whose passes would be of another model otherwise."""
+    """As in transformers, whose passes would otherwise be those of another model."""
     folder = sharded(tmp_path / "m")
     assert list(single(folder, a=torch.ones(3)).tensors) == ["a"]
     (folder / "model-00002-of-00003.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Layouts read off module trees: no names of families, and nothing skipped in silence."""
+"""Layouts are read off module trees, without family names and with nothing skipped silently."""
 
 import pytest
 import torch

@@ -1,16 +1,16 @@
-"""Reads mutated artifacts by the thousand and counts what became of each.
+"""Reads mutated artifacts by the thousand and counts the outcomes.
 
     python tests/attacks/fuzz.py --count 100000 --seed 0
     python tests/attacks/fuzz.py --seed 0 --only 4711 --keep work/mutant    # look at one
 
 Reading is what `merge` does: open, check all bytes, rebuild every tuned tensor from the base. A mutant
-may be refused by an error of our own tree or give exactly the original. Where checksums were made to fit
-again (a forgery) it may also give what it says; nothing guards against that but a signature. Whatever
-else happens is a finding: another exception, other values in silence, a read that takes long, much room.
+may be refused with one of our own errors, or give exactly the original. Where the checksums were mended
+(a forgery) it may also give what it says; only a signature guards against that. Anything else is a
+finding: another exception, other values in silence, a slow read, much memory.
 
-The mutations are ours and seeded, one generator for each mutant, so that a count can be repeated and one
-mutant be looked at alone. A fuzzer that is guided by coverage would get further into safetensors' own
-parser, which is not ours to test; the reader here is a few hundred lines of Python.
+The mutations are ours and seeded, with one generator for each mutant, so that a count can be repeated and
+one mutant looked at alone. A coverage-guided fuzzer would get further into safetensors' own parser, which
+is not ours to test; the reader here is a few hundred lines of Python.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from deltacome.runtime import verify
 from deltacome.runtime.merge import tuned_tensor
 
 SECONDS = 5
-"""Of this process's own time: a mutant that takes longer to read has hung the reader."""
+"""Of this process's CPU time: a mutant that takes longer to read has hung the reader."""
 GROWTH = 256 << 20
-"""Bytes that the peak of memory may grow over all mutants."""
+"""Bytes by which peak memory may grow over all mutants."""
 
 
 class Hung(BaseException):
-    """Time is up; not an Exception, so that nobody handles it."""
+    """Time is up; not an Exception, so that no handler catches it."""
 
 
 def main() -> None:
@@ -89,11 +89,11 @@ class Fuzzer:
         for files in self.originals:
             _place(files, self.folder)
             self.expected.append(read(self.folder, self.base))
-        _read_or_refuse(self.folder, self.base)  # so that what is imported late is imported now
+        _read_or_refuse(self.folder, self.base)  # so that late imports happen now
         self._before = _peak()
 
     def growth(self) -> int:
-        """Bytes by which the peak of memory has grown since the originals were read."""
+        """Bytes by which peak memory has grown since the originals were read."""
         return _peak() - self._before
 
     def many(self, numbers: range) -> tuple[Counter[str], list[dict[str, Any]]]:
@@ -110,7 +110,7 @@ class Fuzzer:
         return counts, findings
 
     def one(self, number: int, keep: Path | None = None) -> dict[str, Any]:
-        """What became of one mutant."""
+        """The outcome of one mutant."""
         draw = Random(f"{self.seed}:{number}")
         which = draw.randrange(len(self.originals))
         files: Files = dict(self.originals[which])
@@ -168,7 +168,7 @@ def _read_or_refuse(folder: Path, base: Checkpoint) -> tuple[str, Any]:
         return f"refused: {type(error).__name__}", error
     except Hung:
         return "crash: time is up", ""
-    except Exception as error:  # this is what is looked for
+    except Exception as error:  # this is what the fuzzer looks for
         return f"crash: {type(error).__name__}", error
 
 
@@ -177,7 +177,7 @@ def _time_limit():
     def stop(signum: int, frame: Any) -> None:
         raise Hung
 
-    # Time used, and a long time on the clock for a reader that waits for something.
+    # CPU time, and a long wall-clock time for a reader that waits for something.
     timers = [(signal.ITIMER_PROF, signal.SIGPROF, 2), (signal.ITIMER_REAL, signal.SIGALRM, 60)]
     before = [signal.signal(signum, stop) for _, signum, _ in timers]
     for timer, _, times in timers:

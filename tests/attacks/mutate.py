@@ -1,8 +1,8 @@
 """Ways to spoil an artifact: what disks, downloads and attackers do to its files.
 
-An artifact is a dict of file name → bytes, or `Link` and `Folder` where something else lies there. A
-mutation changes it in place, by draws of a seeded generator. `mend` afterwards makes sizes, checksums and
-index fit again as well as it can: then it is a forgery, and only the reader's own rules stand against it.
+An artifact is a dict of file name → bytes, or `Link` or `Folder` where something other than a file is. A
+mutation changes it in place, with draws from a seeded generator. `mend` then makes sizes, checksums and
+index fit again as well as it can: the result is a forgery, which only the reader's own rules can refuse.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def mutate(files: Files, draw: Random) -> list[str]:
 
 
 def mend(files: Files) -> None:
-    """Makes index, sizes and checksums say what is there, where the files can still be read."""
+    """Makes index, sizes and checksums match the files, where these can still be read."""
     manifest, index = _parsed(files.get(MANIFEST)), _parsed(files.get(INDEX))
     if isinstance(manifest, dict):
         shards, carried = manifest.get("shards"), manifest.get("files")
@@ -127,7 +127,7 @@ def duplicate(files: Files, draw: Random) -> None:
 
 
 def rename(files: Files, draw: Random) -> None:
-    """A file, or what manifest and index call it."""
+    """Renames a file, or what manifest and index call it."""
     name = draw.choice(_shards(files) or sorted(files))
     names = [f"../{name}", f"/tmp/{name}", f"x/{name}", f"{name}\0", "weights.bin", name.upper()]
     to = draw.choice([*names, "delta-00001-of-00002.safetensors", "tokenizer.json"])
@@ -166,7 +166,7 @@ def edit_carried(files: Files, draw: Random) -> None:
 
 
 def declare(files: Files, draw: Random) -> None:
-    """Another shape, plan, dtype, size: the fields that say how many bytes there are."""
+    """Declares another shape, plan, dtype or size: the fields that say how many bytes there are."""
     document = _parsed(files.get(MANIFEST))
     tensors = document.get("tensors") if isinstance(document, dict) else None
     if not isinstance(tensors, dict) or not tensors:
@@ -309,7 +309,7 @@ def _edit(document: Any, draw: Random) -> None:
     if not keys:
         return
     key = draw.choice(keys)
-    # Copies, or a document could come to hold itself, and later mutants depend on earlier ones.
+    # Copies: otherwise a document could contain itself, and later mutants depend on earlier ones.
     value, odd = copy.deepcopy(container[key]), copy.deepcopy(draw.choice(ODD))
     match draw.randrange(6):
         case 0:

@@ -1,4 +1,4 @@
-"""Hostile folders are refused by an error of our own, soon and in little memory, or read as they were."""
+"""Hostile folders are refused with our own errors, soon and in little memory, or read as they were."""
 
 import json
 import os

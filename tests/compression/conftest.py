@@ -4,7 +4,7 @@ from tiny_pairs import make_pair, text_lines
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """Family → folders (base, tuned), made when first asked for. Tests leave them as they are."""
+    """Family → folders (base, tuned), made when first asked for. Tests do not change them."""
 
     class Pairs(dict):
         def __missing__(self, family):

@@ -32,13 +32,13 @@ FAMILIES = {
     "GPT2LMHeadModel": lambda: GPT2Config(
         vocab_size=300, n_embd=64, n_layer=2, n_head=2, n_positions=128, **ENDS
     ),
-    "GPTJForCausalLM": lambda: GPTJConfig(  # whose blocks return tuples; its head has a bias
+    "GPTJForCausalLM": lambda: GPTJConfig(  # blocks return tuples; the head has a bias
         vocab_size=300, n_embd=64, n_layer=3, n_head=2, rotary_dim=16, n_positions=128, **ENDS
     ),
     "Gemma2ForCausalLM": lambda: Gemma2Config(
         **TEXT, head_dim=32, query_pre_attn_scalar=32, sliding_window=8
     ),
-    "MambaForCausalLM": lambda: MambaConfig(  # which multiplies by a linear's weight itself
+    "MambaForCausalLM": lambda: MambaConfig(  # multiplies by a linear's weight itself
         vocab_size=300, hidden_size=64, state_size=8, num_hidden_layers=3, time_step_rank=4, **ENDS
     ),
     "MixtralForCausalLM": lambda: MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2),
@@ -81,7 +81,7 @@ def make(name: str, config, folder: Path, seed: int = 0) -> Path:
 
 
 def moved(weights: dict, seed: int = 1) -> dict:
-    """Every tensor moved a little, matrices by few directions."""
+    """Moves every tensor a little, matrices along few directions."""
     generator = torch.Generator().manual_seed(seed)
     tuned = {}
     for name, w in sorted(weights.items()):
@@ -102,7 +102,7 @@ def make_pair(name: str, folder: Path) -> tuple[Path, Path]:
 
 
 def make_vision(folder: Path) -> tuple[Path, Path]:
-    """A text base, and a vision-language model that was made of it with words added."""
+    """A text base, and a vision-language model made from it with tokens added."""
     config: LlavaConfig = FAMILIES["LlavaForConditionalGeneration"]()
     base = make("LlamaForCausalLM", config.text_config, folder / "base")
     config.text_config.vocab_size += 4

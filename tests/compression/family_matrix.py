@@ -3,7 +3,7 @@
     python tests/compression/family_matrix.py -o docs/results/families.md
 
 The models are the tests' own: tiny, random, of the real configuration classes. A row is written only
-after the attached base gave the merged model's logits and was itself again afterwards.
+after the attached base gave the merged model's logits and, detached, its own again.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def main() -> None:
 
 
 def rows(folder: Path) -> list[list[str]]:
-    """One of each family."""
+    """One row for each family."""
     text = folder / "text.txt"
     text.write_text("\n".join(tiny_pairs.text_lines(8, seed=4)))
     found = []
     for name in tiny_pairs.FAMILIES:
         _, tuned = pair = tiny_pairs.make_pair(name, folder / name)
-        # What is merged has the fine-tune's dtype, and is to be compared without rounding.
+        # Merged weights have the fine-tune's dtype, and are to be compared without rounding.
         tiny_pairs.rewrite(tuned, tiny_pairs.weights_of(tuned), torch.float32)
         found.append(row(*pair, 8, text))
     for name in families.FAMILIES:

@@ -1,4 +1,4 @@
-"""Small models that see, with what each is given of a picture."""
+"""Small vision-language models, with what each is given for a picture."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ TEXT = {
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 IMAGE, BEGIN, END = 290, 291, 292
 CONFIGS = {
-    # Positions in three dimensions, told by a grid for each picture.
+    # Positions in three dimensions, given by a grid for each picture.
     "Qwen2VLForConditionalGeneration": lambda: Qwen2VLConfig(
         text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
         vision_config={
@@ -45,7 +45,7 @@ CONFIGS = {
         image_token_id=IMAGE, vision_start_token_id=BEGIN, vision_end_token_id=END,
         video_token_id=293,
     ),
-    # A picture's tokens look at each other in both directions, and a value for each token tells which.
+    # A picture's tokens attend to each other in both directions; a value for each token marks them.
     "Gemma3ForConditionalGeneration": lambda: Gemma3Config(
         text_config={**TEXT, **WINDOWS, "head_dim": 32, "query_pre_attn_scalar": 32},
         vision_config={
@@ -58,7 +58,7 @@ CONFIGS = {
 
 
 def make_llava(folder: Path) -> tuple[Path, Path]:
-    """A text base, and a vision-language model of it with its processor."""
+    """A text base, and a vision-language model made from it, with its processor."""
     base, tuned = make_vision(folder)
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
@@ -76,7 +76,7 @@ def make_llava(folder: Path) -> tuple[Path, Path]:
 
 
 def make_pair(name: str, folder: Path) -> tuple[Path, Path]:
-    """A base of a family that sees, and a tuned model."""
+    """A base of a vision-language family, and a tuned model."""
     base = make(name, CONFIGS[name](), folder / "base")
     tuned = Path(shutil.copytree(base, folder / "tuned"))
     rewrite(tuned, moved(weights_of(base)), None)

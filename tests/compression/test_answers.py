@@ -1,4 +1,4 @@
-"""Where answers begin, in chats of templates and tokenizers that people have."""
+"""Where answers begin in chats, with the kinds of templates and tokenizers in use."""
 
 import pytest
 from tiny_pairs import make_tokenizer, text_lines
@@ -14,11 +14,11 @@ TEMPLATES = {
     + "<start>{{ m.role }}\n{{ m.content }}<end>\n"
     + ADDED
     + "<start>assistant\n{% endif %}",
-    # Nothing is added where an answer is asked for: it follows the end of the question.
+    # No generation prompt is added: an answer follows the end of the question.
     "inst": TURNS
     + "{% if m.role == 'user' %}<start>[INST] {{ m.content }} [/INST]"
     + "{% else %} {{ m.content }}<end>{% endif %}{% endfor %}",
-    # Marks in plain words, which a tokenizer that marks words by their space splits otherwise when alone.
+    # Marks in plain text, which a tokenizer that marks words by their space splits differently alone.
     "zephyr": TURNS + "<|{{ m.role }}|>\n{{ m.content }}<end>\n" + ADDED + "<|assistant|>\n{% endif %}",
     "closed": TURNS
     + "<|{{ m.role }}|>{{ m.content }}\n"
@@ -39,7 +39,7 @@ CHAT = [
 
 
 def by_spaces():
-    """Words are marked by the space before them, and one is put before the first."""
+    """A tokenizer that marks words by the space before them, and puts one before the first."""
     inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<start>"))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     inner.decoder = decoders.Metaspace()
@@ -87,7 +87,7 @@ def test_the_last_answer_is_found(template, make, tmp_path):
 
 def test_where_it_cannot_be_told_a_warning_says_so(tmp_path):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = TURNS + "{{ m.content }} {% endfor %}"  # nothing is between them
+    tokenizer.chat_template = TURNS + "{{ m.content }} {% endfor %}"  # nothing separates the turns
     tokenizer.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="where answers begin .* cannot be told"):
         first = answers_from(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: prefixes, mixed types, leftovers, merged adapters, quantised bases."""
+"""Checkpoints as users have them: prefixes, mixed types, leftovers, merged adapters, quantised bases."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def test_a_text_model_is_not_the_class_that_the_delta_needs(vision, tmp_path):
 
 @pytest.mark.parametrize("which", ["base", "tuned"])
 def test_names_without_the_model_s_prefix(pairs, which, tmp_path):
-    """As `LlamaModel.save_pretrained` writes them, and GPT-2's own checkpoint has them."""
+    """As `LlamaModel.save_pretrained` writes them, and as in GPT-2's own checkpoint."""
     base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["small"])
     folder = base if which == "base" else tuned
     rewrite(folder, {n.removeprefix("model."): w for n, w in weights_of(folder).items()}, None)
@@ -116,7 +116,7 @@ def test_tables_that_only_one_side_stores(pairs, tmp_path):
 
 
 def test_a_table_in_a_block_is_no_weight_of_it(pairs, text, tmp_path):
-    """As checkpoints of Llama 2's time have them, one in each block."""
+    """Checkpoints of Llama 2's time have one in each block."""
     base, tuned = pairs["small"][0], copy_of(pairs["small"][1], tmp_path / "tuned")
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(16)}
     rewrite(tuned, weights_of(tuned) | table, None)
@@ -175,11 +175,11 @@ def test_a_tied_head_that_is_stored_all_the_same(pairs, text, tmp_path):
     options = {"ratio": 3, "calibration": text, "samples": 4, "seq_len": 12}
     artifact = compress(base, tuned, tmp_path / "delta", method=Adaptive(distill=2), **options)
     head, embedding = (artifact.blob(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-    assert torch.equal(head, embedding)  # what is found for one is the other's: they are one weight
+    assert torch.equal(head, embedding)  # one weight: what is found for one holds for the other
 
 
 def test_a_padded_vocabulary(pairs, tmp_path):
-    """Rows up to a multiple of 64, zeros, as trainers add them."""
+    """Rows of zeros up to a multiple of 64, as trainers add them."""
     base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["small"])
     weights = weights_of(tuned)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -193,7 +193,7 @@ def test_a_padded_vocabulary(pairs, tmp_path):
 
 
 def test_an_adapter_that_was_merged_in(pairs, tmp_path):
-    """The delta of a LoRA of rank 3 is all but found by as many directions, the rest the same."""
+    """Three directions capture nearly all of a rank-3 LoRA's delta; the other tensors stay the same."""
     base = pairs["small"][0]
     tuned = copy_of(base, tmp_path / "tuned")
     generator = torch.Generator().manual_seed(0)
@@ -216,7 +216,7 @@ def test_an_adapter_that_was_merged_in(pairs, tmp_path):
 
 
 class FourBits(nn.Module):
-    """A linear whose weight is held as 4-bit codes under other names, as quantisers' linears are."""
+    """A linear that holds its weight as 4-bit codes under other names, as quantisers' linears do."""
 
     def __init__(self, linear):
         super().__init__()
@@ -273,7 +273,7 @@ def test_another_base_is_refused_though_it_is_quantised(pairs, tmp_path):
 
 
 def test_a_delta_against_a_quantised_base(pairs, tmp_path):
-    """Taken against the 4-bit values: right on those, refused on the 16-bit ones."""
+    """A delta taken against the 4-bit values is right on those, and refused on the 16-bit ones."""
     base, tuned = pairs["small"]
     model = quantised(base)
     weights = weights_of(base)

@@ -1,4 +1,4 @@
-"""The promise about bytes: predicted, met, and refused with the table that shows why."""
+"""The promised bytes: predicted, met, or refused with the table that shows why."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_overhead_is_predicted(tmp_path, layers):
     planned = with_plans(manifest, plans)
     terms = sum(record.nbytes() for record in planned.records.values())
     predicted = terms + overhead_nbytes(planned)
-    # Shard names and digests are not in a manifest without shards; the rest is digits.
+    # A manifest without shards lacks their names and digests; the other differences are digits.
     assert predicted == pytest.approx(artifact.bytes_on_disk(), abs=250 + 30 * layers)
     assert predicted == pytest.approx(artifact.bytes_on_disk(), rel=0.01)
 
@@ -140,7 +140,7 @@ def test_what_is_exact_is_held_to_a_ratio_where_nothing_is_compressed():
 
 
 def test_plans_that_leave_matrices_out_settle():
-    """The fewer matrices, the less around them, and the more bytes: such plans may not swing forever."""
+    """Fewer matrices need less overhead, which leaves more bytes: such plans must not swing forever."""
     manifest, matrices = manifest_of(layers=8, size=64)
     shapes = {name: Matrix(manifest.records[name].bands_shape, unread) for name in matrices}
 

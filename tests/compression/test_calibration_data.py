@@ -122,7 +122,7 @@ def test_blank_lines_and_rare_line_separators_are_no_lines(tuned, tmp_path):
 )
 def test_malformed_objects_are_refused_by_line(tuned, tmp_path, content, reason):
     (tmp_path / "c.jsonl").write_text(content)
-    strict = tmp_path / "strict"  # its template refuses what lacks a role
+    strict = tmp_path / "strict"  # its template refuses messages without a role
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(strict)
@@ -214,7 +214,7 @@ def test_self_is_written_in_what_this_cpu_is_fast_at(tuned, tmp_path, monkeypatc
 
 
 def test_self_is_written_as_the_model_is(tuned, tmp_path):
-    """Not as its makers have it generate: without a penalty of what was said before, for one."""
+    """Not with its makers' generation settings: without a repetition penalty, for example."""
     shutil.copytree(tuned, tmp_path / "t")
     file = tmp_path / "t" / "generation_config.json"
     said = json.loads(file.read_text()) if file.exists() else {}
@@ -234,7 +234,7 @@ def test_self_without_a_template(plain, pairs):
 
 
 def test_plain_text_beside_a_template_has_its_special_tokens(tmp_path):
-    # Whether a text is a chat, which brings its own special tokens, is a matter of each text.
+    # Whether a text is a chat, which brings its own special tokens, is decided for each text.
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<start> $A", special_tokens=[("<start>", 1)]

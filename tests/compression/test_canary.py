@@ -1,4 +1,4 @@
-"""What an artifact says its model says is what the merged model says."""
+"""The outputs that an artifact records for its model are those of the merged model."""
 
 import json
 
@@ -37,13 +37,13 @@ def test_it_is_the_compressed_models(family, pairs, tmp_path):
     base, tuned = pairs[family]
     artifact = compress(base, tuned, tmp_path / "a", ratio=24, calibration="none")
     canary = check(base, artifact, tmp_path / "m")
-    for other in (base, tuned):  # which this ratio tells from both
+    for other in (base, tuned):  # at this ratio it differs from both
         assert canary.distance(logprobs_of(other, list(canary.ids))) > 0.05
 
 
 @pytest.mark.parametrize("name", ["small", "PhiForCausalLM"])
 def test_rows_added_to_what_did_not_change_else(name, pairs, tmp_path):
-    """The rest is the base's, so that nothing of it is packed; Phi's head has a bias besides."""
+    """Their other rows are the base's, so that nothing of them is packed; Phi's head also has a bias."""
     if name == "small":
         base = pairs[name][0]
     else:
@@ -76,7 +76,7 @@ def test_calibrated_and_with_a_grown_vocabulary(pairs, text, tmp_path):
 
 
 class Shifted(LlamaForCausalLM):
-    """With a saved buffer outside of its blocks, as statistics of a vision tower are."""
+    """A Llama with a saved buffer outside its blocks, like the statistics of a vision tower."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -87,11 +87,11 @@ class Shifted(LlamaForCausalLM):
         return output + self.model.shift
 
 
-Shifted.__name__ = "LlamaForCausalLM"  # configurations name it so
+Shifted.__name__ = "LlamaForCausalLM"  # its name in configurations
 
 
 def test_a_saved_buffer_outside_of_blocks(pairs, text, tmp_path, monkeypatch):
-    # Which module object `transformers` is hangs on what was imported first.
+    # Which module object `transformers` is depends on what was imported first.
     monkeypatch.setattr(skeleton.transformers, "LlamaForCausalLM", Shifted)
     shifted = []
     for folder in pairs["llama"]:

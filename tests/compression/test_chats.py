@@ -1,4 +1,4 @@
-"""Templates of models that see may take text in parts alone; what is said must reach the model."""
+"""Templates of vision-language models may take text only in parts; what is said must reach the model."""
 
 import pytest
 from tiny_pairs import make_tokenizer

@@ -1,4 +1,4 @@
-"""From two checkpoints to a folder: sources, plans, kinds of tensors, and what is said of them."""
+"""From two checkpoints to a folder: sources, plans, kinds of tensors, and what is reported of them."""
 
 import json
 import shutil
@@ -111,7 +111,7 @@ def test_side_files(pairs, tmp_path):
     base, tuned = pairs["llama"]
     tuned = copy_of(tuned, tmp_path / "tuned")
     (tuned / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    (tuned / "tokenizer").mkdir()  # a folder is no file to carry
+    (tuned / "tokenizer").mkdir()  # a folder is not a file to carry
     run((base, tuned), tmp_path / "a", ratio=8, calibration="none")
     names = {file.name for file in (tmp_path / "a").iterdir()}
     assert names == {
@@ -127,12 +127,12 @@ def test_side_files(pairs, tmp_path):
     assert (tmp_path / "a" / "tuned_config.json").read_bytes() == config
     card = (tmp_path / "a" / "README.md").read_text()
     assert card.startswith("---\n")
-    assert "base_model:" not in card  # a folder of one machine is no link
+    assert "base_model:" not in card  # a local folder is not a link
     assert str(tmp_path) not in card
 
 
 def test_side_files_that_the_tuned_model_lacks(pairs, tmp_path):
-    """A template of the base's in a file of its own would win over one in `tokenizer_config.json`."""
+    """A template file of the base would win over a template in `tokenizer_config.json`."""
     base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["llama"])
     (base / "chat_template.jinja").write_text("of the base")
     (tuned / "chat_template.jinja").unlink()
@@ -328,7 +328,7 @@ def test_dead_inputs(pairs, sources, tmp_path):
 
 
 def test_a_delta_on_dead_inputs_alone(pairs, sources, tmp_path):
-    # Nothing of this delta reaches the outputs: 0 / 0 or x / 0 must not break what is said of it.
+    # Nothing of this delta reaches the outputs: 0 / 0 or x / 0 must not break its reported error.
     name = "model.layers.0.mlp.down_proj.weight"
 
     def copies():

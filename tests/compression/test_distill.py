@@ -1,4 +1,4 @@
-"""Distillation looks at tokens that count alone: what they get is what the whole model says of them."""
+"""Distillation looks only at tokens that count: they get the logits that the whole model gives them."""
 
 import families
 import pytest
@@ -40,7 +40,7 @@ def test_logits_of_tokens_that_count(model):
     torch.testing.assert_close(got, torch.cat(wanted), **close)
     tuned = _Tuned(model, first)
     torch.testing.assert_close(tuned.logits(ROWS[:2]), torch.cat(wanted[:2]), **close)
-    # One that is kept, one that is new, in another order.
+    # One row that is kept and one that is new, in another order.
     torch.testing.assert_close(tuned.logits(ROWS[2:0:-1]), torch.cat(wanted[2:0:-1]), **close)
     # The model is as it was.
     torch.testing.assert_close(

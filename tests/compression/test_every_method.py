@@ -1,4 +1,4 @@
-"""Each method through the whole way: ratio on disk, manifest, attach equals merge, resumed bytes."""
+"""Each method end to end: ratio on disk, manifest, attach equals merge, resumed bytes."""
 
 from dataclasses import replace
 from functools import partial
@@ -153,7 +153,7 @@ def test_a_kept_sweep_serves_other_ratios(pairs, artifacts, text, tmp_path, monk
 
 
 def test_a_kept_sweep_serves_no_other_rows(pairs, tmp_path, monkeypatch):
-    """What `self` writes depends on the machine, which nothing else tells."""
+    """What `self` writes depends on the machine, and nothing else shows that."""
     folders = []
 
     def note(run, method, folder, rows):

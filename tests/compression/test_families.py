@@ -1,4 +1,4 @@
-"""Families differ in biases, norms, fused and tied matrices, windows: no code knows of it."""
+"""Families differ in biases, norms, fused and tied matrices and windows, and no code knows of it."""
 
 from dataclasses import dataclass
 from unittest.mock import patch

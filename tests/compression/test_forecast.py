@@ -1,4 +1,4 @@
-"""What is said before a run is what the run then gives."""
+"""What is forecast before a run is what the run then gives."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def test_configurations_are_enough(name, tmp_path):
     whole = quick((base, tuned), ratios=(3,))
     for folder in (base, tuned):
         (folder / "model.safetensors").unlink()
-    if "Moe" in name or "Mixtral" in name:  # whose matrices only a checkpoint separates
+    if "Moe" in name or "Mixtral" in name:  # only a checkpoint separates their matrices
         with pytest.raises(CheckpointError, match=r"base: expected weight files.*experts.gate"):
             quick((base, tuned))
         return

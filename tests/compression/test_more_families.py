@@ -73,7 +73,7 @@ def test_merged_is_base_plus_terms(compressed):
             delta = dense(compressed.artifact.bands(name))
             delta = delta.T if record.transposed else delta
             expected = base[name] + delta
-            # It is the tuned matrix that comes back, not its transpose or another's.
+            # The tuned matrix comes back, not its transpose or another matrix.
             wanted = tuned[name] - base[name]
             assert (delta - wanted).norm() < 0.8 * wanted.norm(), name
         assert torch.equal(merged[name], expected), name
@@ -143,7 +143,7 @@ def test_singular_values_are_distilled_where_weights_lie_otherwise(name, pairs, 
 
 
 def test_adaptive_refuses_what_text_does_not_reach_before_it_runs(pairs, tmp_path):
-    """Positions of GPT-2, and the tower of a model that sees."""
+    """GPT-2's position embeddings, and the tower of a vision-language model."""
     for name in ("GPT2LMHeadModel", "LlavaForConditionalGeneration"):
         seen = []
         with pytest.raises(UnsupportedError, match=r"adaptive: \d+ matrices are not reached"):
@@ -161,7 +161,7 @@ def test_adaptive_refuses_what_text_does_not_reach_before_it_runs(pairs, tmp_pat
 
 
 def test_a_tied_head_that_is_stored_by_its_own_name_is_distilled(text, tmp_path):
-    """As safetensors writes it where it may choose one of two names."""
+    """As safetensors writes it where it can choose between two names."""
     base, tuned = tiny_pairs.make_pair("llama-tied", tmp_path)
     for folder in (base, tuned):
         weights = weights_of(folder)
@@ -259,7 +259,7 @@ def test_a_forward_of_experts_that_somebody_replaced(pairs, tmp_path):
     own = experts.forward = experts.forward
     with pytest.raises(UnsupportedError, match=r"the forward of this .*Experts was replaced"):
         attach(model, artifact)
-    experts._hf_hook = object()  # accelerate's, which moves what a layer is given
+    experts._hf_hook = object()  # accelerate's hook, which moves a layer's inputs
     before = logits(model)
     with attach(model, artifact):
         assert not torch.equal(logits(model), before)

@@ -40,7 +40,7 @@ def vision(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Chats with a picture in both ways to write them, chats without, and texts."""
+    """Chats with pictures, written in both ways, chats without, and texts."""
     folder = tmp_path_factory.mktemp("pictures")
     lines, words = [], text_lines(8)
     for i, colour in enumerate(["red", "green", "blue", "white"]):
@@ -60,7 +60,7 @@ def rows(vision, source):
 
 
 def told(row):
-    """What a model is called with for one row."""
+    """The arguments that a model is called with for one row."""
     return {"input_ids": torch.tensor([row.ids]), **row.seen}
 
 
@@ -68,12 +68,12 @@ def picture_token(tuned):
     return read_config(tuned).image_token_id
 
 
-# --- families, by rows that are made by hand -----------------------------------------------------
+# --- families, on rows made by hand ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["Llava", *CONFIGS])
 def seeing(request, tmp_path_factory):
-    """Base and tuned of a family, and rows."""
+    """The base and tuned model of a family, and rows."""
     if request.param == "Llava":
         pair = request.getfixturevalue("vision")
         return pair, request.getfixturevalue("rows")
@@ -116,7 +116,7 @@ def test_logits_are_those_of_the_model_that_sees(seeing):
 
 
 def test_a_picture_s_tokens_are_no_words(seeing):
-    """No error of the embedding reaches them, and no model is asked to say them."""
+    """No error of the embedding reaches them, and no model is asked to predict them."""
     pair, rows = seeing
     run, found = run_of(pair), {}
     token = run.model.config.image_token_id
@@ -175,7 +175,7 @@ def test_rows_are_what_the_processor_makes(vision, rows):
         assert set(row.seen) == ({"pixel_values"} if pictures else set())
         if pictures:
             assert row.seen["pixel_values"].shape == (pictures, 3, SIZE, SIZE)
-    # A chat is told from its opening, as one without pictures is.
+    # A chat is recognised by its opening, like one without pictures.
     first, tokenizer = answers_from(tuned), AutoTokenizer.from_pretrained(tuned)
     answers = {tokenizer.decode(row.ids[first(row.ids) + 1 :]) for row in rows if first(row.ids)}
     assert answers >= {"red<end>", "green<end>", "blue<end>", "white<end>", "red, blue<end>"}

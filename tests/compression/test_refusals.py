@@ -1,4 +1,4 @@
-"""Bad input is refused with the tensor or file named, no output, and the inputs as they were."""
+"""Bad input is refused with the tensor or file named, no output, and the inputs unchanged."""
 
 import errno
 import json
@@ -288,7 +288,7 @@ def test_calibration_text_that_is_not_there(refused, pair, tmp_path):
     steps = []
     options = {"method": PrinMix(), "progress": steps.append}
     refused(*pair, CalibrationError, "found none", calibration=str(tmp_path / "c.txt"), **options)
-    assert not steps  # its plans take an SVD of every matrix
+    assert not steps  # refused before the SVDs of its plans
 
 
 def test_rows_longer_than_the_model_has_positions_for(refused, tmp_path):
@@ -313,7 +313,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(refused, pair, tmp_path):
 
 
 def test_inputs_that_overflow(refused, pair, text):
-    # Finite weights whose products are not: named by the linear that they reach.
+    # Finite weights whose products are not finite: the error names the linear that these reach.
     weight = weights_of(pair[1])["model.layers.0.mlp.up_proj.weight"]
     huge = torch.full_like(weight, 3e38)
     for folder in pair:

@@ -1,4 +1,4 @@
-"""An interrupted run is continued to the same bytes, or refused; nothing is mixed in silence."""
+"""An interrupted run is continued to the same bytes, or refused; nothing is mixed silently."""
 
 import errno
 import importlib.metadata
@@ -28,7 +28,7 @@ QUICK = {"ratio": 4, "samples": 6, "seq_len": 12}
 
 
 class Killed(Exception):
-    """Not an error of the package: what an interrupt or a fault looks like to it."""
+    """Not an error of the package: stands for an interrupt or a fault."""
 
 
 def stop_at(phase, done, detail=None):
@@ -167,7 +167,7 @@ def test_another_option_is_refused_by_name(pairs, text, unfinished, name, value)
 
 
 def test_another_number_of_threads_is_refused(pairs, text, unfinished, monkeypatch):
-    # Not set for real: tests after this one would run with them.
+    # Not really set: the tests after this one would run with them.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(OutputError, match="cannot be resumed: threads was 1, is now 2"):
         compress(*pairs["small"], unfinished, resume=True, calibration=text, **QUICK)
@@ -266,7 +266,7 @@ def test_damaged_rows_and_scalars_are_refused(pairs, text, file, tmp_path):
 
 
 def test_kills_at_random_moments(pairs, text, tmp_path):
-    """A few of the fifty of benchmarks/resume.py, in a process of its own: it forks."""
+    """A few of the fifty kills of benchmarks/resume.py, in a separate process because it forks."""
     options = ["--kills", "3", "--scratch", tmp_path]
     options += ["--compress", json.dumps({"calibration": text, **QUICK})]
     command = [sys.executable, BENCHMARKS / "resume.py", *pairs["small"], *options]
@@ -332,7 +332,7 @@ def test_a_merge_does_not_throw_an_unfinished_compression_away(pairs, text, unfi
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.9])
 def test_files_that_may_not_grow_further(pairs, text, whole, share, tmp_path):
-    """A real limit of the system, met at different files: refused, and continued once there is room."""
+    """A real system limit, hit at different files: refused, and continued once there is room."""
     out = tmp_path / "a"
     limit = int(share * max(map(len, whole[text].values())))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

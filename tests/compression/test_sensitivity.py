@@ -49,7 +49,7 @@ def whole(folder, stream, first=lambda row: 0):
         ]
         logits = model(input_ids=batch.ids).logits.float()[counts]
         p = logits.detach().softmax(-1)
-        # A row of text weighs one, however many of its tokens count, an answer more.
+        # A row of text weighs one, however many of its tokens count; an answer weighs more.
         weights = [
             ANSWER if first(one[real].tolist()) else 1.0
             for one, real in zip(batch.ids, valid, strict=True)
@@ -57,7 +57,7 @@ def whole(folder, stream, first=lambda row: 0):
         shares = torch.cat(
             [torch.full((int(n),), w / int(n)) for n, w in zip(counts.sum(1), weights, strict=True)]
         )[:, None]
-        # A token of which the model is sure counts for more; but not where the head itself is weighed.
+        # A token that the model is sure of counts for more, but not where the head itself is weighed.
         lifted = shares * (p - p * p).sum(1, keepdim=True).sqrt()
         soft = (logits.detach() / TEMPERATURE).softmax(-1)
         signs = 2.0 * torch.randint(0, 2, p.shape, generator=draw) - 1
@@ -151,7 +151,7 @@ def test_a_diagonal_is_that_of_the_gram(pairs):
 
 
 def test_no_gram_is_of_the_vocabulary(pairs, monkeypatch):
-    """One of Gemma's would have 275 GB."""
+    """One of Gemma's would take 275 GB."""
     sizes = []
 
     class Noted(sensitivity.Gram):
@@ -204,5 +204,5 @@ def test_random_signs_average_to_the_fisher_information():
     r = sensitivity._root(p, torch.Generator().manual_seed(0))
     got, expected = r.T @ r / len(r), p[0].diag() - torch.outer(p[0], p[0])
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
-    # The rare word too: a single draw from p would meet it once in ten thousand.
+    # The rare token too: a single draw from p would meet it once in ten thousand.
     torch.testing.assert_close(got.diagonal(), expected.diagonal(), rtol=0.02, atol=0)

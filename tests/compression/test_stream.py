@@ -158,7 +158,7 @@ def test_exact_deltas_give_the_tuned_model_s_hidden_states(pairs, family, tmp_pa
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_model_that_does_something_between_its_blocks_is_refused(pairs, block):
-    """As some that see do with their pictures: run one by one, blocks would get something else."""
+    """As some vision-language models do with pictures; blocks run one by one would get something else."""
     folder = pairs["llama"][1]
     model = make_skeleton(read_config(folder), torch.float32, folder)
     model.model.layers[block].register_forward_hook(lambda module, args, output: output + 1)

@@ -84,7 +84,7 @@ def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def fine_tune(weights: dict, *, rank: int = 4, size: float = 0.2, seed: int = 1) -> dict:
-    """Every tensor moves: matrices by a few directions that fall steeply and some noise."""
+    """Moves every tensor: matrices along a few directions that fall steeply, with some noise."""
     generator = torch.Generator().manual_seed(seed)
     tuned = {}
     for name, w in sorted(weights.items()):
@@ -146,7 +146,7 @@ def write_jsonl(file: Path, items: list) -> str:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its content."""
+    """Every file below a folder → its content."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))

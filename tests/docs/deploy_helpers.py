@@ -1,4 +1,4 @@
-"""What the files of examples/deploy say: the commands that they start, the metrics that they ask for."""
+"""What the files of examples/deploy hold: the commands that they start and the metrics they query."""
 
 import json
 import re
@@ -16,7 +16,7 @@ def load(file):
 
 
 def serve_commands():
-    """File → the arguments of `deltacome serve` in it."""
+    """File → its arguments of `deltacome serve`."""
     (compose,), (deployment,) = load("compose.yaml"), load("kubernetes/deployment.yaml")
     unit = (DEPLOY / "deltacome.service").read_text().splitlines()
     (started,) = [line for line in unit if line.startswith("ExecStart=")]
@@ -30,7 +30,7 @@ def serve_commands():
 
 
 def asked_metrics():
-    """Names of samples in the queries of dashboard and alerts."""
+    """Sample names in the queries of the dashboard and the alerts."""
     dashboard = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
     queries += [variable["query"] for variable in dashboard["templating"]["list"]]

@@ -1,16 +1,16 @@
-"""Every code block of README and docs is run, on a tiny random pair in the place of the folders it names.
+"""Runs every code block of README and docs, with a tiny random pair in place of the folders it names.
 
 A page is run from top to bottom in a folder of its own. What is real and what is not:
 
-- `python`: run as it stands; of calibration text there is little.
+- `python`: run as it stands, with little calibration text.
 - `bash`: a command of ours is run in this process, `compress` with little calibration text, `serve` with
   `--dry-run`, a page that names `org/name` against a stand-in of the Hub. A script of the repository
-  parses its arguments and stops there, `python -c` is compiled. Of `pip install` the extras and pins must
-  exist, of `make` the target. What is for vLLM is parsed by it in tests/vllm/test_command_lines.py. What
-  a shell does for itself (SHELL) is taken on trust, and a command that none of this knows fails.
+  parses its arguments and stops there, `python -c` is compiled. The extras and pins of `pip install` and
+  the target of `make` must exist. tests/vllm/test_command_lines.py has vLLM parse its own commands. What
+  a shell does itself (SHELL) is taken on trust, and any other command fails.
 - `text` is output; `hex` and `json` are the example of format.md, for tests/format/test_format_doc.py.
-- A block behind `<!-- skip: next "reason" -->` is not run. NOT_RUN counts them; their commands of ours
-  are parsed all the same.
+- A block after `<!-- skip: next "reason" -->` is not run. NOT_RUN counts these; our commands in them are
+  still parsed.
 """
 
 import argparse
@@ -72,7 +72,7 @@ STANDS_IN = {
         "work/sums/heldout.jsonl": QUESTIONS,
     },
 }
-"""What the folders and files are that a page names and does not make."""
+"""What stands in for the folders and files that a page names but does not make."""
 NOT_RUN = {
     "README.md": 1,
     "docs/compress.md": 1,
@@ -80,7 +80,7 @@ NOT_RUN = {
     "docs/tutorial.md": 1,
     "examples/deploy/README.md": 3,
 }
-"""Blocks behind a reason, by page."""
+"""The number of blocks skipped with a reason, by page."""
 LANGUAGES = {"bash", "python", "text"}
 OF_THE_FORMAT = {"hex", "json delta", "json tuned", "json header", "json manifest"}
 QUICK = {"samples": 4, "seq_len": 16}
@@ -102,7 +102,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture
 def stage(kept, tmp_path, monkeypatch):
-    """Makes the folder in which a page is run, and goes there."""
+    """Makes the folder in which a page is run, and enters it."""
 
     def enter(page):
         for name, kind in STANDS_IN.get(page, {}).items():
@@ -119,7 +119,7 @@ def stage(kept, tmp_path, monkeypatch):
 
 
 def blocks_of(page, run):
-    """The blocks of a page, and what skips some of them; `run` takes the text of a `bash` block."""
+    """The blocks of a page, and the markers that skip some; `run` takes the text of a `bash` block."""
     parsers = [SkipParser(), PythonCodeBlockParser()]
     parsers.append(CodeBlockParser("bash", lambda example: run(example.parsed)))
     return list(Sybil(parsers).parse(ROOT / page).examples())
@@ -212,11 +212,11 @@ def parse_command(words):
 
 
 class Parsed(Exception):
-    """Arguments were taken."""
+    """The arguments were parsed."""
 
 
 def parse_script(script, arguments, monkeypatch):
-    """Runs a script until it has parsed its arguments; one without any has to exist."""
+    """Runs a script until it has parsed its arguments; one that takes none only has to exist."""
     if "ArgumentParser" not in script.read_text():
         assert not arguments
         return

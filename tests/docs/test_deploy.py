@@ -1,6 +1,6 @@
-"""Deployments: their commands are taken, their files exist, their metrics are ones that somebody counts.
+"""Deployments: their commands parse, their files exist, and the metrics they query are exported.
 
-The tools that know these kinds of files look at them in examples/deploy/check.py.
+examples/deploy/check.py runs the tools that know these kinds of files.
 """
 
 import ast

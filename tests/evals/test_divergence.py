@@ -60,7 +60,7 @@ def test_the_head_is_asked_about_what_is_compared_alone(model):
     hook = head.register_forward_hook(lambda module, inputs, out: asked.append(out.shape[1]))
     record(model, ROWS[1:], batch_size=2)
     hook.remove()
-    assert asked == [6]  # of seven positions: none is compared at the first
+    assert asked == [6]  # of seven positions: the first is never compared
 
 
 def test_mean_is_over_the_compared_positions_only(model):
@@ -178,7 +178,7 @@ def test_unreadable_and_empty_text_is_refused(tmp_path):
 
 
 def test_rows_of_different_lengths_do_not_share_a_pass(model):
-    """A short prompt in the pass of a long one would have the head answer for all of the long one."""
+    """With a short prompt in a long one's pass, the head would have to answer for all of the long one."""
     asked = []
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, out: asked.append(out.shape[:2]))
@@ -189,7 +189,7 @@ def test_rows_of_different_lengths_do_not_share_a_pass(model):
     other = make_model(vocabulary(model), seed=1)
     found = by_row(other, reference)
     assert [n for _, n in found] == [2, 2, 2, 2]
-    for row, (kl, _) in zip(rows, found, strict=True):  # each in its place
+    for row, (kl, _) in zip(rows, found, strict=True):  # in order
         assert kl == pytest.approx(by_row(other, record(model, [row]))[0][0], rel=1e-3)
 
 

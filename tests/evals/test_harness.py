@@ -69,7 +69,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    # The harness's own tasks are thousands of files: the command's test alone has them listed.
+    # The harness's own tasks are thousands of files: only the command's test has them listed.
     manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -96,7 +96,7 @@ def test_a_delta_gets_what_the_tuned_model_gets(models, tasks):
     assert choices[1] == choices[2] != choices[0]
     share, errors = choices[0], of_base["local_choices"]
     assert errors["acc_stderr,none"] == pytest.approx((share * (1 - share) / 23) ** 0.5)
-    assert errors["acc_norm_stderr,none"] >= 0  # by resampling, of which it prints
+    assert errors["acc_norm_stderr,none"] >= 0  # by resampling, about which it prints
     assert of_delta["local_answers"] == of_tuned["local_answers"]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(harness_table(result))
@@ -104,7 +104,7 @@ def test_a_delta_gets_what_the_tuned_model_gets(models, tasks):
 
 
 def test_right_answers_count(models, tasks):
-    # What greedy decoding of our own says is what the harness must find right.
+    # The harness must find the answers of our own greedy decoding right.
     base, tokenizer = models[0], make_tokenizer()
     model = load_model(base, "cpu", "float32")
     lines = []

@@ -1,4 +1,4 @@
-"""Questions with pictures: to a model that sees, to its delta, and to those that do not."""
+"""Questions with pictures: to a vision-language model, to its delta, and to those that do not see."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def family(request, tmp_path_factory):
 
 
 def logits(model, row):
-    """Of one row alone, at every position, without a cache."""
+    """The logits of one row alone, at every position, without a cache."""
     with torch.inference_mode():
         ids = torch.tensor([row.ids])
         return model(input_ids=ids, use_cache=False, **row.seen).logits[0]
@@ -85,7 +85,7 @@ def test_divergence_is_that_of_each_row_alone(family):
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory):
-    """A text base, a model of it that sees, and the delta."""
+    """A text base, a vision-language model made from it, and the delta."""
     folder = tmp_path_factory.mktemp("vision")
     base, tuned = make_llava(folder)
     return base, tuned, compress(base, tuned, folder / "delta", ratio=1.3, calibration="none").path
@@ -101,7 +101,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(vision, pictures):
-    """What the tuned model says of one picture, of two, and without any."""
+    """A task file of what the tuned model says of one picture, of two, and without any."""
     _, tuned, _ = vision
     model, processor = load(tuned), load_processor(tuned)
     files = [pictures / f"{colour}.png" for colour in COLOURS]
@@ -121,7 +121,7 @@ def test_a_delta_is_measured_as_the_tuned_model_is(vision, task):
     result = evaluate(base, tuned=tuned, deltas=[delta], task=str(task), **QUICK)
     of_base, of_tuned, of_delta = result["models"]
     assert of_tuned["score"] == 1
-    assert of_base["score"] is of_base["kl_task"] is None  # it has no eyes
+    assert of_base["score"] is of_base["kl_task"] is None  # it takes no pictures
     assert of_base["kl_text"] > 0
     assert of_delta["score"] > 0.5
     assert 0 < of_delta["kl_task"] < 0.05

@@ -37,7 +37,7 @@ def questions(tmp_path, *answers):
 
 @pytest.fixture
 def _attach_swaps_weights(monkeypatch):
-    """A delta here is a folder with the name of a dense checkpoint to put in its place."""
+    """A delta here is a folder that names a dense checkpoint to load in its place."""
 
     @contextmanager
     def attach(model, artifact):
@@ -105,7 +105,7 @@ def test_table_of_base_tuned_and_deltas(tmp_path):
         assert 0 < rows["other"][f"{kl}_error"] < rows["other"][kl]
     said = [rows["other"][key] for key in ("artifact", "method", "bytes", "ratio")]
     assert said == ["abc", "swap", 1000, 16.0]
-    # The base comes before the deltas, and must not see them; the last delta, not the first.
+    # The base runs before the deltas and must not be affected by them, nor the last delta by the first.
     alone = run(base, task, tuned=tuned, n=3)["models"]
     assert alone == [rows["base"], rows["tuned"]]
     reverse = run(base, task, tuned=tuned, deltas=deltas[::-1], n=3)["models"]

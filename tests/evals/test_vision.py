@@ -1,4 +1,4 @@
-"""A vision-language model that was made of a text base, asked without pictures."""
+"""A vision-language model made from a text base, asked without pictures."""
 
 import sys
 from pathlib import Path

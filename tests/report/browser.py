@@ -1,9 +1,9 @@
-"""A page in headless Chromium at the widths of a phone and of a desktop, in light and in dark.
+"""A page in headless Chromium at the widths of a phone and a desktop, in light and in dark.
 
     python tests/report/browser.py report.html [--pictures FOLDER]
 
-Measured in the browser: whether anything is wider than the page, texts of figures that leave their figure
-or cover each other, letters too small to read, and what the console says.
+Measured in the browser: whether anything is wider than the page, figure texts that leave their figure or
+cover each other, letters too small to read, and what the console says.
 """
 
 import argparse
@@ -20,7 +20,7 @@ BROWSER = next(
 )
 WIDTHS = {"phone": 390, "desktop": 1280}
 SMALLEST = 9
-"""Pixels of a letter's font in a figure."""
+"""The smallest font size in a figure, in pixels."""
 POLICY = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
 PROBE = """<script>
 const boxes = [], out = {wide: [], clipped: [], covered: [], small: [], width: innerWidth};
@@ -73,7 +73,7 @@ def measure(page, width):
     assert after, "the page forbids scripts and network"
     probed = text.replace(POLICY, '<meta name="probed" content="')
     probed = probed.replace("</body>", PROBE.replace("SMALLEST", str(SMALLEST)) + "</body>")
-    # A window cannot be as narrow as a phone everywhere; a frame in it can.
+    # Not every system's windows can be as narrow as a phone; a frame in one can.
     style = f"width: {width}px; height: 900px; border: 0"
     frame = f'<iframe style="{style}" srcdoc="{html.escape(probed)}"></iframe>'
     with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:

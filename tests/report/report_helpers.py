@@ -1,4 +1,4 @@
-"""Artifacts of random codes with names as models have them, and what `eval --json` prints."""
+"""Artifacts of random codes with a model's tensor names, and what `eval --json` prints."""
 
 import json
 
@@ -31,9 +31,9 @@ def matrix(name, packed, error=None):
 
 
 def save(folder, names, *, terms="bands", errors=True, group_size=32, dropped=()):
-    """An artifact of packed matrices with these names, and a norm that is stored exactly; those that are
-    `dropped` have no term.
+    """An artifact of packed matrices with these names, and a norm that is stored exactly.
 
+    Those that are `dropped` have no term.
     Returns it with the dense part of every band direction: name → float32 (directions, out, in).
     """
     records, entries, parts = [], {}, {}

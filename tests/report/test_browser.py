@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing sticks out, is covered, or too small, and the console is silent."""
+"""The page in a real browser: nothing sticks out, is covered or is too small; the console is silent."""
 
 import pytest
 from browser import BROWSER, WIDTHS, measure

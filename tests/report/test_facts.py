@@ -1,4 +1,4 @@
-"""The numbers of a report, against bytes and matrices that are computed another way."""
+"""The numbers of a report, against bytes and matrices computed another way."""
 
 import json
 import math
@@ -116,11 +116,9 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, monkeypatch):
     content = bytearray(shard.read_bytes())
     header = json.loads(content[8 : 8 + size])
     start, stop = header["model.embed_tokens.weight.bands"]["data_offsets"]
-    content[8 + size + start : 8 + size + stop] = b"\xff" * (
-        stop - start
-    )  # NaN wherever floats are
+    content[8 + size + start : 8 + size + stop] = b"\xff" * (stop - start)  # makes every float NaN
     shard.write_bytes(content)
     opened = Artifact.open(artifact.path)
-    monkeypatch.setattr(opened, "check_bytes", lambda: None)  # as if checksums were made to fit
+    monkeypatch.setattr(opened, "check_bytes", lambda: None)  # as if the checksums fitted
     with pytest.raises(ArtifactError, match=r"embed_tokens\.weight: expected finite"):
         gather(opened)

@@ -67,7 +67,7 @@ def test_the_page_is_well_formed_and_alone(made):
             if name in ("href", "src"):
                 assert value == "data:," or value.removeprefix("#") in ids
     assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(ids)
-    assert set(re.findall(r"https?://[^\"' <]*", text)) == {H[1:-1], S[1:-1]}  # names of languages
+    assert set(re.findall(r"https?://[^\"' <]*", text)) == {H[1:-1], S[1:-1]}  # namespaces
     assert "@import" not in text
     assert "default-src 'none'" in text
 
@@ -76,7 +76,7 @@ def test_figures_have_words_for_those_who_cannot_see_them(made):
     root = tree(made[2])
     known = {e.get("id"): "".join(e.itertext()) for e in root.iter()}
     drawn = list(root.iter(f"{S}svg"))
-    assert len(drawn) == 10  # five figures, for two widths
+    assert len(drawn) == 10  # five figures, at two widths
     for svg in drawn:
         assert svg.get("role") == "img"
         title, description = (known[key] for key in svg.get("aria-labelledby").split())
@@ -221,7 +221,7 @@ def test_names_from_outside_stay_text(tmp_path):
 
 
 def test_text_of_a_figure_stays_as_it_is():
-    """Names that look like what is edited in the tags around them."""
+    """Even where names look like what is edited in the tags around them."""
     said = f'font-family: y; {LIGHT["ink"]} d="1.2345" id="z" href="#z" xlink:href <!-- x -->'
     figure = Figure()
     figure.text(0.1, 0.5, said)

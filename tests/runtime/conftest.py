@@ -4,7 +4,7 @@ from runtime_helpers import CONFIGS, make_base
 
 @pytest.fixture(autouse=True)
 def _poisoned(poison):
-    """In all tests of this room."""
+    """Poisons memory in all tests of this room."""
 
 
 @pytest.fixture(scope="session")

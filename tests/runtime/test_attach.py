@@ -71,7 +71,7 @@ def test_half_precision(bases, tmp_path, dtype):
     artifact = random_artifact(bases["qwen2"], tmp_path / "delta")
     merged = load(merge(bases["qwen2"], artifact, tmp_path / "merged"))
     model = load(bases["qwen2"], dtype)
-    if dtype == torch.float16:  # rounded twice, the fingerprint is another: refused, not guessed
+    if dtype == torch.float16:  # rounded twice, so another fingerprint: refused, not guessed
         with pytest.raises(MismatchError, match=r"wrong base.*in bfloat16 or float32"):
             attach(model, artifact)
         return
@@ -279,7 +279,7 @@ def test_configuration_of_no_consequence_is_not(bases, tmp_path):
     ids=lambda one: type(one).__name__,
 )
 def test_counts_are_looked_at_before_lists_are_made_of_them(monkeypatch, base, tuned, field):
-    """Configurations write down a name or kind for each layer."""
+    """Configurations list a name or kind for each layer."""
     monkeypatch.setattr(type(base), "from_dict", lambda _: pytest.fail("it was made"))
     with pytest.raises(
         UnsupportedError, match=f"^{field}.*: the tuned model has [12]0{{9}}, the base"
@@ -471,7 +471,7 @@ def test_half_tuned_models_cannot_be_copied(bases, tmp_path):
 
 
 def test_compiled_code_follows_attach_and_detach(bases, tmp_path):
-    """Also code that was compiled before: it must never go on serving the base."""
+    """So does code that was compiled before: it must never go on serving the base."""
     torch._dynamo.reset()
     artifact = random_artifact(bases["gemma3"], tmp_path / "delta", vocab=140)
     model = load(bases["gemma3"])
@@ -512,7 +512,7 @@ def test_weights_that_the_model_reads_itself_are_refused(bases, tmp_path, monkey
 
 
 def test_weights_that_the_model_reads_itself_while_it_trains(tmp_path):
-    """As a kernel does that has all of a Mamba layer in one; `out_proj` is called otherwise."""
+    """As the kernel for a whole Mamba layer does while it trains; otherwise `out_proj` is called."""
     name = "MambaForCausalLM"
     base = families.make(name, families.FAMILIES[name](), tmp_path / "base")
     names = Checkpoint(base).tensors

@@ -103,7 +103,7 @@ def test_allocated_for_real(bases, artifact):
 
 def test_what_was_freed_before_is_not_taken_for_free_room(bases, artifact):
     found = capacity(bases["llama"], [artifact], device_bytes=300 * MIB, kv_bytes=40 * MIB)
-    torch.ones(31 * MIB, dtype=torch.uint8)  # from now on glibc keeps blocks that are smaller
+    torch.ones(31 * MIB, dtype=torch.uint8)  # from now on glibc keeps freed blocks below this size
     freed = [torch.ones(30 * MIB, dtype=torch.uint8) for _ in range(4)]
     behind_them = torch.ones(1000)
     freed.clear()

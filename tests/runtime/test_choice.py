@@ -1,4 +1,4 @@
-"""Blocks of `using` that overlap are refused: a model has one choice."""
+"""Overlapping `using` blocks are refused: a model has one choice."""
 
 import asyncio
 import threading
@@ -28,7 +28,7 @@ def test_a_block_of_another_thread_is_refused():
         thread.start()
         thread.join()
         assert choice.slots == 0
-        with choice.using("b"):  # its own may lie within one another
+        with choice.using("b"):  # one thread's own blocks may be nested
             assert choice.slots == 1
         assert choice.slots == 0
     assert choice.idle
@@ -68,14 +68,14 @@ def test_blocks_that_are_left_in_another_order(bases, tmp_path):
         expected = logits(model, some_ids())
         with pytest.raises(UnsupportedError, match="the block entered last"):
             first.__exit__(None, None, None)
-        assert torch.equal(logits(model, some_ids()), expected)  # the later one goes on
+        assert torch.equal(logits(model, some_ids()), expected)  # the later block stays in force
         second.__exit__(None, None, None)
-        assert torch.equal(logits(model, some_ids()), before)  # and the model is the base
+        assert torch.equal(logits(model, some_ids()), before)  # and the model is the base again
 
 
 def test_groupings_are_forgotten_by_whoever_is_first():
     class Racing(dict):
-        """Another thread takes the oldest away, between finding and forgetting it."""
+        """Another thread removes the oldest, between finding and forgetting it."""
 
         def __iter__(self):
             oldest = next(super().__iter__())

@@ -1,4 +1,4 @@
-"""A delta as a LoRA adapter: PEFT computes with it what the merged model computes."""
+"""A delta as a LoRA adapter, with which PEFT computes what the merged model computes."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def test_peft_computes_the_merged_model(bases, tmp_path, family):
     assert_close(peft_logits(base, said.path, some_ids()), logits(merged, some_ids()), 1e-4)
     assert said.left_out == []
     assert max(said.errors.values()) < 1e-10
-    assert set(said.ranks.values()) == {10}  # the plan's own
+    assert set(said.ranks.values()) == {10}  # the plan's rank
     stored = load_file(said.path / "adapter_model.safetensors")
     assert said.nbytes == sum(tensor.nbytes for tensor in stored.values())
     biases = {name for name in said.saved if name.endswith("bias")}
@@ -69,7 +69,7 @@ def test_a_smaller_rank_keeps_the_best_of_the_delta(bases, tmp_path, rank):
         if record.plan:
             s = torch.linalg.svdvals(artifact.packed(name).dense().double())
             best = float(s[rank:].square().sum() / s.square().sum())
-            rounding = 2e-7  # of 16 bits
+            rounding = 2e-7  # to 16 bits
             got = said.errors[name.removesuffix(".weight")]
             assert got == pytest.approx(best, rel=1e-3, abs=rounding)
     config = json.loads((said.path / "adapter_config.json").read_text())
@@ -120,7 +120,7 @@ def test_a_family_with_transposed_weights(tmp_path):
     artifact = compress(base, tuned, tmp_path / "delta", ratio=3.7, calibration="none")
     said = export_lora(artifact, tmp_path / "lora", dtype=torch.float32)
     ranks = set(said.ranks.values())
-    assert len(ranks) > 1  # so that the patterns of ranks count
+    assert len(ranks) > 1  # so that the rank patterns matter
     merged = families.load(merge(base, artifact, tmp_path / "merged"))
     model = peft.PeftModel.from_pretrained(families.load(base), said.path).eval()
     assert_close(families.logits(model.base_model.model), families.logits(merged), 1e-4)
@@ -157,7 +157,7 @@ def test_an_output_that_exists(bases, tmp_path):
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "LlavaForConditionalGeneration"])
 def test_a_module_with_its_own_tensor_and_others_below_is_refused(tmp_path, name):
-    """PEFT takes the modules below one that is saved whole from the base, LoRAs and all."""
+    """PEFT would take the modules below one that is saved whole from the base, without their LoRAs."""
     base, tuned = families.make_pair(name, tmp_path)
     ratio = families.RATIOS.get(name, 3)
     artifact = compress(base, tuned, tmp_path / "delta", ratio=ratio, calibration="none")

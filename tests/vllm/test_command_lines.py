@@ -1,4 +1,4 @@
-"""What README, docs and deployments give to vLLM is what vLLM takes; test_blocks.py runs the rest."""
+"""vLLM accepts the arguments that README, docs and deployments give it; test_blocks.py runs the rest."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def command_lines():
-    """The arguments of vLLM in each `vllm serve …` and behind the `--` of each `deltacome serve …`."""
+    """vLLM's arguments in each `vllm serve …` and after the `--` of each `deltacome serve …`."""
     for words in serve_commands().values():
         yield words[words.index("--") + 1 :]
     for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md"):

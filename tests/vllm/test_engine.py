@@ -1,4 +1,4 @@
-"""Engines of every kind that two cores can run: families, shards, stages, compiled, stock beside it."""
+"""Every kind of engine that two cores can run: families, shards, stages, compiled, and stock vLLM."""
 
 import json
 import os
@@ -30,15 +30,15 @@ KINDS = {
         **WIDE | {"max_position_embeddings": 4096}, tie_word_embeddings=False
     ),
 }
-"""Ties, biases, norms of heads, norms that add 1 and windows, matrices fused in the checkpoint."""
+"""Ties, biases, norms over heads, norms that add 1 and windows, matrices fused in the checkpoint."""
 ALONE = [kind for kind in KINDS if kind != "wide"]
-"""Engines that are run one way; the wide one is run in every other."""
+"""Kinds that are run one way; the wide one is run in all the others."""
 SIGNS = {"terms": "mixed"}
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """Of each kind a base and two tenants, one with signs; of the tied one a tenant that unties."""
+    """For each kind a base and two tenants, one with signs; for the tied one also one that unties."""
     made = {}
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(kind)
@@ -86,7 +86,7 @@ def run(folder, jobs, **environment):
 @pytest.fixture(scope="module")
 def jobs(stages, tmp_path_factory):
     wide, several = stages["wide"], {"distributed_executor_backend": "mp"}
-    made = {}  # those with workers first: they are forked, before there are threads
+    made = {}  # those with workers first, as they must be forked before there are threads
     made["sharded"] = job(wide, ["base", "math", "code"], tensor_parallel_size=2, **several)
     made["staged"] = job(wide, ["base", "math", "code"], pipeline_parallel_size=2, **several)
     made |= {kind: job(stages[kind], [*stages[kind].models]) for kind in ALONE}
@@ -124,7 +124,7 @@ def test_families(kind, stages, jobs, said):
 
 @pytest.mark.parametrize("how", ["mixed", "sharded", "staged", "compiled"])
 def test_ways_to_run(how, stages, jobs, said):
-    """Beside an ordinary adapter; two workers' shards; two workers' layers; as a compiled graph."""
+    """Beside an ordinary adapter; with two workers' shards or layers; as a compiled graph."""
     check(stages["wide"], jobs[how], said[how])
 
 
@@ -133,10 +133,10 @@ def test_experts_are_refused_by_name(said):
 
 
 def test_ordinary_adapters_as_without_the_plugin(stages, said, tmp_path):
-    """Stock vLLM, no plugin loaded, says the same of the base and of an ordinary adapter, to the bit."""
+    """Stock vLLM without the plugin gives the same for the base and an ordinary adapter, bit for bit."""
     asked = job(stages["wide"], ["base", "lora"])
     del asked["options"]["additional_config"]
-    # Without it, a prompt's logprobs beside an adapter end the engine on a CPU: one by one.
+    # Without it, prompt logprobs beside an adapter end the engine on a CPU, so they go one by one.
     stock = {name: {**asked, "ask": [one]} for name, one in zip("ab", asked["ask"], strict=True)}
     found = run(tmp_path, stock, VLLM_PLUGINS="")
     assert [one for name in "ab" for one in found[name]["said"]] == said["beside"]["said"]

@@ -133,7 +133,7 @@ def test_a_method_is_wrapped_once():
     async def twice_later(original, *args):
         return 2 * await original(*args)
 
-    for _ in range(2):  # plugins may be loaded again
+    for _ in range(2):  # plugins may be loaded more than once
         compat.wrap(Theirs, "add", twice)
         compat.wrap(Theirs, "named", twice)
         compat.wrap(Theirs, "later", twice_later)
@@ -192,7 +192,7 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_shards_are_the_same_bytes(cut):
-    """A shard decodes to exactly those rows and columns of what the whole decodes to."""
+    """A shard decodes to exactly its rows and columns of the decoded whole."""
     rows, columns = CUTS[cut]
     blob = write_bands(random_bands((320, 256), PLAN, 128))
     whole = dense(read_bands(blob, (320, 256), PLAN, 128))
@@ -214,7 +214,7 @@ def test_shards_that_cut_a_block_are_refused():
 
 
 def test_shards_that_cut_a_block_have_groups_that_kernels_take():
-    """A vocabulary of 32,000 on eight workers: the second begins at 4,000, and has 16-bit bands alone."""
+    """With a vocabulary of 32,000 on eight workers the second begins at 4,000, in 16-bit bands only."""
     cut = Place("w", nn.Module(), "head", (Part("w", ((4000, 8000),), (0, 64)),))
     assert cut.group(128) == 64
     plan = (Band(16, 2),)
@@ -227,7 +227,7 @@ def test_shards_that_cut_a_block_have_groups_that_kernels_take():
         shard_bands("w", blob, (8192, 64), (Band(2, 2),), 128, [(4000, 8000)], (0, 64), 64)
     assert common_group(32, [[(4016, 8032)]]) == 32
     assert common_group(96, [[(192, 384)]]) == 96
-    # Beside such a shard another one may be whole, or begin where a block does.
+    # Beside such a shard another may be whole, or begin where a block does.
     assert common_group(128, [[(96, 192)], [(0, 320)], [(192, 320)]]) == 64
     blob = write_bands(random_bands((320, 64), PLAN, 128))
     whole = dense(read_bands(blob, (320, 64), PLAN, 128))
@@ -240,7 +240,7 @@ def test_shards_that_cut_a_block_have_groups_that_kernels_take():
 @pytest.mark.parametrize("vocabulary", [320, 300])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_vocabulary_that_is_cut_within_a_block(vocabulary, rank):
-    """Each of two workers has 160 of 320 rows, which vLLM makes of 300, and begins or ends in a block."""
+    """Each of two workers has 160 of 320 rows (300 padded by vLLM), and begins or ends within a block."""
     cut = compat.VocabParallelEmbedding._get_indices(320, 320, vocabulary, vocabulary, rank, 2)
     start, stop = cut.org_vocab_start_index, cut.org_vocab_end_index
     sizes = {"embedding_dim": 64, "org_vocab_size": vocabulary}
@@ -278,12 +278,12 @@ def test_a_vocabulary_that_is_cut_within_a_block(vocabulary, rank):
 
 
 def test_rows_of_a_prompts_logprobs():
-    """The head's rows are those of the tokens, wherever the engine's view of them begins."""
+    """The head's rows are matched to their tokens, wherever the engine's view of them begins."""
     step = Step(4, 16, torch.device("cpu"))
     step.set([2, 2, 2, -1, -1, 0, 0, 0], [2, -1, 0])
     assert not step.idle
     buffer = torch.randn(14, 5)
-    hidden = buffer[2:12]  # hidden states may themselves begin within a buffer
+    hidden = buffer[2:12]  # hidden states may themselves be a view into a buffer
     assert step.sampled(hidden[:3]).slot_T.tolist() == [2, -1, 0]
     with Step.prompt_logits(hidden):
         assert step.sampled(hidden[3:7]).slot_T.tolist() == [-1, -1, 0, 0]
@@ -305,7 +305,7 @@ def test_rows_of_a_prompts_logprobs():
 
 
 def module(kind=nn.Module, **attributes):
-    """One of vLLM's, without the groups of workers that its own constructor asks for."""
+    """One of vLLM's modules, without the worker groups that its constructor needs."""
     made = kind.__new__(kind)
     nn.Module.__init__(made)
     vars(made).update(attributes)
@@ -318,7 +318,7 @@ def linear():
 
 
 class Seeing(nn.Module):
-    """A model of images."""
+    """A model that takes images."""
 
     supports_multimodal = True
 
@@ -356,7 +356,7 @@ def embedding(kind, weight):
 
 
 def test_a_head_is_tied_to_the_embedding_whose_weight_it_has():
-    """Gemma's E models have another one, of their layers."""
+    """Gemma's E models have a second embedding, for their layers."""
     layers, tokens = torch.zeros(8, 16), torch.zeros(8, 4)
     model = nn.Module()
     model.config = SimpleNamespace(tie_word_embeddings=True)
@@ -382,7 +382,7 @@ class Pool(compat.Pooler):
 
 
 def test_what_a_pooler_calls_has_no_place(base, tmp_path):
-    """Its rows are requests; the slots of as many tokens would be other requests'."""
+    """Its rows are requests; the slots of as many tokens would belong to other requests."""
     model = nn.Module()
     model.config = SimpleNamespace(tie_word_embeddings=False)
     model.fc, model.score = linear(), linear()
@@ -421,7 +421,7 @@ def test_adapters_of_towers_are_refused_by_name():
 
 
 def test_a_norm_of_sampled_rows_is_refused_by_name():
-    """vLLM's own sources say which models have one."""
+    """vLLM's sources show which models have one."""
     folder = Path(inspect.getfile(models)).parent
     has = {
         file.stem
@@ -439,7 +439,7 @@ def test_a_norm_of_sampled_rows_is_refused_by_name():
 
 
 def loaded(base, artifact, model=None, without=(), **settings):
-    """The tenant that a worker makes of an artifact; each tensor has a module of its own."""
+    """The tenant that a worker makes from an artifact; each tensor has its own module."""
     model = model or nn.Module()
     model.config = AutoConfig.from_pretrained(base)
     places = []
@@ -455,7 +455,7 @@ def loaded(base, artifact, model=None, without=(), **settings):
 
 
 def extended(base, folder, **tensors):
-    """A base with other tensors, None for none."""
+    """A copy of a base with tensors added or replaced; None removes one."""
     shutil.copytree(base, folder)
     weights = weights_of(base) | {name.replace("__", "."): value for name, value in tensors.items()}
     rewrite(folder, {name: w for name, w in weights.items() if w is not None}, dtype=None)
@@ -504,7 +504,7 @@ def test_a_tenant_whose_tables_nobody_worked_out_is_not_the_base():
 
 @pytest.fixture
 def registered(monkeypatch):
-    """A stand-in for CUDA: what it has registered, and what it was told in turn."""
+    """A stand-in for CUDA: the memory it has registered, and the calls it got, in order."""
     pages, told = {}, []
 
     def register(pointer, nbytes):
@@ -512,7 +512,7 @@ def registered(monkeypatch):
         return bool(pages.setdefault(pointer, nbytes))
 
     def unregister(pointer):
-        ctypes.string_at(pointer, pages.pop(pointer))  # it is mapped yet
+        ctypes.string_at(pointer, pages.pop(pointer))  # it is still mapped
         told.append("unregister")
 
     @contextlib.contextmanager
@@ -538,22 +538,22 @@ def gathered(device):
 
 
 def test_a_tenants_memory_is_registered_while_it_is_there(registered):
-    """torch's own pinned memory comes in powers of two and never goes."""
+    """torch's own pinned memory comes in powers of two and is never freed."""
     pages, told = registered
     tenant = gathered("cuda:1")
     assert pages == {tenant.image.data_ptr(): 128}
-    image = tenant.image  # a copy that has just begun
+    image = tenant.image  # held by a copy that has just begun
     del tenant
     assert told == ["cuda:1", "register", "cuda:1", "wait", "unregister"]
     assert image.any()
     told.clear()
     gathered("cpu")
-    Tenant(1, "").gather(torch.device("cuda:1"))  # which packs nothing
+    Tenant(1, "").gather(torch.device("cuda:1"))  # which has nothing packed
     assert told == []
 
 
 def test_a_dropped_tenants_memory_goes_in_the_thread(registered, monkeypatch):
-    """Where it is waited for, the engine's next step is not."""
+    """There the wait for the GPU does not hold up the engine's next step."""
     threads = []
     monkeypatch.setattr(
         torch.cuda, "synchronize", lambda: threads.append(threading.current_thread().name)
@@ -606,7 +606,7 @@ def test_what_the_tuned_model_lacks_is_refused(base, tmp_path):
 
 
 def test_a_folder_that_is_replaced_while_it_is_read_is_refused(base, tmp_path, monkeypatch):
-    """Its new weights would be served as the old ones, whose blocks the prefix cache has."""
+    """Its new weights would be served as the old ones, whose blocks are in the prefix cache."""
     for i, name in enumerate("ab"):
         random_artifact(base, tmp_path / name, seed=i)
     path = content_path(str(tmp_path / "a"))
@@ -648,7 +648,7 @@ def test_a_base_of_its_own_has_not_the_served_models_revision(base, monkeypatch)
     assert asked == [("org/quantised", "v1"), ("org/base@v2", None)]
 
 
-# --- what a tuned model says beside its weights ---------------------------------------------------
+# --- what a tuned model carries beside its weights ------------------------------------------------
 
 
 def manners(base, folder, **files):
@@ -671,7 +671,7 @@ def test_manners(base, tmp_path):
     assert found == Manners("{{ x }}", {"temperature": 0.2}, frozenset({4, 5, 9}), special)
     named = b'{"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}'
     assert manners(base, tmp_path / "c", tokenizer_config_json=named).template == "d"
-    beyond = b'{"eos_token": "<beyond>"}'  # of the model's numbers, which no answer has
+    beyond = b'{"eos_token": "<beyond>"}'  # id 300, which no answer of the model has
     assert manners(base, tmp_path / "d", tokenizer_config_json=beyond).ends == frozenset()
     fine = {"temperature": 1, "top_k": 50, "top_p": 0.9, "eos_token_id": 299, "max_length": "x"}
     found = manners(base, tmp_path / "e", generation_config_json=json.dumps(fine).encode())
@@ -683,7 +683,7 @@ def test_manners(base, tmp_path):
 def test_end_tokens_of_a_model_without_a_generation_configuration(base, tmp_path):
     for config, ends in (({"eos_token_id": [7, 8]}, {7, 8}), ({"eos_token_id": None}, set())):
         artifact = random_artifact(base, tmp_path / f"{len(ends)}", **config)
-        assert Manners.read(artifact, {}, 300).ends == set()  # the base's file may be its too
+        assert Manners.read(artifact, {}, 300).ends == set()  # the base's file may apply to it too
         dropped = ("generation_config.json",)
         artifact.manifest = replace(artifact.manifest, dropped_files=dropped)
         assert Manners.read(artifact, {}, 300).ends == ends
@@ -727,7 +727,7 @@ def test_a_template_that_is_none(base, tmp_path):
 
 
 def test_another_way_to_begin_a_text_is_another_tokenizer(base, tmp_path):
-    """`tokenizer.json` can be the same; what the tuned model does not say, that file does."""
+    """`tokenizer.json` can be the same; where the tuned configuration is silent, that file decides."""
     ours = tmp_path / "base"
     shutil.copytree(base, ours)
 
@@ -766,7 +766,7 @@ def test_canary():
 
 @pytest.fixture
 def memory(base, tmp_path):
-    """An fsspec place with one artifact."""
+    """An fsspec location that holds one artifact."""
     random_artifact(base, tmp_path / "a", seed=1)
     system = fsspec.filesystem("memory")
     system.put(str(tmp_path / "a"), "/bucket/tenants/math", recursive=True)
@@ -791,7 +791,7 @@ def test_found_in_a_remote_place(memory, base, tmp_path):
 def test_a_place_that_cannot_be_read(tmp_path, memory, monkeypatch):
     with pytest.raises(ArtifactError) as refused:
         asyncio.run(Finder("nowhere://user:password@x", tmp_path).find("math"))
-    # A client is told no address; the log has the rest.
+    # A client is not told the address; the log has the rest.
     assert str(refused.value) == "math: cannot be read from where tenants are looked for"
     assert "nowhere" in str(refused.value.__cause__)
 
@@ -824,7 +824,7 @@ def test_an_upload_that_still_runs(base, tmp_path, memory):
 
 
 def test_who_comes_together_copies_once(base, tmp_path, monkeypatch):
-    """Of one server; of two the first stays. (Files in fsspec's memory are not for several threads.)"""
+    """In one server; of two, the first copy stays. (Files in fsspec's memory are not thread-safe.)"""
     random_artifact(base, tmp_path / "tenants" / "math", seed=1)
     place = f"file://{tmp_path / 'tenants'}"
     system = type(fsspec.filesystem("file"))
@@ -923,7 +923,7 @@ SHARED = {
 
 
 def share(artifact, rank, size):
-    """Bytes of each tensor's shards of one of some workers, as vLLM cuts a llama."""
+    """Bytes of each tensor's shards on worker `rank` of `size`, as vLLM shards a Llama."""
     nbytes = {}
     for name, record in artifact.manifest.records.items():
         if not record.packed:

@@ -1,5 +1,4 @@
-"""What cannot be served: an HTTP 4xx that says what was expected and what was got, and a server that
-goes on."""
+"""What cannot be served gets an HTTP 4xx that says what was expected and got, and the server goes on."""
 
 import json
 import re
@@ -138,7 +137,7 @@ def assert_alive(server, stage):
 
 
 def test_refused_when_a_request_finds_it(server, stage, tmp_path):
-    """A folder of tenants may hold anything: what is wrong with one is told to who asks for it."""
+    """A folder of tenants may hold anything; whoever asks for a tenant is told what is wrong with it."""
     truncated(stage, tmp_path)
     shutil.move(tmp_path / "a", stage.folder / "tenants" / "damaged")
     with pytest.raises(openai.BadRequestError, match=r"expected \d+ bytes, got \d+"):
@@ -156,7 +155,7 @@ def test_names_that_nobody_has(name, server, stage):
     if name:
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             server.say(name, [5, 6])
-    else:  # no model named is the base, to vLLM
+    else:  # to vLLM, an empty name is the base
         assert server.say(name, [5, 6]) == greedy(stage.models["base"], [5, 6], 8)
 
 
@@ -169,7 +168,7 @@ def test_a_folder_that_is_none(server, stage):
 
 @pytest.mark.parametrize("path", ["/srv/typo/does-not-exist", "lora"])
 def test_a_tenants_name_for_what_is_no_artifact(path, server, stage):
-    """A mistyped folder, or an ordinary adapter's: `Success` would go on serving the old weights."""
+    """A mistyped folder, or an ordinary adapter's: `Success` would leave the old weights being served."""
     path = stage.folder / path
     status, body = server.load("math", path, load_inplace=True)
     assert status == 400
@@ -192,7 +191,7 @@ def test_names_with_what_divides_name_and_number(server, stage):
 
 
 def test_weights_that_change_while_they_are_not_held(server, stage, tmp_path):
-    """A tenant that was dropped for others is read again; what it holds must be what was loaded."""
+    """A tenant that was dropped for others is read again, and must still hold what was loaded."""
     folder = tmp_path / "swapped"
     shutil.copytree(stage.folder / "tenants" / "one", folder)
     assert server.load("swapped", folder)[0] == 200
@@ -209,7 +208,7 @@ def test_weights_that_change_while_they_are_not_held(server, stage, tmp_path):
 
 
 def test_found_weights_that_change_are_taken(server, stage, tmp_path):
-    """A tenant that a request found, and not a command, is what its folder holds when it is read."""
+    """A tenant found by a request, not loaded by a command, is what its folder holds when it is read."""
     folder = stage.folder / "tenants" / "fresh"
     shutil.copytree(stage.folder / "tenants" / "one", folder)
     ids = some_ids(150, 4, VOCAB)

@@ -1,4 +1,4 @@
-"""Tenants as the API server knows them, with workers that are played: who holds what, and until when."""
+"""Tenants as the API server knows them, with simulated workers: who holds what, and until when."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from deltacome.vllm.settings import Settings
 
 
 class Workers:
-    """Engines of one worker each, which hold what they are asked to read."""
+    """Simulated engines of one worker each, which hold what they are asked to read."""
 
     def __init__(self, engines=1, capacity=1, servers=1):
         self.vllm_config = SimpleNamespace(
@@ -33,7 +33,7 @@ class Workers:
         self.engine_core = self
         self.held = [{} for _ in range(engines)]
         self.refused = [set() for _ in range(engines)]
-        """Numbers that an engine's worker refuses when it has read them."""
+        """For each engine, the tenant numbers that its worker refuses after reading them."""
         self.may_read = asyncio.Event()
         self.may_read.set()
         self.said = []
@@ -92,7 +92,7 @@ def serve(workers):
 
 
 async def settle(tenants):
-    """Until nothing is started any more."""
+    """Waits until no task is left."""
     while tenants._tasks:
         await asyncio.wait(list(tenants._tasks))
         await asyncio.sleep(0)
@@ -110,7 +110,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    """Lines of the tenants; whether vLLM's loggers hand theirs on depends on its settings."""
+    """The lines logged about tenants; whether vLLM's loggers propagate depends on its settings."""
     monkeypatch.setattr(metrics.logger, "propagate", False)
     metrics.logger.addHandler(caplog.handler)
     caplog.set_level("INFO", metrics.logger.name)
@@ -136,12 +136,12 @@ def counts():
 
 
 def test_the_engine_has_one_name_for_one_tenants_weights(folders):
-    """Two adapters of one name in a batch would be one to the engine, whatever their kinds."""
+    """Two adapters with one name in a batch would be one to the engine, whatever their kinds."""
 
     async def run():
         tenants = serve(Workers())
         ordinary = compat.LoRARequest("x", tenants.models.lora_id_counter.inc(1), "/lora")
-        tenants.models.lora_requests["x"] = ordinary  # whose requests may run on
+        tenants.models.lora_requests["x"] = ordinary  # its requests may still run
         first = await tenants.load("x", str(folders[0]))
         second = await tenants.load("x", str(folders[1]))
         assert len({ordinary, first.engine_request, second.engine_request}) == 3
@@ -152,7 +152,7 @@ def test_the_engine_has_one_name_for_one_tenants_weights(folders):
 
 
 def test_a_tenants_name_is_not_an_ordinary_adapters(folders, monkeypatch, tmp_path, log):
-    """vLLM would load it under the tenant's number, and go on serving the tenant."""
+    """vLLM would load the adapter under the tenant's number, and go on serving the tenant."""
 
     async def run():
         tenants = serve(Workers())
@@ -172,7 +172,7 @@ def test_a_tenants_name_is_not_an_ordinary_adapters(folders, monkeypatch, tmp_pa
             assert refusal.error.code == 400
             assert refusal.error.param == "lora_path"
             assert "expected an artifact (delta_config.json)" in refusal.error.message
-            assert f"{path}: expected" in log()[-1]  # a client is not told paths of the server
+            assert f"{path}: expected" in log()[-1]  # clients are not told the server's paths
         refusal = await ask("math#3", folders[0])
         assert (refusal.error.code, refusal.error.param) == (400, "lora_name")
         assert "expected a name without '#'" in refusal.error.message
@@ -202,9 +202,9 @@ def test_a_worker_gives_a_tenant_to_its_own_path_alone():
 
 
 def unloading(monkeypatch, tenants):
-    """vLLM's registry of names, with what an unload does beside it."""
+    """vLLM's registry of names, with our wrapper around its check of unloads."""
     kind, name = compat.OpenAIServingModels, "_check_unload_lora_adapter_request"
-    monkeypatch.setattr(kind, name, getattr(kind, name))  # and puts it back
+    monkeypatch.setattr(kind, name, getattr(kind, name))  # so that it is put back
     compat.wrap(kind, name, frontend._check_unload)
     monkeypatch.setattr(frontend, "_registry", tenants)
     models = object.__new__(kind)
@@ -213,7 +213,7 @@ def unloading(monkeypatch, tenants):
 
 
 def test_an_unload_takes_what_has_the_name_when_its_turn_comes(folders, monkeypatch):
-    """Not what had it while a load in place ran: whose weights the workers would hold for ever."""
+    """Not what had it before the load that it waits for, whose weights would be held for ever."""
 
     async def run():
         workers = Workers(capacity=2)
@@ -236,7 +236,7 @@ def test_an_unload_takes_what_has_the_name_when_its_turn_comes(folders, monkeypa
 
 
 def test_what_an_artifact_says_wrongly_is_refused_like_its_weights(folders, tmp_path):
-    """And not within the engine, whose thread that reads requests would end."""
+    """And not later in the engine, where it would end the thread that reads requests."""
 
     async def run():
         tenants = serve(Workers())
@@ -272,7 +272,7 @@ def test_templates_are_filled_with_the_tuned_models_tokens(folders, monkeypatch,
 
 
 def test_names_of_clients_leave_no_lock(monkeypatch):
-    """vLLM keeps one for each name that was ever in a request."""
+    """vLLM keeps a lock for each name that was ever in a request."""
 
     async def run():
         models, workers = SimpleNamespace(), Workers()
@@ -297,7 +297,7 @@ def test_names_of_clients_leave_no_lock(monkeypatch):
 
 
 def test_a_request_of_sagemakers_route(folders, monkeypatch):
-    """/adapters gives no object of vLLM's; and a path may be anything."""
+    """/adapters does not pass vLLM's request class, and a path may be anything."""
 
     async def run():
         tenants = serve(Workers())
@@ -353,8 +353,8 @@ def test_all_but_probes_and_metrics_asks_for_the_key(monkeypatch):
             assert await ask(path, "secret") == 200
         for path in frontend.OPEN:
             assert await ask(path) == await ask(f"/api{path}", root_path="/api") == 200
-        assert await ask("/tokenize", method="OPTIONS") == 200  # asked by browsers first
-        monkeypatch.setattr(frontend, "_registry", None)  # a server without tenants is vLLM's
+        assert await ask("/tokenize", method="OPTIONS") == 200  # browsers send this first
+        monkeypatch.setattr(frontend, "_registry", None)  # without tenants, as in vLLM
         assert await ask("/tokenize") == 200
         assert await ask("/v1/models") == 401
 
@@ -373,7 +373,7 @@ def test_every_engine_is_asked(folders):
             await tenants.load("math", str(folders[0]))
         await settle(tenants)
         assert tenants.named("math") is None
-        assert workers.held == [{}, {}]  # nor does the engine that took it hold it
+        assert workers.held == [{}, {}]  # not even the engine that accepted it holds it
         entry = await tenants.load("math", str(folders[0]))
         await tenants._drop(entry)
         assert workers.held == [{}, {}]
@@ -401,7 +401,7 @@ def test_several_api_servers_are_refused(folders):
 
 
 def test_who_goes_while_a_tenant_is_read_leaves_nothing(folders):
-    """The workers read on; what they then hold is known, and dropped as any idle tenant's."""
+    """The workers finish reading; what they then hold is known, and dropped like any idle tenant's."""
 
     async def run():
         workers = Workers()
@@ -439,7 +439,7 @@ def test_who_goes_while_a_tenant_is_read_leaves_nothing(folders):
 
 
 def test_other_weights_that_cannot_be_read_again_leave_no_user(folders):
-    """Another request loads what is found now; it is dropped and refused before this one has it."""
+    """Another request loads what is found by now, which is dropped and refused before this one has it."""
 
     async def run():
         workers = Workers()
@@ -486,7 +486,7 @@ def test_a_request_is_aborted_before_its_tenant_is_dropped(end, folders):
         await anext(outputs)
         tenants.unload(entry.request)
         await settle(tenants)
-        assert workers.held != [{}]  # it runs
+        assert workers.held != [{}]  # the request is running
         workers.said = []
         if end == "close":
             await outputs.aclose()
@@ -511,7 +511,7 @@ async def drain(outputs):
 
 
 def test_what_workers_refused_is_not_read_at_each_request(folders, monkeypatch):
-    """Reading it to find the same keeps all others waiting."""
+    """Reading it again, only to refuse it again, would keep all others waiting."""
 
     async def run():
         workers = Workers()
@@ -525,7 +525,7 @@ def test_what_workers_refused_is_not_read_at_each_request(folders, monkeypatch):
 
         assert [await reads(folders[0], finder) for _ in range(3)] == [1, 1, 1]
         assert await reads(folders[1], finder) == 2  # other weights
-        assert await reads(folders[0], None) == 3  # a command
+        assert await reads(folders[0], None) == 3  # a load command
         monkeypatch.setattr(registry, "REFUSED_SECONDS", 0)
         assert await reads(folders[0], None) == 4
         entry = await tenants.load("math", str(folders[0]), finder)  # after a while
@@ -581,7 +581,7 @@ def test_what_happens_to_tenants_is_counted_and_logged(folders, log):
         entry = await tenants.load("math", str(folders[0]))
         await tenants._drop(entry)
         assert counts() == (before[0] + 1, *before[1:])
-        for _ in range(2):  # at the second time it is held
+        for _ in range(2):  # the second time it is already held
             async with tenants.using(entry.request):
                 assert counts() == (before[0] + 1, before[1] + 1, before[2])
         await tenants._drop(entry)
@@ -603,12 +603,12 @@ def test_what_happens_to_tenants_is_counted_and_logged(folders, log):
         "Unloaded tenant 'math'",
     ]
     assert log()[4].endswith("w: wrong base")
-    assert f"{folders[0]}#deltacome-" in log()[0]  # which weights
-    assert metrics.logger.name.startswith("vllm.")  # others have no handler in a server
+    assert f"{folders[0]}#deltacome-" in log()[0]  # names the weights
+    assert metrics.logger.name.startswith("vllm.")  # other loggers have no handler in a server
 
 
 def test_figures_are_of_tenants_that_are_there(folders):
-    """A client that loads and unloads for ever would make metrics that take ever longer."""
+    """Otherwise a client that loads and unloads for ever would make metrics take ever longer."""
 
     def tenants_with_tokens():
         (family,) = metrics.TOKENS.collect()

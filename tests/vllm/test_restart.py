@@ -1,5 +1,7 @@
-"""Two workers, tenants found by name in a remote place, and a server that is killed and started again,
-as two engines that share the requests."""
+"""A server on two workers is killed, and started again as two engines that share the requests.
+
+Its tenants are found by name in a remote place.
+"""
 
 import re
 import urllib.request
@@ -62,7 +64,7 @@ def test_found_on_two_workers_and_after_a_restart_on_two_engines(wide, server):
     next(iter(stream))
     server.kill()
     with pytest.raises((openai.APIError, httpx.HTTPError)):
-        list(stream)  # it was killed within an answer
+        list(stream)  # it was killed in the middle of an answer
     server.command[server.command.index("--tensor-parallel-size")] = "--data-parallel-size"
     server.command += ["--distributed-executor-backend", "uni"]
     server.start()
@@ -73,4 +75,4 @@ def test_found_on_two_workers_and_after_a_restart_on_two_engines(wide, server):
         assert tokens == greedy(wide.models[name], ids, 8), name
     counts = answered_by_engine(server)
     assert len(counts) == 2
-    assert min(counts.values()) > 3  # more than the canary of each tenant
+    assert min(counts.values()) > 3  # more than each tenant's canary

@@ -1,4 +1,4 @@
-"""A server as people run it, and the official client: every tenant says what its merged model says."""
+"""A server as users run it, with the official client: every tenant gives its merged model's answers."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def ask_all(server, wishes):
 
 
 def test_all_but_probes_and_metrics_asks_for_the_key(server, stage):
-    """Tenants are loaded, unloaded and asked at paths too that vLLM leaves open."""
+    """Tenants can also be loaded, unloaded and asked at paths that vLLM leaves open."""
     folder = stage.folder / "tenants" / "one"
     closed = {
         "POST /adapters": {"name": "sage", "src": str(folder)},
@@ -73,7 +73,7 @@ def test_everyone_at_once(server, stage):
         assert answer.model == name
         assert answer.choices[0].token_ids == greedy(stage.models[name], ids, 12), name
         said.add(tuple(answer.choices[0].token_ids))
-    assert len(said) == len(asked)  # nobody's answer would do for another
+    assert len(said) == len(asked)  # no two answers are the same
 
 
 def test_more_tenants_than_slots_and_than_are_held(server, stage):
@@ -88,7 +88,7 @@ def test_more_tenants_than_slots_and_than_are_held(server, stage):
 
 
 def test_logprobs(server, stage):
-    """Of answers and of prompts, mixed with others' so that rows and slots differ."""
+    """Of answers and prompts, in mixed batches so that rows and slots differ."""
     asked = [(name, some_ids(9 + i, 20 + i, VOCAB)) for i, name in enumerate(SERVED)]
     more = {"ignore_eos": True, "return_tokens_as_token_ids": True}
     wishes = [wish(name, ids, 3, logprobs=4, extra_body=more) for name, ids in asked]
@@ -130,7 +130,7 @@ def test_models_are_listed_with_their_base(server, stage):
 
 
 def test_a_tenant_speaks_as_its_tuned_model(server, stage):
-    """Chat template, sampling defaults and end tokens are the artifact's where it carries some."""
+    """Chat template, sampling defaults and end tokens are the artifact's where it carries them."""
     messages = [{"role": "user", "content": "one plus two"}]
     tokenizer = make_tokenizer()
     prompts = {}
@@ -153,7 +153,7 @@ def test_a_tenant_speaks_as_its_tuned_model(server, stage):
 
 
 def test_a_tenants_own_end_token_ends_its_answers(server, stage):
-    """41 ends an answer of `chat`, and of nobody else."""
+    """Token 41 ends an answer of `chat`, and of no other model."""
     for seed in range(200):
         ids = some_ids(4, 1000 + seed, VOCAB)
         said = greedy(stage.models["chat"], ids, 12)
@@ -167,7 +167,7 @@ def test_a_tenants_own_end_token_ends_its_answers(server, stage):
 
 
 def test_reload_of_changed_weights(server, stage, tmp_path):
-    """The same name and folder, other weights: no block of the prefix cache is taken for theirs."""
+    """Same name and folder, other weights: no block of the prefix cache is taken for theirs."""
     folder, ids = tmp_path / "moving", some_ids(200, 50, VOCAB)
     shutil.copytree(stage.folder / "tenants" / "one", folder)
     assert server.load("moving", folder)[0] == 200
@@ -177,7 +177,7 @@ def test_reload_of_changed_weights(server, stage, tmp_path):
     assert "load_inplace" in body
     shutil.rmtree(folder)
     shutil.copytree(stage.folder / "tenants" / "two", folder)
-    assert server.say("moving", ids) == greedy(stage.models["one"], ids, 8)  # nobody said so
+    assert server.say("moving", ids) == greedy(stage.models["one"], ids, 8)  # not reloaded yet
     assert server.load("moving", folder, load_inplace=True)[0] == 200
     assert server.say("moving", ids) == greedy(stage.models["two"], ids, 8)
     assert server.client.completions.create(**wish("moving", ids)).model == "moving"
@@ -185,7 +185,7 @@ def test_reload_of_changed_weights(server, stage, tmp_path):
 
 
 def test_running_requests_keep_their_weights(server, stage, tmp_path):
-    """Reload and unload change what the next request gets, not what one gets that has begun."""
+    """Reload and unload change what the next request gets, not what a running one gets."""
     folder, ids = tmp_path / "busy", some_ids(6, 60, VOCAB)
     shutil.copytree(stage.folder / "tenants" / "one", folder)
     assert server.load("busy", folder)[0] == 200
@@ -268,7 +268,7 @@ def test_metrics(server, stage, tmp_path):
     log = server.log.read_text()
     for what in ("Loaded", "Dropped", "Read", "Unloaded"):
         assert f" {what} tenant '" in log, what
-    # What workers hold is asked for every few seconds.
+    # Workers are asked every few seconds what they hold.
     deadline = time.monotonic() + 3 * WATCH_SECONDS
     while server.figures()["deltacome_evictions"] == 0:
         assert time.monotonic() < deadline
@@ -276,7 +276,7 @@ def test_metrics(server, stage, tmp_path):
 
 
 def test_a_tenant_in_the_place_of_an_ordinary_adapter(server, stage):
-    """What runs goes on with the adapter, in the same batches as the tenant that has its name now."""
+    """Running requests keep the adapter, in the same batches as the tenant that now has its name."""
     ids = some_ids(6, 61, VOCAB)
     assert server.load("both", stage.folder / "lora")[0] == 200
     stream = server.client.completions.create(
@@ -294,6 +294,6 @@ def test_a_tenant_in_the_place_of_an_ordinary_adapter(server, stage):
 def test_what_dashboard_and_alerts_ask_for_is_there(server):
     server.say("code", [5, 6, 7])
     text = urllib.request.urlopen(f"{server.url}/metrics", timeout=30).read().decode()
-    # Of adapters that run and wait there is one list, that of now.
+    # There is one list of running and waiting adapters, the current one.
     assert len(re.findall(r"^vllm:lora_requests_info\{", text, re.M)) == 1
     assert asked_metrics() <= set(re.findall(r"^([\w:]+)[{ ]", text, re.M))

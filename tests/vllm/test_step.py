@@ -1,6 +1,6 @@
-"""Rows of a step as a GPU has them: traced once for batches of any size, captured in graphs.
+"""A step's rows as on a GPU: traced once for batches of any size, captured in graphs.
 
-There is no GPU here. What one would run is a stand-in for the kernel, which adds up by its tiles.
+There is no GPU here: a stand-in for the kernel adds up tile by tile.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ SLOTS, MOST = 8, 400
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The sizes of tiles that the kernel was launched with; each row gets 1 + its slot."""
+    """The tile sizes that the kernel was launched with; the stand-in adds 1 + its slot to each row."""
     sizes = []
 
     def bands(y_TO, x_TI, order_T, tiles_M3, blobs_SN, fields_SPBF, outs, tile, *_):
@@ -58,14 +58,14 @@ def step_of_a_gpu():
 
 
 class Method:
-    """In place of the engine's way to multiply."""
+    """Stands in for the engine's linear method."""
 
     def apply(self, layer, x, bias=None):
         return x.cos()
 
 
 class Model(nn.Module):
-    """A norm of heads and a linear, hooked."""
+    """A norm over heads and a linear, both hooked."""
 
     def __init__(self, step):
         super().__init__()
@@ -89,7 +89,7 @@ def expected(x_TI, slots):
 
 
 def traced(model):
-    """As the engine does it: the whole of it, for any number of rows, all guards dropped."""
+    """Compiles as the engine does: the full graph, for any number of rows, with all guards dropped."""
     graphs = []
 
     def backend(graph, inputs):
@@ -134,14 +134,14 @@ def test_a_graph_is_larger_than_its_batch(launched):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_graphs_of_the_base_alone_have_no_kernels(compiled, launched):
-    """And those of any adapters have them, whatever was said when they were traced."""
+    """And those with adapters have them, whatever `adapters` was when they were traced."""
     torch._dynamo.reset()
     step = step_of_a_gpu()
     model = traced(Model(step))[0] if compiled else Model(step)
     x_TI = torch.randn(9, 140)
     for adapters in (False, True, False):
         step.set([-1] * 9, [-1] * 9, adapters=adapters)
-        # Were they looked at, all rows would have one.
+        # If the slots were read, every row would have a tenant.
         step._tokens.all.slot_T.zero_()
         launched.clear()
         model(x_TI)
@@ -149,7 +149,7 @@ def test_graphs_of_the_base_alone_have_no_kernels(compiled, launched):
 
 
 class Biased(nn.Module):
-    """A linear with a bias, which tenants of all slots change by one."""
+    """A linear with a bias, to which the tenant of every slot adds one."""
 
     def __init__(self, step):
         super().__init__()
@@ -172,7 +172,7 @@ def test_biases_cost_the_base_alone_nothing(compiled, launched):
     torch._dynamo.mark_dynamic(x_TI, 0)
     for adapters in (True, False):
         step.set([-1] * 9, [-1] * 9, adapters=adapters)
-        step._tokens.all.slot_T.zero_()  # were they looked at, all rows would have one
+        step._tokens.all.slot_T.zero_()  # if read, every row would have a tenant
         torch.testing.assert_close(model(x_TI), x_TI.cos() + adapters)
     step.set([3, -1], [3, -1])
     expected = x_TI[:2].cos() + torch.tensor([[5.0], [0.0]])
@@ -180,7 +180,7 @@ def test_biases_cost_the_base_alone_nothing(compiled, launched):
 
 
 class Copies(TorchDispatchMode):
-    """Counts what is copied into some tensors."""
+    """Counts copies into some tensors."""
 
     def __init__(self, *tensors):
         super().__init__()
@@ -193,7 +193,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_a_step_is_one_copy_that_nobody_waits_for(monkeypatch):
-    """Of memory that is not pinned the host would wait for the step that runs."""
+    """With memory that is not pinned, the host would wait for the running step."""
     full, pinned = torch.full, []
 
     def noted(*args, pin_memory=False, **kwargs):
@@ -235,7 +235,7 @@ def mapped(monkeypatch, adapters, index, prompt):
 
 
 def test_made_up_adapters_are_adapters(monkeypatch):
-    """The engine captures graphs with them, which tenants then run."""
+    """The engine captures graphs with them, and tenants then run those graphs."""
     tenants, made_up = {7: Tenant(7, "")}, {7: object()}
     for adapters in (tenants, made_up):
         assert not mapped(monkeypatch, adapters, (7, 0), (7, 0)).idle
@@ -267,7 +267,7 @@ def parallel_config(**config):
 
 
 def managed(monkeypatch, places=(), **config):
-    """A manager, but for what the engine's own makes."""
+    """A manager without what the engine's own constructor makes."""
 
     def made(self, *args, **kwargs):
         self.places = places
@@ -327,7 +327,7 @@ def test_what_is_not_refused(monkeypatch):
 
 
 def test_what_embeds_text_ahead_of_its_step_is_refused(monkeypatch):
-    """vLLM's own sources say which models do; Qwen 3's does it of videos that are pruned."""
+    """vLLM's sources show which models do; Qwen 3 VL does it for pruned videos."""
     folder = Path(inspect.getfile(models)).parent
     call = re.compile(r"get_language_model\(\)\.embed_input_ids\(")
     assert {f.stem for f in folder.glob("*.py") if call.search(f.read_text())} == {
@@ -379,7 +379,7 @@ def test_a_head_made_of_the_bases_is_refused(inner, monkeypatch):
     text.get_text_config = lambda: text
     theirs = model_config()
     theirs.hf_config = config
-    managed(monkeypatch, model_config=theirs)  # it writes text
+    managed(monkeypatch, model_config=theirs)  # it generates text
     theirs.runner_type = "pooling"
     with pytest.raises(UnsupportedError, match="classifier_from_token: "):
         managed(monkeypatch, model_config=theirs)
@@ -388,7 +388,7 @@ def test_a_head_made_of_the_bases_is_refused(inner, monkeypatch):
 
 
 def test_graphs_that_were_compiled_without_the_plugin_are_not_found(monkeypatch):
-    """vLLM's caches go by `VllmConfig.compute_hash`, of which this is part."""
+    """vLLM keys its caches by `VllmConfig.compute_hash`, of which this is part."""
     for given in ({}, None, {"deltacome": {"canary": None}}):
         manager = managed(monkeypatch, additional_config=given)
         config = manager.vllm_config.additional_config

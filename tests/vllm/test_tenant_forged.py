@@ -1,4 +1,4 @@
-"""What an artifact of a stranger may say: it is refused by name, before it costs memory or serves."""
+"""What a stranger's artifact may claim: refused by name, before it costs memory or is served."""
 
 import asyncio
 import re
@@ -40,7 +40,7 @@ def base(tmp_path_factory):
 
 
 def loaded(base, artifact):
-    """The tenant that a worker makes of it; each matrix and norm of the base has a module of its own."""
+    """The tenant that a worker makes from it; each matrix and norm of the base has its own module."""
     model = nn.Module()
     model.config = AutoConfig.from_pretrained(base)
     places = []
@@ -57,7 +57,7 @@ def loaded(base, artifact):
 
 
 def forged(base, folder, name=None, entries=(), **changes):
-    """An artifact of random terms, but for what it says of one tensor and holds in some entries."""
+    """An artifact of random terms, except for what it says of one tensor and holds in some entries."""
     honest = random_artifact(base, folder / "honest")
     records, stored = dict(honest.manifest.records), {}
     for record in records.values():
@@ -95,7 +95,7 @@ def test_the_honest_one_is_loaded(base, tmp_path):
 
 
 def test_a_bias_is_no_difference_to_another_tensor(base, tmp_path, monkeypatch):
-    """Of 64 values and an embedding the difference has 64 times the embedding's size."""
+    """The difference of 64 values and an embedding would have 64 times the embedding's size."""
     name, read = f"{QUERY}.bias", Base.read
 
     def others(self, tensor):
@@ -115,7 +115,7 @@ def test_a_bias_is_no_difference_to_another_tensor(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(32, 64), (96, 64, 1), (1 << 20, 1 << 20)])
 def test_a_shape_that_is_not_the_base_s(base, tmp_path, shape):
-    """Even of a tensor that stays as it is; its fingerprint is the right one."""
+    """Even for a tensor that stays as it is and has the right fingerprint."""
     name = f"{UP}.weight"
     artifact = random_artifact(base, tmp_path / "a", same=(name,))
     record = replace(artifact.manifest.records[name], shape=shape, base_shape=shape)
@@ -143,10 +143,10 @@ def test_a_square_matrix_is_not_served_as_its_transpose(base, tmp_path):
 @pytest.mark.parametrize("columns", [(0, 320), (64, 192), (70, 200), (128, 320)])
 @pytest.mark.parametrize("scales", [1, 256])
 def test_a_shard_of_signs_is_not_cut_out_of_the_whole(columns, scales, monkeypatch):
-    """Dense floats of a vocabulary would take 32 times what its signs take."""
+    """A vocabulary as dense floats would take 32 times what its signs take."""
     signs = random_signs((256, 320), scales)
     scale = signs.scale.clone()
-    scale[70:71] = 0  # where there is one for each row
+    scale[70:71] = 0  # matters where each row has a scale
     blob = write_signs(replace(signs, scale=scale))
     rows = [(64, 128), (130, 256)]
     whole = read_signs(blob, (256, 320), scales).dense()
@@ -176,7 +176,7 @@ def signs(number):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["s", "scale", "values", "signs", "bias", "norm"])
 def test_numbers_that_are_not_finite(base, tmp_path, part, number):
-    """Without a canary nothing else would see them, and they stay in blocks of the cache."""
+    """Without a canary nothing else would notice them, and they would stay in the cache's blocks."""
     name, changes = f"{QUERY}.weight", {}
     if part == "signs":
         entry, changes = signs(number), {"sign_scales": 1}
@@ -194,7 +194,7 @@ def test_numbers_that_are_not_finite(base, tmp_path, part, number):
 
 
 def test_bytes_that_change_while_they_are_read(base, tmp_path, monkeypatch):
-    """As in a folder that is copied into: what was read then is not what was checked before."""
+    """As when files are being copied into the folder: what is read is then not what was checked."""
     artifact = forged(base, tmp_path)
     (shard,) = artifact.path.glob("*.safetensors")
     exact = Artifact.exact
@@ -258,7 +258,7 @@ def test_a_canary_is_read_beside_the_requests():
 
 
 def test_a_canary_of_tokens_that_the_model_lacks():
-    """They would be the engine's to refuse, and it has no word for a client there."""
+    """Otherwise the engine would have to refuse them, where it cannot tell a client why."""
     with pytest.raises(ArtifactError, match=r"canary\.json: expected ids below 300, got 300"):
         ask(Canary((7, 300), (-1.0,)).to_json())
 

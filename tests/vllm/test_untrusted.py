@@ -1,4 +1,4 @@
-"""What people may upload whom nobody knows, and names that anybody may ask for: refused, and cheaply."""
+"""Uploads by strangers, and names that anybody may ask for: refused, and cheaply."""
 
 import asyncio
 import itertools
@@ -47,14 +47,14 @@ BUSY = {
 
 
 def circle_ends():
-    """Whether this vLLM notes where it has been, as 0.33 does."""
+    """Whether this vLLM's search remembers where it has been, as 0.33's does."""
     found = compat.assigned_from(jinja2.Environment().parse(BUSY["circle"]), "messages")
     return len(list(itertools.islice(found, 100))) < 100
 
 
 @pytest.mark.parametrize("kind", BUSY)
 def test_a_template_that_vllm_would_search_for_ever(kind, base, tmp_path):
-    """In its event loop, before the time that a chat may take begins."""
+    """In its event loop, before a chat's time limit starts."""
     if kind == "circle" and circle_ends():
         assert manners(base, tmp_path / "a", chat_template_jinja=BUSY[kind].encode()).template
         return
@@ -73,7 +73,7 @@ def test_a_template_that_is_large(base, tmp_path):
 
 
 def test_templates_that_people_use():
-    """Those that vLLM brings along, and one as long and as nested as those of models that call tools."""
+    """Those that vLLM ships, and one as long and as nested as those of models that call tools."""
     folder = Path(vllm.__file__).parent / "transformers_utils" / "chat_templates"
     templates = [file.read_text() for file in folder.glob("*.jinja")]
     assert templates
@@ -87,7 +87,7 @@ def test_templates_that_people_use():
         "{%- else -%}{%- continue -%}{%- endif -%}{%- generation -%}x{%- endgeneration -%}{%- endfor -%}"
     )
     templates.append("{%- set loop_messages = messages[1:] -%}" + tool * 8 + message * 12)
-    templates.append("{{ no jinja")  # of which vLLM tells who asks for a chat
+    templates.append("{{ no jinja")  # which vLLM reports to whoever asks for a chat
     for template in templates:
         check_template("a", template)
 
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused_before_its_bytes_are_read(base, tmp_path, 
 
 
 def artifact_with_norm(base, output, rows):
-    """Whose last norm has so many values; everything else is the base's."""
+    """An artifact whose last norm has `rows` values; everything else is the base's."""
     read, generator, norm = Checkpoint(base), torch.Generator().manual_seed(0), "model.norm.weight"
     terms = (read, norm, rows, 32, generator, (), ("bands",))
     record, entries = random_term(norm, *terms)
@@ -137,7 +137,7 @@ def artifact_with_norm(base, output, rows):
 
 
 def test_a_folder_of_tenants_keeps_no_server_from_its_start(base, tmp_path, monkeypatch):
-    """One that is damaged, of another base, of other groups, or so large that slots would be."""
+    """Not one that is damaged, of another base, of other groups, or so large that slots would be too."""
     tenants, other = tmp_path / "tenants", tmp_path / "other"
     for name in ("math", "code"):
         random_artifact(base, tenants / name)
@@ -149,7 +149,7 @@ def test_a_folder_of_tenants_keeps_no_server_from_its_start(base, tmp_path, monk
     (shard,) = (tenants / "half").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1])
     random_artifact(base, tenants / "large", plan=(Band(16, 30),))
-    monkeypatch.setattr(launch_module, "LARGEST", 4)  # these are small beside their headers
+    monkeypatch.setattr(launch_module, "LARGEST", 4)  # these are small compared with their headers
     (tenants / "nonsense").mkdir()
     (tenants / "nonsense" / "delta_config.json").write_text("{\n\x1b[31m")
     launch, settings = launched(base, {}, folder=str(tenants))
@@ -162,7 +162,7 @@ def test_a_folder_of_tenants_keeps_no_server_from_its_start(base, tmp_path, monk
     assert "wrong base" in left_out[0]
     assert "give --slot-bytes, or name it with --tenant" in left_out[2]
     assert "expected scale groups of 32, got 64" in left_out[4]
-    # Whoever starts the server can have them.
+    # Whoever starts the server can still have them.
     large = launched(base, {"large": str(tenants / "large")}, folder=str(tenants))[1]
     assert large["slot_bytes"] > expected["slot_bytes"]
     given = launched(base, {}, folder=str(tenants), slot_bytes=7)[1]
@@ -179,7 +179,7 @@ def test_a_folder_of_tenants_keeps_no_server_from_its_start(base, tmp_path, monk
 
 @pytest.fixture
 def place(base, tmp_path):
-    """A folder of tenants with one."""
+    """A folder of tenants that holds one."""
     random_artifact(base, tmp_path / "tenants" / "math", seed=1)
     return tmp_path / "tenants"
 
@@ -201,7 +201,7 @@ def found(finder, name="math"):
 
 
 def test_a_link_out_of_a_tenants_folder(base, place):
-    """Whoever uploads could have the server read what is another's."""
+    """Otherwise an uploader could make the server read somebody else's files."""
     shutil.copytree(place / "math", place / "evil")
     (shard,) = (place / "evil").glob("*.safetensors")
     shard.unlink()
@@ -215,13 +215,13 @@ def test_a_link_out_of_a_tenants_folder(base, place):
     shard.unlink()
     shutil.copy(place / "math" / shard.name, place / "evil" / "real")
     shard.symlink_to("real")
-    (place / "whole").symlink_to(place / "evil")  # by whoever owns the place
+    (place / "whole").symlink_to(place / "evil")  # a link by the owner of the place
     for name in ("math", "evil", "whole"):
         assert found(Finder(str(place)), name) == place / name
 
 
 def counted(monkeypatch, system, name):
-    """What a storage is asked by a method, from now on."""
+    """The paths that a storage's method is called with from now on."""
     asked, original = [], getattr(type(system), name)
 
     def count(self, path, *args, **kwargs):
@@ -281,7 +281,7 @@ def test_a_copy_that_was_damaged_is_made_again(memory, tmp_path, monkeypatch):
     finder = Finder(ADDRESS, tmp_path / "cache")
     folder = found(finder)
     assert {path.name for path in synced} > {file.name for file in folder.iterdir()}
-    assert synced[-1] == tmp_path / "cache"  # behind the rename
+    assert synced[-1] == tmp_path / "cache"  # after the rename
     (shard,) = folder.glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])

@@ -1,4 +1,4 @@
-"""A running server, tiny tenants for it, and what transformers says on the merged weights."""
+"""A running server, tiny tenants for it, and what transformers gives for the merged weights."""
 
 import contextlib
 import json
@@ -24,16 +24,16 @@ from deltacome.runtime import merge
 
 PLANS = (PLAN, (Band(4, 3), Band(2, 9)), (Band(8, 1),), (Band(3, 20),))
 SLOTS, HELD = 2, 3
-"""Of the shared server: tenants in a batch, and on the host. More are served."""
+"""The shared server's tenants in a batch, and on the host; it serves more than that."""
 KEY = "none"
-"""Of all servers; everything but probes and metrics asks for it."""
+"""The key of all servers; everything but probes and metrics asks for it."""
 START_SECONDS = 240
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else an engine with one worker has a process for that
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads bound to cores fight over two of them
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else an engine with one worker uses a separate process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound threads would fight over two cores
     "OMP_WAIT_POLICY": "PASSIVE",
     "OMP_NUM_THREADS": "1",
 }
@@ -118,12 +118,12 @@ def greedy(model, ids, count):
 
 @torch.no_grad()
 def logprobs(model, ids):
-    """(tokens, vocabulary): of what follows each token."""
+    """Log-probabilities of what follows each token, (tokens, vocabulary)."""
     return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
 def prompt_logprobs(model, ids):
-    """Of each token but the first."""
+    """The log-probability of each token but the first."""
     all_of_them = logprobs(model, ids)
     return [float(all_of_them[i, id]) for i, id in enumerate(ids[1:])]
 
@@ -165,7 +165,7 @@ class Server:
         raise AssertionError(f"the server did not start:\n{self.log.read_text()[-8000:]}")
 
     def kill(self):
-        """Ends all of its processes, at once."""
+        """Kills all of its processes at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -194,12 +194,12 @@ class Server:
         return self.post("/v1/unload_lora_adapter", lora_name=name)
 
     def say(self, name, ids, count=8, **more):
-        """Greedy tokens."""
+        """The tokens of a greedy answer."""
         answer = self.client.completions.create(**wish(name, ids, count, **more))
         return answer.choices[0].token_ids
 
     def figures(self):
-        """Name of each of our metrics → its value; those by tenant as `name{tenant}`."""
+        """Our metrics: name → value, those by tenant as `name{tenant}`."""
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
         found = {}
         for line in text.splitlines():

@@ -5,7 +5,7 @@
 // depends only on its place in the block (docs/format.md). Codes are not shifted down from there: what a
 // mask leaves of a word, converted to a float, is the code times a power of two, which is divided out of
 // the sums or the rows. Scales and zero points stay out of the innermost loops too: a scale multiplies
-// the weight of a direction, a zero point the sum of a group's inputs.
+// a group's sum (shrink) or a direction's weight (expand), a zero point the sum of a group's inputs.
 //
 // Legend: as in native.cpp.
 

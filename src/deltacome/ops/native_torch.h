@@ -6,7 +6,7 @@
 // 64-bit words and owns those that are handles.
 //
 // Only plain calls are handled here: few rows, on the CPU, laid out as the kernels read them. Any other
-// call, and any that is to be refused, is passed on unchanged to the op of the same name in Python.
+// call, and any that is to be refused, is passed on unchanged to the op in Python, `<op>_python`.
 
 namespace {
 
