@@ -13,7 +13,7 @@ FOUND_BY_TORCH = {"triton"}
 
 
 def imported():
-    """Top names of others' packages in the sources."""
+    """Top-level names of all that the sources import."""
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

@@ -258,7 +258,7 @@ MUTATIONS: list[Callable[[Files, Random], None]] = [
 
 
 def _any(files: Files, draw: Random) -> tuple[str, bytes]:
-    """A file that is one, with its content."""
+    """An entry and its content, empty where it is no file."""
     name = draw.choice(sorted(files) or [MANIFEST])
     content = files.get(name, b"")
     return name, content if isinstance(content, bytes) else b""

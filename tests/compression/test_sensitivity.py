@@ -23,7 +23,7 @@ SEED = 3
 
 
 def whole(folder, stream, first=lambda row: 0):
-    """C and G of every linear, and what the embedding and the head are made of."""
+    """What C and G of every linear, and the weights of embedding and head, are made from."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     layout = find_layout(model)
     table = model.get_input_embeddings()

@@ -124,7 +124,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_are_counted():
     asked = asked_metrics()
     counted = ours() | vllms()
     assert asked <= counted, asked - counted
-    # What ours counts is on the dashboard, each in one way at least.
+    # Each family that ours counts is asked for, by the dashboard or an alert.
     for family in metrics_of(metrics):
         assert any(name.startswith(family.name) for name in asked), family.name
 

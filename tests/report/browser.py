@@ -67,7 +67,7 @@ def chromium(page, width, *options, height=900, dark=False):
 
 
 def measure(page, width):
-    """What is wrong with a page at a width: lists, all empty in a good page."""
+    """What is wrong with a page at a width: empty lists and an overflow of 0 in a good page."""
     text = Path(page).read_text(encoding="utf-8")
     _, _, after = text.partition(POLICY)
     assert after, "the page forbids scripts and network"

@@ -186,7 +186,7 @@ def place(base, tmp_path):
 
 @pytest.fixture
 def memory(place):
-    """The same at an address, and what its storage was asked."""
+    """The file system of an address that has the same."""
     system = fsspec.filesystem("memory")
     system.put(str(place / "math"), "/bucket/tenants/math", recursive=True)
     yield system

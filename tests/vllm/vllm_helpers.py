@@ -50,7 +50,7 @@ class Stage:
     folder: Path
     base: Path
     models: dict = field(default_factory=dict)
-    """Name → dense model, float32; the base's is None."""
+    """Name → dense model, float32; the base's is `base`."""
 
     def tenant(self, name, *, canary=True, **options):
         """Makes an artifact `name` of random terms, and the merged model; returns its folder."""
