@@ -55,6 +55,14 @@ def farther(cell: dict[str, Any], than: dict[str, Any], kind: str) -> str:
     return f"{found.nats:+.{digits}f} ± {found.error:.{digits}f}"
 
 
+def spread(cell: dict[str, Any], than: dict[str, Any]) -> str:
+    """On how many questions a cell is closer than another, and what its ten farthest hold of its KL."""
+    ours, theirs = ([nats for nats, _ in one["rows_task"]] for one in (cell, than))
+    closer = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    held = sum(sorted(ours)[-10:]) / sum(ours)
+    return f"closer on {closer} of {len(ours)} questions, ten hold {100 * held:.0f} % of its KL"
+
+
 def nats(value: float | None, error: float | None = None) -> str:
     """A KL in nats per token and its standard error; a value slightly below 0 (float32) is shown as 0."""
     if value is None:

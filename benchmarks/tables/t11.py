@@ -72,7 +72,8 @@ def _goals(at: At, tuned: dict[str, Any]) -> str:
             pair = at["adaptive", small, seed], at["Delta-CoMe", large, seed]
             less = f"adaptive at 1/{small:g} less Delta-CoMe at 1/{large:g}{_seed(seed)}"
             task, text = (md.farther(*pair, kind) for kind in ("task", "text"))
-            said.append(f"- {less}: {task} on the task, {text} on text")
+            on = md.spread(*pair)
+            said.append(f"- {less}: {task} on the task, {text} on text; {on}")
     for ratio, seed in ours:
         if ratio == 64 and tuned["score"]:
             kept = at["adaptive", ratio, seed]["score"] / tuned["score"]
