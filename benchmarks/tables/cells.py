@@ -59,7 +59,7 @@ def spread(cell: dict[str, Any], than: dict[str, Any]) -> str:
     """On how many questions a cell is closer than another, and what its ten farthest hold of its KL."""
     ours, theirs = ([nats for nats, _ in one["rows_task"]] for one in (cell, than))
     closer = sum(a < b for a, b in zip(ours, theirs, strict=True))
-    held = sum(sorted(ours)[-10:]) / sum(ours)
+    held = sum(sorted(ours)[-10:]) / sum(ours) if any(ours) else 0.0  # nothing differs
     return f"closer on {closer} of {len(ours)} questions, ten hold {100 * held:.0f} % of its KL"
 
 
