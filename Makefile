@@ -6,6 +6,9 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Threads wait by sleeping: two that spin on two busy cores bring each other to a standstill.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Some machines tell Python not to keep compiled modules; then each process of the tests would compile all
+# that it imports, the engine's server for half a minute.
+unexport PYTHONDONTWRITEBYTECODE
 # Warnings about other packages' code, which is compiled when it is first imported.
 export PYTHONWARNINGS ?= ignore::SyntaxWarning
 
