@@ -1,9 +1,10 @@
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltacome.errors import DeltaError
-from deltacome.evals.prompts import prompt_ids
-from deltacome.evals.score import exact_match, generate, greedy, score, wilson
+from deltacome.evals.prompts import prompt_ids, stop_ids
+from deltacome.evals.score import answers, exact_match, generate, greedy, score, wilson
 from deltacome.evals.tasks import Question
 from deltacome.rows import Row
 
@@ -22,6 +23,31 @@ def slow_greedy(model, ids, stops, new):
     return said
 
 
+def tiny(kind):
+    """A random model that says something else after each prompt."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    states = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 4}
+    mixers = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 4}
+    both = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
+    own = {"mamba2": states, "bamba": both | mixers | {"attn_layer_indices": [1]}}
+    config = AutoConfig.for_model(kind, **sizes, **own.get(kind, {}))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 3
+    return model
+
+
+class Numbers:
+    """In place of a tokenizer: a text is its tokens."""
+
+    eos_token_id = None
+
+    def decode(self, tokens, **options):
+        return tokens
+
+
 def test_batch_equals_one_by_one_without_cache(model, tokenizer):
     # The random model's most frequent token becomes a stop, so that some answers end early.
     stops = [1, 20]
@@ -36,6 +62,28 @@ def test_generate_keeps_the_order_for_any_batch_size(model, tokenizer):
     assert one == generate(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=8)
     assert one == [generate(model, tokenizer, [p], max_new_tokens=8)[0] for p in PROMPTS]
     assert len(set(one)) > 1
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "bloom", "bamba"])
+def test_models_that_cannot_be_told_positions_or_have_states(kind):
+    model = tiny(kind)
+    prompts = [[3, 4, 5, 6, 7], [8, 9, 10], [11] * 7, [5, 4, 3]]
+    rows = [Row(ids) for ids in prompts]
+    said = answers(model, Numbers(), rows, batch_size=4, max_new_tokens=8)
+    stops = stop_ids(model, Numbers())
+    assert said == [slow_greedy(model, row.ids, stops, 8) for row in rows]
+    assert len({tuple(one) for one in said}) > 1
+    if kind in ("mamba", "bloom"):
+        with pytest.raises(DeltaError, match="of one length"):
+            greedy(model, rows, stops, 8)
+
+
+def test_a_model_without_a_cache_is_refused(model):
+    model.forward = lambda input_ids, **rest: None
+    with pytest.raises(
+        DeltaError, match=r"cache_params, got LlamaForCausalLM, which takes input_ids"
+    ):
+        greedy(model, [Row([3])], [], 4)
 
 
 def test_stop_token_is_cut_and_nothing_follows(model, tokenizer):

@@ -3,14 +3,14 @@
 The loop is written out instead of calling `generate`, which fills whatever is unset from the
 model's own generation config: a repetition penalty there would differ between two models of one
 table. Here greedy means the largest logit and nothing else. The price is that only models with
-an ordinary key-value cache are supported, and neither beam search nor sampling.
+one cache are supported (no encoder-decoders), and neither beam search nor sampling.
 
 Shapes: B answers in a batch, T tokens of the longest prompt, V vocabulary.
 """
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from deltacome.errors import DeltaError
 from deltacome.evals.prompts import prompt_ids, stop_ids
 from deltacome.evals.tasks import Question
 from deltacome.rows import Row, collate, to_device
+
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Names of a cache in transformers: since 5.24; before that; before that, of models without attention."""
 
 
 def generate(
@@ -48,23 +51,24 @@ def answers(
     """
     stops = stop_ids(model, tokenizer)
     found = [""] * len(rows)
-    for batch in _batches(rows, batch_size):
+    for batch in _batches(rows, batch_size, padded=_takes_positions(model)):
         said = greedy(model, [rows[i] for i in batch], stops, max_new_tokens)
         for i, tokens in zip(batch, said, strict=True):
             found[i] = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     return found
 
 
-def _batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+def _batches(rows: Sequence[Row], size: int, padded: bool) -> Iterator[list[int]]:
     """Indices of rows that share a batch.
 
     Rows with pictures share one only where they need no padding: each model family counts the positions
-    of a padded one in its own way.
+    of a padded one in its own way. So do all rows where none is to be `padded`.
     """
     batch: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: (rows[i].kind, len(rows[i]))):
         first = rows[batch[0]] if batch else rows[i]
-        together = rows[i].kind == first.kind and (not first.seen or len(rows[i]) == len(first))
+        alike = len(rows[i]) == len(first) or (padded and not first.seen)
+        together = rows[i].kind == first.kind and alike
         if batch and (len(batch) == size or not together):
             yield batch
             batch = []
@@ -79,7 +83,9 @@ def greedy(
 ) -> list[list[int]]:
     """Continue each row by the most likely token until one of `stops`, excluded.
 
-    Rows with pictures are of one kind and length.
+    Rows with pictures are of one kind and length, and so are rows of a model that takes no positions.
+
+    Raises DeltaError if a row is empty or of another length, or the model generates without a cache.
     """
     if not rows or not all(rows):
         raise DeltaError("generation: expected prompts of at least one token, got an empty one")
@@ -91,26 +97,29 @@ def greedy(
     mask_BT = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     stops_S = torch.tensor(list(stops), device=device, dtype=torch.long)
     takes = inspect.signature(model.forward).parameters
+    cached = _cache_name(model, takes)
     seen = to_device(collate(rows)[2], device, weight.dtype)
-    sees = bool(seen)
+    masked = _takes_positions(model) and not seen
+    if not masked and min(map(len, rows)) < width:
+        raise DeltaError("generation: expected prompts of one length, got some that need padding")
     done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
     said: list[torch.Tensor] = []
     cache = None
     for _ in range(max_new_tokens):
         # The head is the costliest layer of a small model, so it runs on the last position only.
         extra: dict[str, Any] = {"logits_to_keep": 1}
-        if not sees:  # with pictures the model counts positions; unpadded rows need no mask
+        if masked:  # otherwise the model counts positions itself; unpadded rows need no mask
             extra["position_ids"] = _positions(mask_BT)[:, -ids_BT.shape[1] :]
             extra["attention_mask"] = mask_BT
         out = model(
             input_ids=ids_BT,
-            past_key_values=cache,
             use_cache=True,
+            **{cached: cache},
             **{name: value for name, value in extra.items() if name in takes},
             **seen,
         )
         seen = {}
-        cache = out.past_key_values
+        cache = out[cached]
         next_B = out.logits[:, -1].argmax(-1)
         said.append(next_B)
         done_B |= torch.isin(next_B, stops_S)
@@ -119,6 +128,25 @@ def greedy(
         ids_BT = next_B[:, None]
         mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
     return [_before_stop(row, set(stops)) for row in torch.stack(said, dim=1).tolist()]
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether a model can be told positions; if so, it attends to what it is told, so rows can be padded.
+
+    Of models that cannot, some have states that padding would enter (Mamba).
+    """
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _cache_name(model: Any, takes: Collection[str]) -> str:
+    """What a model calls its cache. By another name it would take none, and forget what it read."""
+    for name in CACHES:
+        if name in takes:
+            return name
+    raise DeltaError(
+        f"generation: expected a model that takes one of {', '.join(CACHES)}, got "
+        f"{type(model).__name__}, which takes {', '.join(takes)}"
+    )
 
 
 def _positions(mask_BT: torch.Tensor) -> torch.Tensor:
