@@ -63,10 +63,17 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return ids_BL, valid_BL, seen
 
 
-def row_shares(counts_BL: Tensor) -> Tensor:
-    """The weight of each token that counts, (T,), such that every row weighs 1 in total."""
-    in_row_B1 = counts_BL.sum(1, keepdim=True)
-    return (1.0 / in_row_B1).expand(counts_BL.shape)[counts_BL]
+def token_shares(counts_BL: Tensor, answers_B: Tensor, one: float) -> Tensor:
+    """The weight of each token that counts, (T,): a row of text weighs 1, an answer goes by its length.
+
+    Args:
+        counts_BL: which tokens count, bool.
+        answers_B: which rows are answers, bool.
+        one: how many tokens of an answer weigh 1 together.
+    """
+    in_row_B1 = counts_BL.sum(1, keepdim=True).float()
+    share_B1 = torch.where(answers_B[:, None], 1 / one, 1 / in_row_B1)
+    return share_B1.expand(counts_BL.shape)[counts_BL]
 
 
 def seen_hash(rows: Sequence[Row]) -> str:

@@ -1,5 +1,7 @@
 """Distillation looks only at tokens that count: they get the logits that the whole model gives them."""
 
+from functools import partial
+
 import families
 import pytest
 import tiny_pairs
@@ -7,7 +9,16 @@ import torch
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from deltacome.compression.distill import _inputs, _picking, _Tuned
+from deltacome.compression.distill import (
+    Trained,
+    _inputs,
+    _picking,
+    _Tuned,
+    distill,
+    squared_distance,
+)
+from deltacome.format.codec import Packed
+from deltacome.methods.bitdelta import signs_of
 from deltacome.rows import Row
 
 ROWS = [Row([5, 9, 33, 7]), Row([8, 4, 6, 21, 90, 3, 17]), Row([2, 40, 41, 42, 43])]
@@ -57,3 +68,23 @@ def test_a_row_runs_through_the_blocks_once(tmp_path):
     before = tuned.logits(ROWS)
     assert torch.equal(tuned.logits(ROWS), before)
     assert len(runs) == 1
+
+
+def test_tokens_of_answers_weigh_alike(tmp_path):
+    """However long an answer is; a text weighs as much as an answer of the mean length."""
+    tiny_pairs.make_base("llama-tied", tmp_path / "model", torch.float32)
+    load = partial(AutoModelForCausalLM.from_pretrained, tmp_path / "model", dtype=torch.float32)
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = load().get_parameter(name).detach()
+    terms = {name: Trained(Packed(signs=signs_of(weight, "matrix")), lambda: weight)}
+    begins = {len(ROWS[0]): 0, len(ROWS[1]): 1, len(ROWS[2]): 1}  # a text of 4, answers of 6 and 4
+    weighed = []
+
+    def loss(got_TV, wanted_TV):
+        costs_T = squared_distance(got_TV, wanted_TV)
+        costs_T.register_hook(lambda grad_T: weighed.extend(grad_T.tolist()))
+        return costs_T
+
+    how = {"loss": loss, "rate": 0.1, "batch": 3, "steps": 1, "seed": 0}
+    distill(load, terms, ROWS, first=lambda row: begins[len(row)], **how)
+    assert sorted(weighed) == pytest.approx([1 / 5 / 3] * (6 + 4) + [1 / 4 / 3] * 4)

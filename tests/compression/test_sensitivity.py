@@ -29,6 +29,8 @@ def whole(folder, stream, first=lambda row: 0):
     table = model.get_input_embeddings()
     draw = torch.Generator().manual_seed(SEED)
     xs, gs, ids = {}, {}, []
+    rows = [i[v].tolist() for b in stream.batches for i, v in zip(b.ids, b.valid, strict=True)]
+    answers = [len(row) - first(row) for row in rows if first(row)]
     for batch in stream.batches:
         valid, kept = batch.valid, {}
         counts = valid.clone()
@@ -49,14 +51,13 @@ def whole(folder, stream, first=lambda row: 0):
         ]
         logits = model(input_ids=batch.ids).logits.float()[counts]
         p = logits.detach().softmax(-1)
-        # A row of text weighs one, however many of its tokens count; an answer weighs more.
-        weights = [
-            ANSWER if first(one[real].tolist()) else 1.0
-            for one, real in zip(batch.ids, valid, strict=True)
+        # A row of text weighs one, however many of its tokens count; a token of an answer weighs the
+        # same in each, and those of an answer of the mean length `ANSWER` together.
+        each = [
+            ANSWER * len(answers) / sum(answers) if first(one[real].tolist()) else 1 / int(n)
+            for one, real, n in zip(batch.ids, valid, counts.sum(1), strict=True)
         ]
-        shares = torch.cat(
-            [torch.full((int(n),), w / int(n)) for n, w in zip(counts.sum(1), weights, strict=True)]
-        )[:, None]
+        shares = torch.tensor(each).repeat_interleave(counts.sum(1))[:, None]
         # A token that the model is sure of counts for more, but not where the head itself is weighed.
         lifted = shares * (p - p * p).sum(1, keepdim=True).sqrt()
         soft = (logits.detach() / TEMPERATURE).softmax(-1)

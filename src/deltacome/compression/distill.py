@@ -11,6 +11,8 @@ thousand scalars are enough to make up for much of that, and too few to memorise
 Scalars are trained through their logarithms: those of one model differ by orders of magnitude, and this
 way one rate suits all, where the paper's rate of 1e-4 is for scales of about that size.
 
+What counts weighs as in the sweep (`sensitivity`), but an answer of the mean length as much as a text.
+
 Only tokens that count reach the head, the most expensive layer of a small model. The tuned model's hidden
 states there are kept, so that each row runs through its blocks once, however often it is drawn.
 
@@ -33,7 +35,7 @@ from torch.func import functional_call
 from deltacome.compression.answers import First
 from deltacome.errors import CheckpointError
 from deltacome.format.codec import BandTensors, Packed, SignTensors
-from deltacome.rows import Row, alike, collate, model_inputs, row_shares
+from deltacome.rows import Row, alike, collate, model_inputs, token_shares
 
 SLOTS = 1024
 """At most this many rows times the longest of them in one pass; a step takes as many passes as needed."""
@@ -88,7 +90,7 @@ def distill(
         load: loads the tuned model, which is called with token ids and returns logits.
         terms: by the name of a parameter, with the scalars to start from.
         rows: calibration rows.
-        loss: of logits at the positions that count; rows weigh alike, however long they are.
+        loss: of logits at the positions that count, which weigh as the module says.
         rate: learning rate of Adam; it falls linearly to 0.
         batch: rows of a step, in an order that the seed draws.
         steps: steps of Adam.
@@ -109,6 +111,8 @@ def distill(
     weights = {name: _Weight(everywhere[name], terms[name]) for name in firsts.values()}
     optimizer = torch.optim.Adam([w.logs for w in weights.values()], lr=rate, betas=(0.9, 0.95))
     tuned = _Tuned(model, first)
+    answers = [len(row) - first(row.ids) for row in rows if first(row.ids)]
+    mean = sum(answers) / len(answers) if answers else 1.0
     draw, order = random.Random(seed), []
     for step in range(steps):
         while len(order) < batch:
@@ -123,7 +127,9 @@ def distill(
             inputs, counts_BL = _inputs(model, some, first)
             with _picking(model, counts_BL):
                 got_TV = functional_call(model, leaves, (), inputs).logits[0].float()
-            ((loss(got_TV, wanted_TV) * row_shares(counts_BL)).sum() / batch).backward()
+            answers_B = torch.tensor([first(row.ids) > 0 for row in some], device=counts_BL.device)
+            share_T = token_shares(counts_BL, answers_B, mean)
+            ((loss(got_TV, wanted_TV) * share_T).sum() / batch).backward()
         reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
         torch.autograd.backward(
             [values[name] for name in reached], [leaves[name].grad for name in reached]

@@ -21,9 +21,10 @@ not such a loss, and are weighed as they are.
 Inputs are weighted by the squared gradient that meets them, so that a token on which no answer depends
 does not count. K-FAC takes the two as independent; with this weighting, the product G ⊗ C has the right
 trace for each layer. In a chat only the last answer and what follows it count (`answers` explains why):
-what a model would have said in the user's place is nobody's concern. Rows weigh alike, however long they
-are, but an answer weighs `ANSWER` times as much as a text. The model is unsure of most words of a text
-and of few of an answer, so otherwise errors of texts would decide nearly everything.
+what a model would have said in the user's place is nobody's concern. Rows of text weigh alike and tokens
+of answers weigh alike, but an answer of the mean length weighs `ANSWER` times as much as a text. The
+model is unsure of most words of a text and of few of an answer, so otherwise errors of texts would decide
+nearly everything.
 
 A tied embedding is weighed for both of its uses: as the head, each row by how uncertain the model is of
 its token; as the embedding, each row by the gradients that meet its token.
@@ -34,7 +35,7 @@ Legend: T tokens, I in, O out, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,10 +49,10 @@ from deltacome.compression.answers import First
 from deltacome.compression.capture import Batch, Stream, drop_weights
 from deltacome.errors import UnsupportedError
 from deltacome.numerics.gram import Gram
-from deltacome.rows import row_shares
+from deltacome.rows import token_shares
 
 ANSWER = 30.0
-"""Weight of an answer's row relative to a row of text (left out in `benchmarks/tables/ablation.py`)."""
+"""Weight of an answer relative to a row of text (left out in `benchmarks/tables/ablation.py`)."""
 
 LIFT = 0.5
 """A token's information in the blocks is scaled to this power of the model's uncertainty; 1 leaves it
@@ -68,8 +69,8 @@ TEMPERATURE = 2.0
 class Weights(NamedTuple):
     """How much the errors of a matrix weigh.
 
-    Half of tr(G E C Eᵀ) is in proportion to the KL: the mean over rows of the mean over their tokens that
-    count, with each token lifted as the module says.
+    Half of tr(G E C Eᵀ) is in proportion to the KL, summed over tokens that count, with each of them
+    weighed and lifted as the module says.
     """
 
     inputs: Tensor
@@ -179,9 +180,8 @@ def _head(stream: Stream, seed: int, tied: bool, first: First) -> tuple[Weights,
     handle = stream.head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     used = str(stream.layout.embedding if tied else stream.layout.head)
     with stream.outside_weights(head=used):
-        for batch in stream.batches:
-            counts, weights_B1 = (x.to(stream.device) for x in _counting(batch, first))
-            share_T1 = (row_shares(counts) * weights_B1.expand(counts.shape)[counts])[:, None]
+        for batch, counting in zip(stream.batches, _counting(stream.batches, first), strict=True):
+            counts, share_T1 = (x.to(stream.device) for x in counting)
             hidden = batch.hidden.detach().requires_grad_()
             with torch.enable_grad():
                 logits_TV = stream.answer(batch, hidden)[counts].float()
@@ -214,17 +214,23 @@ def _root(p_TV: Tensor, draw: torch.Generator) -> Tensor:
     return r_TV - p_TV * r_TV.sum(-1, keepdim=True)
 
 
-def _counting(batch: Batch, first: First) -> tuple[Tensor, Tensor]:
-    """Positions of a batch whose predictions count, bool (B, L), and what each row weighs, (B, 1).
+def _counting(batches: Sequence[Batch], first: First) -> list[tuple[Tensor, Tensor]]:
+    """Positions of each batch whose predictions count, bool (B, L), and what these weigh, (T, 1).
 
     What follows a part of a picture is mostly another part, which no model is asked to predict.
     """
-    counts, weights_B1 = batch.valid.clone(), torch.ones(len(batch.valid), 1)
-    for i, (ids, valid) in enumerate(zip(batch.ids, batch.valid, strict=True)):
-        if start := first(ids[valid].tolist()):
-            counts[i, :start] = False
-            weights_B1[i] = ANSWER
-    return counts & batch.words, weights_B1
+    found = []
+    for batch in batches:
+        starts = [first(i[v].tolist()) for i, v in zip(batch.ids, batch.valid, strict=True)]
+        starts_B1 = torch.tensor(starts)[:, None]
+        counts_BL = batch.valid & batch.words & (torch.arange(batch.ids.shape[1]) >= starts_B1)
+        found.append((counts_BL, starts_B1[:, 0] > 0))
+    lengths = torch.cat([counts_BL.sum(1)[answers_B] for counts_BL, answers_B in found])
+    one = float(lengths.float().mean()) / ANSWER  # NaN, and not used, without answers
+    return [
+        (counts_BL, token_shares(counts_BL, answers_B, one)[:, None])
+        for counts_BL, answers_B in found
+    ]
 
 
 def _backward(
