@@ -63,7 +63,7 @@ def lab(tables, tmp_path_factory):
 
 
 NAMES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
-NAMES += ("vlm", "case", "ablation", "unseen", "rates")
+NAMES += ("goals", "vlm", "case", "ablation", "unseen", "rates")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,8 +81,10 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         monkeypatch.setattr(tables(name), "MARKS", ("four",))
     if name in ("ablation", "unseen"):
         monkeypatch.setattr(tables(name), "RATIO", 4.0)
-    if name == "t11":
-        monkeypatch.setattr(tables(name), "GOALS", {("Delta-CoMe", 4), ("adaptive", 4)})
+    if name == "goals":
+        ratios = {"THEIRS": 4.0, "HALF": 4.5, "QUARTER": 5.0}
+        for which, ratio in ratios.items():
+            monkeypatch.setattr(tables(name), which, ratio)
     if name == "vlm":
         small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
         monkeypatch.setattr(tables(name), "TOWER", {**small, "num_hidden_layers": 1})
@@ -94,8 +96,10 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     assert len({line.count("|") for line in table[:2]}) <= 1
     if name == "t11":
         assert (tmp_path / tables(name).PICTURES / "curve_tiny_4.png").stat().st_size > 10_000
-        assert sum(line.startswith("| Delta-CoMe, seed 1") for line in table) == 1
-        assert "adaptive at 1/4 less Delta-CoMe at 1/4, seed 1: " in text
+        assert "adaptive less Delta-CoMe at 1/4: " in text
+    if name == "goals":
+        assert sum(line.startswith("| Delta-CoMe, 1/4, draw 1") for line in table) == 1
+        assert "adaptive at 1/4.5 less Delta-CoMe at 1/4, mean of 2 draws: " in text
     # Once more: everything is kept, so nothing is compressed, trained or measured.
     monkeypatch.setattr("deltacome.compress", None)
     monkeypatch.setattr(tables("lab"), "generate", None)

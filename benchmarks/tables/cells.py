@@ -55,6 +55,22 @@ def farther(cell: dict[str, Any], than: dict[str, Any], kind: str) -> str:
     return f"{found.nats:+.{digits}f} ± {found.error:.{digits}f}"
 
 
+def differ(cell: dict[str, Any], than: dict[str, Any]) -> str:
+    """How much farther a cell is than another, on the task and on text."""
+    task, text = (farther(cell, than, kind) for kind in ("task", "text"))
+    return f"{task} on the task, {text} on text"
+
+
+def averaged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The KLs of several draws of calibration text, averaged row by row."""
+    kinds = ("rows_task", "rows_text")
+    drawn = {kind: zip(*(cell[kind] for cell in cells), strict=True) for kind in kinds}
+    return {
+        kind: [(sum(nats for nats, _ in row) / len(row), row[0][1]) for row in rows]
+        for kind, rows in drawn.items()
+    }
+
+
 def spread(cell: dict[str, Any], than: dict[str, Any]) -> str:
     """On how many questions a cell is closer than another, and what its ten farthest hold of its KL."""
     ours, theirs = ([nats for nats, _ in one["rows_task"]] for one in (cell, than))

@@ -21,7 +21,7 @@ from origin import origin
 from transformers.utils import logging
 
 TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
-TABLES += ("vlm", "case", "ablation", "unseen", "rates")
+TABLES += ("goals", "vlm", "case", "ablation", "unseen", "rates")
 HOUR = ("t3", "t8", "case")
 LESS = {"steps": 80, "rows": 128, "fit": 24, "distill": 96, "kl_questions": 250, "beside": False}
 """Reduced training, calibration text and distillation, alike for all methods that have a last step."""
@@ -40,6 +40,8 @@ def main() -> None:
         size = replace(size, tasks=tasks, side=tasks[:1])
     if options.rows:
         size = replace(size, rows=options.rows)
+    if options.fit:
+        size = replace(size, fit=options.fit)
     if options.seeds:
         size = replace(size, seeds=tuple(options.seeds))
     names = options.tables or TABLES
@@ -55,11 +57,14 @@ def main() -> None:
             section = section.replace(":", f" on {' and '.join(size.tasks)}:", 1)
         if options.rows:
             section = section.replace(":", f", {options.rows} calibration rows:", 1)
+        if options.fit:
+            section = section.replace(":", f", {options.fit} last steps:", 1)
         seconds = time.monotonic() - started
         command = f"make tables SIZE={options.size}" + f" TABLES={name}" * bool(options.tables)
-        if options.tasks or options.rows or options.seeds or options.only_kept:
+        if options.tasks or options.rows or options.fit or options.seeds or options.only_kept:
             words = ["--tasks", *options.tasks] if options.tasks else []
             words += ["--rows", str(options.rows)] if options.rows else []
+            words += ["--fit", str(options.fit)] if options.fit else []
             words += ["--seeds", *map(str, options.seeds)] if options.seeds else []
             command = (
                 f"python benchmarks/tables/run.py {name} --size {options.size} {' '.join(words)}"
@@ -101,11 +106,14 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", help="tasks instead of sums, code and chat")
     parser.add_argument("--rows", type=int, help=f"calibration rows, instead of {Size.rows}")
+    parser.add_argument(
+        "--fit", type=int, help="steps that fit singular values, instead of the size's"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="calibration seeds for the main rows")
     parser.add_argument(
         "--only-kept",
         action="store_true",
-        help="show only the cells that exist, for an interrupted t3, t5, t11, ablation, unseen or rates",
+        help="show only cells that exist: t3, t5, t11, goals, ablation, unseen and rates, interrupted",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", type=Path, default=Path("docs/results/tables.md"))

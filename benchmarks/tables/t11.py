@@ -16,23 +16,15 @@ from matplotlib import pyplot as plt
 PICTURES = Path("docs/results")
 SMALLEST_KL = 1e-6
 """Smaller values are drawn here, since the scale is logarithmic."""
-GOALS = {("Delta-CoMe", 16.0), ("adaptive", 32.0), ("adaptive", 64.0)}
-"""The points that this project's goals compare; these are measured with all seeds."""
-At = dict[tuple[str, float, int], dict[str, Any]]
 
 
 def make(lab: Lab) -> str:
-    task = lab.size.side[0]
-    first = lab.size.seeds[0]
-    at: At = {
-        (name, r, seed): lab.cell(task, method, r, seed)
-        for name, method in curves(lab.size)
-        for r in lab.size.ratios
-        for seed in lab.size.seeds
-        if (seed == first or (name, r) in GOALS) and lab.wanted(task, method, r, seed)
-    }
-    curve = {key: cell for key, cell in at.items() if key[2] == first}
-    found = {name: [cell for key, cell in curve.items() if key[0] == name] for name, _, _ in curve}
+    task, seed = lab.size.side[0], lab.size.seeds[0]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, method in curves(lab.size):
+        ratios = [r for r in lab.size.ratios if lab.wanted(task, method, r, seed)]
+        if ratios:
+            found[name] = [lab.cell(task, method, r, seed) for r in ratios]
     bitdelta = BitDelta(distill=lab.size.distill)
     if lab.wanted(task, bitdelta, None):
         found["BitDelta"] = [lab.cell(task, bitdelta, None)]
@@ -41,7 +33,6 @@ def make(lab: Lab) -> str:
     picture = PICTURES / f"curve_{task}{rows}.png"
     _draw(picture, task, found, tuned)
     named = [(name, cell) for name, cells in found.items() for cell in cells]
-    named += [(f"{name}{_seed(seed)}", c) for (name, _, seed), c in at.items() if seed != first]
     questions = lab.questions(task)
     table = [
         [
@@ -57,34 +48,20 @@ def make(lab: Lab) -> str:
     header = ["method", *md.SIZES, f"{task} %", "lost / won", "KL task", "KL text"]
     return (
         f"## T11: ratios\n\n![Score and KL against bytes, {task}]({picture.name})\n\n"
-        f"Tuned: {md.score(tuned)}.\n\n" + md.table(header, table) + _goals(at, tuned)
+        f"Tuned: {md.score(tuned)}.\n\n" + md.table(header, table) + _at_equal_bytes(found)
     )
 
 
-def _goals(at: At, tuned: dict[str, Any]) -> str:
-    """Ours against the paper's method, row by row: at equal bytes, and by this project's goals."""
-    said = []
-    ours = [(ratio, seed) for name, ratio, seed in at if name == "adaptive"]
-    pairs = [(ratio, ratio, seed) for ratio, seed in ours]
-    pairs += [(32.0, 16.0, seed) for ratio, seed in ours if ratio == 32]
-    for small, large, seed in pairs:
-        if ("Delta-CoMe", large, seed) in at:
-            pair = at["adaptive", small, seed], at["Delta-CoMe", large, seed]
-            less = f"adaptive at 1/{small:g} less Delta-CoMe at 1/{large:g}{_seed(seed)}"
-            task, text = (md.farther(*pair, kind) for kind in ("task", "text"))
-            on = md.spread(*pair)
-            said.append(f"- {less}: {task} on the task, {text} on text; {on}")
-    for ratio, seed in ours:
-        if ratio == 64 and tuned["score"]:
-            kept = at["adaptive", ratio, seed]["score"] / tuned["score"]
-            said.append(
-                f"- adaptive at 1/64{_seed(seed)} has {100 * kept:.1f} % of the tuned score"
-            )
+def _at_equal_bytes(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Ours against the paper's method, row by row."""
+    theirs = {round(cell["ratio"]): cell for cell in found.get("Delta-CoMe", ())}
+    ours = {round(cell["ratio"]): cell for cell in found.get("adaptive", ())}
+    said = [
+        f"- adaptive less Delta-CoMe at 1/{ratio}: {md.differ(ours[ratio], theirs[ratio])}"
+        for ratio in ours
+        if ratio in theirs
+    ]
     return "\n\n" + "\n".join(said) if said else ""
-
-
-def _seed(seed: int) -> str:
-    return f", seed {seed}" if seed else ""
 
 
 def _draw(
