@@ -206,7 +206,7 @@ class Lab:
     def sweeps(self) -> Path:
         """Where adaptive's sweeps are kept, by the code that makes them and its patched constants."""
         patched = sensitivity.ANSWER, sensitivity.LIFT, sensitivity.TEMPERATURE
-        key = hash_of(_hashes_of("numerics", "compression"), *patched)
+        key = hash_of(_hashes_of(".", "numerics", "compression"), *patched)
         return self.work / "sweeps" / key
 
     def wanted(self, task: str, method: Method, ratio: float | None, seed: int = 0) -> bool:
@@ -431,13 +431,12 @@ def code_hash(method: Method) -> str:
     )  # others import from these
     files = [ROOT / "src" / "deltacome" / "methods" / name for name in shared]
     files += [Path(inspect.getfile(kind)) for kind in type(method).__mro__ if kind is not object]
-    files += sorted((ROOT / "src" / "deltacome").glob("*.py"))
-    rooms = _hashes_of("format", "numerics", "arch", "compression")
+    rooms = _hashes_of(".", "format", "numerics", "arch", "compression")
     return hash_of(*rooms, *map(_file_hash, files), *map(version, ("torch", "transformers")))
 
 
 def _hashes_of(*rooms: str) -> list[str]:
-    """Hashes of every file of some rooms."""
+    """Hashes of every file of some rooms; `.` is what lies beside them."""
     folders = [ROOT / "src" / "deltacome" / room for room in rooms]
     return [_file_hash(file) for folder in folders for file in sorted(folder.glob("*.py"))]
 
