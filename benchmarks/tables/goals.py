@@ -23,8 +23,12 @@ def make(lab: Lab) -> str:
         f"adaptive, 1/{QUARTER:g}": (Adaptive(distill=lab.size.fit), QUARTER),
     }
     found = {
-        name: {s: lab.cell(task, *point, s) for s in seeds if lab.wanted(task, *point, s)}
-        for name, point in points.items()
+        name: {
+            seed: lab.cell(task, method, ratio, seed)
+            for seed in seeds
+            if lab.wanted(task, method, ratio, seed)
+        }
+        for name, (method, ratio) in points.items()
     }
     tuned, questions = lab.measure(task, lab.dense(lab.tenant(task))), lab.questions(task)
     rows = [
