@@ -1037,6 +1037,30 @@ def test_launch_refuses_settings_that_would_be_lost(base, tmp_path):
             plan_launch(str(base), {}, more=more.split())
 
 
+def test_launch_keeps_tenants_beside_modules_for_vllm(base, tmp_path):
+    """vLLM takes the last --lora-modules alone, and what has a comma for JSON."""
+    plain = random_artifact(base, tmp_path / "a").path
+    comma = random_artifact(base, tmp_path / "v1,2").path
+    tenants = {"math": str(plain), "code": str(comma)}
+    for words in ("--lora-modules style=/s", "--lora_modules=style=/s", "--lora-modules=style=/s"):
+        launch = plan_launch(str(base), tenants, lora=True, more=["--seed", "3", *words.split()])
+        assert launch.command.count("--lora-modules") == 1
+        given = parse_for_vllm(launch.command[3:])
+        said = [(module.name, module.path) for module in given.lora_modules]
+        assert said == [("math", str(plain)), ("code", str(comma)), ("style", "/s")]
+        assert given.seed == 3
+
+
+def parse_for_vllm(words):
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser  # 0.33
+    except ImportError:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+
+
 def test_launch_says_that_the_server_is_open(base, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     (warning,) = plan_launch(str(base), {}).warnings

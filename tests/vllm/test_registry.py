@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +17,13 @@ from vllm.utils.counter import AtomicCounter
 
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.vllm import compat, frontend, metrics, registry
+from deltacome.vllm.canary import tolerance
+from deltacome.vllm.find import StorageError
 from deltacome.vllm.locks import Locks
 from deltacome.vllm.manager import Held, WorkerManager
+from deltacome.vllm.plugin import register
 from deltacome.vllm.registry import Registry
+from deltacome.vllm.request import content_path
 from deltacome.vllm.settings import Settings
 
 
@@ -71,12 +76,14 @@ class Workers:
 
 
 class Finder:
-    """Finds every name in one folder, which can change."""
+    """Finds every name in one folder, which can change, unless its storage is down."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.down = folder, False
 
     async def find(self, name):
+        if self.down:
+            raise StorageError(f"{name}: cannot be read")
         return self.folder
 
 
@@ -86,7 +93,13 @@ def serve(workers):
         lora_id_counter=AtomicCounter(0),
         lora_resolver_lock=Locks(),
         renderer=SimpleNamespace(tokenizer=None),
-        model_config=SimpleNamespace(get_vocab_size=lambda: 300),
+        model_config=SimpleNamespace(
+            get_vocab_size=lambda: 300,
+            runner_type="generate",
+            logprobs_mode="raw_logprobs",
+            generation_config="auto",
+            override_generation_config={},
+        ),
     )
     return Registry(models, workers, Settings(canary=None))
 
@@ -276,7 +289,7 @@ def test_names_of_clients_leave_no_lock(monkeypatch):
 
     async def run():
         models, workers = SimpleNamespace(), Workers()
-        vars(workers).update(encode=None)
+        vars(workers).update(encode=workers.generate)
         vars(workers.vllm_config).update(additional_config=None)
         monkeypatch.setattr(frontend, "_registry", None)
         monkeypatch.setattr(metrics, "watch", lambda engine: None)
@@ -294,6 +307,129 @@ def test_names_of_clients_leave_no_lock(monkeypatch):
         assert not len(locks)
 
     asyncio.run(run())
+
+
+def test_a_tenants_sampling_defaults_are_not_the_operators(folders, monkeypatch, tmp_path):
+    """--override-generation-config says what holds for all; it may be a limit."""
+
+    async def run():
+        tenants = serve(Workers())
+        monkeypatch.setattr(frontend, "_registry", tenants)
+        files = {"generation_config.json": b'{"temperature": 1.5, "top_p": 0.9}'}
+        random_artifact(folders[0].parent / "base", tmp_path / "a", files=files)
+        await tenants.load("a", str(tmp_path / "a"))
+
+        def defaults(given):
+            tenants.models.model_config.override_generation_config = given
+            vllms = {"temperature": 0.7, "max_tokens": 9} | given
+            return frontend._sampling(lambda *args: args[2], SimpleNamespace(model="a"), 9, vllms)
+
+        own = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 9}
+        assert defaults({}) == own
+        assert defaults({"temperature": 0.0}) == own | {"temperature": 0.0}
+
+    asyncio.run(run())
+
+
+def test_a_tenant_named_like_a_kind_of_content_does_not_answer_for_the_base(folders):
+    """vLLM has adapters for images and sound, which it finds by their names."""
+
+    async def run():
+        models = serve(Workers()).models
+        serving = compat.BaseServing(models=models, model_config=None, request_logger=None)
+        serving._is_model_supported = lambda name: name == "base"
+        tenant = compat.LoRARequest("text", 1, f"{content_path(str(folders[0]))}")
+        adapter = compat.LoRARequest("image", 2, "/an/adapter")
+        models.lora_requests.update(text=tenant, image=adapter)
+        parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {}}]
+
+        def given(name, parts):
+            request = SimpleNamespace(model=name, messages=[{"role": "user", "content": parts}])
+            return serving._maybe_get_adapters(request, supports_default_mm_loras=True)
+
+        assert given("base", parts[:1]) is None
+        assert given("base", parts) is adapter
+        assert given("text", parts) is tenant
+
+    register()
+    asyncio.run(run())
+
+
+def test_arguments_of_the_engine_can_be_named(folders):
+    """Pooling and realtime routes name all of them."""
+
+    async def run():
+        tenants = serve(Workers())
+        entry = await tenants.load("math", str(folders[0]))
+
+        async def encode(prompt, pooling_params, request_id, lora_request=None, priority=0):
+            yield SimpleNamespace(
+                outputs=[], said=[prompt, pooling_params, request_id, lora_request]
+            )
+
+        with_tenant = frontend._with_tenant(encode, tenants)
+        names = ("prompt", "pooling_params", "request_id", "lora_request")
+        for given, got in ((entry.request, entry.engine_request), (None, None)):
+            values = ["ids", "params", "id", given]
+            for named in range(len(names) + 1):
+                by_name = dict(zip(names[named:], values[named:], strict=True))
+                (output,) = [one async for one in with_tenant(*values[:named], **by_name)]
+                assert output.said == ["ids", "params", "id", got]
+
+    asyncio.run(run())
+
+
+def test_a_folder_that_is_no_tenant_where_there_are_only_tenants(folders, monkeypatch):
+    """vLLM would have the workers read it, and answer that the server failed."""
+
+    async def run():
+        workers = Workers()
+        tenants = serve(workers)
+        tenants.settings = Settings(lora=False)
+        monkeypatch.setattr(frontend, "_registry", tenants)
+        request = compat.LoadLoRAAdapterRequest(lora_name="m", lora_path=str(folders[0].parent))
+        refusal = await frontend._load(None, SimpleNamespace(), request)
+        assert (refusal.error.code, refusal.error.param) == (400, "lora_path")
+        assert "expected an artifact (delta_config.json), found none" in refusal.error.message
+        assert workers.said == []
+
+    asyncio.run(run())
+
+
+def test_decisions_are_not_read_in_another_models_template(folders, monkeypatch, tmp_path):
+    async def run():
+        tenants = serve(Workers())
+        monkeypatch.setattr(frontend, "_registry", tenants)
+        template = {"chat_template.jinja": b"{{ messages[0]['content'] }}"}
+        for name, files in (("own", template), ("plain", {})):
+            random_artifact(folders[0].parent / "base", tmp_path / name, files=files)
+            await tenants.load(name, str(tmp_path / name))
+
+        async def check(request):
+            return None
+
+        async def original(self, request, raw_request):
+            return "decided"
+
+        serving = SimpleNamespace(_check_model=check)
+        refusal = await frontend._decide(original, serving, SimpleNamespace(model="own"))
+        assert "own: has a chat template of its own" in refusal.error.message
+        for name in ("plain", "base"):
+            said = await frontend._decide(original, serving, SimpleNamespace(model=name))
+            assert said == "decided"
+
+    asyncio.run(run())
+
+
+def test_canaries_need_an_engine_with_logprobs():
+    def config(runner="generate", mode="raw_logprobs"):
+        return SimpleNamespace(runner_type=runner, logprobs_mode=mode)
+
+    assert tolerance(0.25, config()) == 0.25
+    assert tolerance(0.25, config("pooling")) is None
+    assert tolerance(None, config(mode="raw_logits")) is None
+    with pytest.raises(UnsupportedError, match="a canary needs logprobs, got processed_logits"):
+        tolerance(0.25, config(mode="processed_logits"))
 
 
 def test_a_request_of_sagemakers_route(folders, monkeypatch):
@@ -498,6 +634,29 @@ def test_a_request_is_aborted_before_its_tenant_is_dropped(end, folders):
                 await task
         await settle(tenants)
         assert workers.said == [("abort", 1), ("drop", 1)]
+
+    asyncio.run(run())
+
+
+def test_a_storage_that_is_down_leaves_what_was_copied(folders, monkeypatch, tmp_path):
+    async def run():
+        tenants = serve(Workers())
+        copied = shutil.copytree(folders[0], tmp_path / "copied")
+        finder = Finder(copied)
+        entry = await tenants.load("math", str(copied), finder)
+        await tenants._drop(entry)
+        finder.down = True
+        async with tenants.using(entry.request) as used:
+            assert (used, used.held) == (entry, True)
+        await tenants._drop(entry)
+        shutil.rmtree(copied)  # nothing is left to serve
+        with pytest.raises(VLLMValidationError, match="math"):
+            async with tenants.using(entry.request):
+                pass
+        models = SimpleNamespace(lora_requests={}, lora_resolver_lock=Locks(), _finder=finder)
+        monkeypatch.setattr(frontend, "_registry", tenants)
+        refusal = await frontend._resolve(None, models, "another")
+        assert (refusal.error.code, refusal.error.type) == (503, "ServiceUnavailableError")
 
     asyncio.run(run())
 

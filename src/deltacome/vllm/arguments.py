@@ -1,7 +1,8 @@
 """What `deltacome serve` reads from vLLM's arguments: settings, workers, who may reach the server.
 
-The arguments are passed on to vLLM as they are, except for `--additional-config`: vLLM uses only the last
-one given, which would discard everything computed from the artifacts, so it is read here and merged.
+The arguments are passed on to vLLM as they are, except for `--additional-config` and `--lora-modules`:
+vLLM uses only the last one given, which would discard everything computed from the artifacts, and the
+tenants themselves. So they are read here and merged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from deltacome.errors import UnsupportedError
 
-OPTION = "--additional-config"
+OPTION, MODULES = "--additional-config", "--lora-modules"
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class Arguments:
     """What is read from vLLM's arguments."""
 
     rest: list[str]
-    """All of them except the additional configuration."""
+    """All of them except the additional configuration and the modules."""
     additional: dict[str, Any]
     """The additional configuration."""
+    modules: list[str]
+    """Adapters to be loaded at the start, as vLLM reads them."""
     tensor: int
     """Number of workers that share each layer."""
     pipeline: int
@@ -52,6 +55,7 @@ def read_arguments(more: Sequence[str]) -> Arguments:
             )
     ours = argparse.ArgumentParser(add_help=False)
     ours.add_argument(OPTION)
+    ours.add_argument(MODULES, nargs="*", action="extend", default=[])
     given, rest = ours.parse_known_args(words)
     theirs = argparse.ArgumentParser(add_help=False)
     theirs.add_argument("--tensor-parallel-size", "-tp", default="1")
@@ -64,6 +68,7 @@ def read_arguments(more: Sequence[str]) -> Arguments:
     return Arguments(
         rest,
         _parsed(given.additional_config),
+        given.lora_modules,
         _count(said.tensor_parallel_size),
         _count(said.pipeline_parallel_size),
         not guarded,

@@ -9,10 +9,26 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
-from deltacome.errors import ArtifactError, MismatchError
+from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.canary import CANARY_FILE, MAX_NBYTES, Canary
 from deltacome.vllm import compat
+
+
+def tolerance(wanted: float | None, model_config: Any) -> float | None:
+    """The tolerance for `check_canary`; None where an engine computes no logprobs at all.
+
+    Raises:
+        UnsupportedError: where others are asked for, the engine gives logits.
+    """
+    if model_config.runner_type == "pooling":
+        return None
+    if wanted is not None and "logits" in model_config.logprobs_mode:
+        raise UnsupportedError(
+            f"--logprobs-mode: a canary needs logprobs, got {model_config.logprobs_mode}: serve without "
+            "canaries, with canary null in additional_config's deltacome"
+        )
+    return wanted
 
 
 async def check_canary(

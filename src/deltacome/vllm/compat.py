@@ -14,10 +14,14 @@ from typing import Any
 
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.pooling.scoring.io_processor import ScoringIOProcessor
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.exceptions import VLLMValidationError
@@ -51,6 +55,7 @@ from vllm.renderers.hf import AssistantTracker
 from vllm.renderers.hf import _iter_nodes_assign_var_or_elems as assigned_from
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.kv_offload.cpu.host_register import host_register, host_unregister
@@ -67,6 +72,7 @@ __all__ = [
     "MAX_NUM_STOP_TOKEN_IDS",
     "AssistantTracker",
     "AuthenticationMiddleware",
+    "BaseServing",
     "ColumnParallelLinear",
     "CpuPlatform",
     "GPUModelRunner",
@@ -87,12 +93,15 @@ __all__ = [
     "PPMissingLayer",
     "ParallelLMHead",
     "Pooler",
+    "PoolingBaseServing",
     "PrometheusStatLogger",
     "PromptLogprobsWorker",
     "QKVParallelLinear",
     "ReplicatedLinear",
     "RowParallelLinear",
     "SamplingParams",
+    "ScoringIOProcessor",
+    "ServingStructuredDecisions",
     "VLLMValidationError",
     "VocabParallelEmbedding",
     "assigned_from",
@@ -140,6 +149,9 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     OpenAIServingModels.resolve_lora: ("self", "lora_name"),
     OpenAIServingModels._check_load_lora_adapter_request: ("self", "request"),
     OpenAIServingModels._check_unload_lora_adapter_request: ("self", "request"),
+    BaseServing._get_active_default_mm_loras: ("self", "request"),
+    PoolingBaseServing._preprocessing: ("self", "io_processor", "ctx"),
+    ServingStructuredDecisions.create_decision: ("self", "request", "raw_request"),
     AuthenticationMiddleware.__call__: ("self", "scope", "receive", "send"),
     AuthenticationMiddleware.verify_token: ("self", "headers"),
     assigned_from: ("root", "varname"),
@@ -149,6 +161,8 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
         *("default_template_kwargs", "..."),
     ),
     SamplingParams.update_from_generation_config: ("self", "generation_config", "eos_token_id"),
+    AsyncLLM.generate: ("self", "prompt", "sampling_params", "request_id", "..."),
+    AsyncLLM.encode: ("self", "prompt", "pooling_params", "request_id", "lora_request", "..."),
     AsyncMPClient.call_utility_all_async: ("self", "method", "args"),
     host_register: ("ptr", "num_bytes"),
     host_unregister: ("ptr",),

@@ -68,6 +68,10 @@ def hub_artifact(path: str) -> str:
     return str(fetch_folder(path, None, ArtifactError, [MANIFEST_FILE, *names]))
 
 
+class StorageError(ArtifactError):
+    """A storage did not answer. What was copied from it before can still be read."""
+
+
 class Source(NamedTuple):
     """A remote artifact."""
 
@@ -99,7 +103,8 @@ class Finder:
         """The local folder of a tenant, copied first if it is remote; None if there is none.
 
         Raises:
-            ArtifactError: the place cannot be read, or the artifact is not whole yet or leads elsewhere.
+            StorageError: the place cannot be read.
+            ArtifactError: the artifact is not whole yet or leads elsewhere.
         """
         if not NAME.fullmatch(name) or self._missing.get(name, 0.0) > time.monotonic():
             return None
@@ -235,4 +240,4 @@ def _storage_errors(name: str) -> Iterator[None]:
     except ArtifactError:
         raise
     except Exception as error:
-        raise ArtifactError(f"{name}: cannot be read from where tenants are looked for") from error
+        raise StorageError(f"{name}: cannot be read from where tenants are looked for") from error

@@ -10,9 +10,12 @@ everything that is not a tenant passes through them unchanged.
 from __future__ import annotations
 
 import asyncio
+import copy
+import inspect
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -23,10 +26,10 @@ from vllm.entrypoints.serve import create_error_response
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.vllm import compat, metrics
-from deltacome.vllm.find import Finder, hub_artifact
+from deltacome.vllm.find import Finder, StorageError, hub_artifact
 from deltacome.vllm.locks import Locks
 from deltacome.vllm.manners import SAMPLING
-from deltacome.vllm.registry import MARK, Registry
+from deltacome.vllm.registry import MARK, Entry, Registry
 from deltacome.vllm.request import has_digest, is_artifact
 from deltacome.vllm.settings import Settings
 
@@ -46,12 +49,20 @@ def install() -> None:
         (compat.OpenAIServingModels, "_check_load_lora_adapter_request", _check_load),
         (compat.OpenAIServingModels, "_check_unload_lora_adapter_request", _check_unload),
         (compat.OpenAIServingModels, "resolve_lora", _resolve),
+        (compat.BaseServing, "_get_active_default_mm_loras", _of_content),
         (compat.OnlineRenderer, "preprocess_chat", _preprocess_chat),
+        (compat.PoolingBaseServing, "_preprocessing", _preprocess_pooling),
+        (compat.ServingStructuredDecisions, "create_decision", _decide),
         (compat.AuthenticationMiddleware, "__call__", _authenticate),
         (compat.PrometheusStatLogger, "record", metrics.record_present_adapters),
         *((request, "to_sampling_params", _sampling) for request in compat.REQUESTS),
     ):
         compat.wrap(owner, name, wrapper)
+
+
+def _entry(name: str | None) -> Entry | None:
+    """The tenant that requests for a name get."""
+    return None if _registry is None else _registry.named(name)
 
 
 def _init(original: Original, self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +99,10 @@ async def _load(
     except (DeltaError, OSError, ValueError) as error:
         return _refusal(request.lora_name, error, "lora_path")
     if not is_artifact(folder):
-        return await original(self, request, base_model_name)
+        if _registry.settings.lora:
+            return await original(self, request, base_model_name)
+        reason = f"{folder}: expected an artifact ({MANIFEST_FILE}), found none and lora is off"
+        return _refusal(request.lora_name, ArtifactError(reason), "lora_path")
     async with self.lora_resolver_lock[request.lora_name]:
         if error := await self._check_load_lora_adapter_request(request):
             return error
@@ -154,6 +168,19 @@ async def _resolve(original: Original, self: Any, lora_name: str) -> Any:
     return await original(self, lora_name)
 
 
+def _of_content(original: Original, self: Any, request: Any) -> Any:
+    """The adapter for the kinds of content of a request to the base, `image` say; never a tenant.
+
+    vLLM takes whatever has the name of a kind, of which `text` is one: a tenant of that name would
+    answer in the base's place.
+    """
+    loaded = self.models.lora_requests.items()
+    adapters = {name: one for name, one in loaded if not has_digest(one.lora_path)}
+    models = SimpleNamespace(lora_requests=adapters)
+    without = SimpleNamespace(models=models, _get_message_types=self._get_message_types)
+    return original(without, request)
+
+
 def _authenticate(original: Original, self: Any, scope: Any, receive: Any, send: Any) -> Any:
     """Asks for the key on every path that is not in `OPEN`.
 
@@ -169,28 +196,36 @@ def _authenticate(original: Original, self: Any, scope: Any, receive: Any, send:
 
 
 def _refusal(name: str, error: Exception, parameter: str) -> Any:
-    """What a client is told: a tenant that cannot be served counts as a mistake in its request."""
+    """What a client is told: a tenant that cannot be served counts as a mistake in its request.
+
+    Where a storage does not answer, the same request may succeed later.
+    """
     metrics.refused(name, error)
+    if isinstance(error, StorageError):
+        busy = ("ServiceUnavailableError", HTTPStatus.SERVICE_UNAVAILABLE)
+        return create_error_response(str(error), *busy, parameter)
     return create_error_response(str(error), status_code=HTTPStatus.BAD_REQUEST, param=parameter)
 
 
 def _with_tenant(generate: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
     """The engine's `generate` or `encode`, during which the workers hold the request's tenant."""
+    words = inspect.signature(generate)
 
-    async def generating(
-        prompt: Any, params: Any, *args: Any, lora_request: Any = None, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        if lora_request is None or not has_digest(lora_request.lora_path):
-            outputs = generate(prompt, params, *args, lora_request=lora_request, **kwargs)
-            async with aclosing(outputs):
+    async def generating(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        call = words.bind(*args, **kwargs)  # some routes name all arguments
+        request = call.arguments.get("lora_request")
+        if request is None or not has_digest(request.lora_path):
+            async with aclosing(generate(*args, **kwargs)) as outputs:
                 async for output in outputs:
                     yield output
             return
-        async with registry.using(lora_request) as entry:
+        async with registry.using(request) as entry:
+            params = call.arguments.get("sampling_params")
             if entry.manners.ends and isinstance(params, compat.SamplingParams):
                 ends = {"eos_token_id": sorted(entry.manners.ends)}
                 params.update_from_generation_config(ends)
-            outputs = generate(prompt, params, *args, lora_request=entry.engine_request, **kwargs)
+            call.arguments["lora_request"] = entry.engine_request
+            outputs = generate(*call.args, **call.kwargs)
             # Closed here: the engine must be told to stop before the workers are told to drop the tenant.
             async with aclosing(metrics.counted(outputs, entry.name, params)) as answers:
                 async for output in answers:
@@ -202,7 +237,7 @@ def _with_tenant(generate: Callable[..., Any], registry: Registry) -> Callable[.
 async def _preprocess_chat(original: Original, *args: Any, **kwargs: Any) -> Any:
     call = compat.signature(original).bind(*args, **kwargs)
     name = getattr(call.arguments["request"], "model", None)
-    entry = _registry.named(name) if _registry is not None else None
+    entry = _entry(name)
     if entry is not None:
         if entry.manners.template is not None:
             call.arguments["default_template"] = entry.manners.template
@@ -212,11 +247,34 @@ async def _preprocess_chat(original: Original, *args: Any, **kwargs: Any) -> Any
     return await original(*call.args, **call.kwargs)
 
 
+async def _preprocess_pooling(original: Original, self: Any, io_processor: Any, ctx: Any) -> Any:
+    """Chats that are embedded or classified; a template for scores is the server's, not a model's."""
+    entry = _entry(ctx.request.model)
+    if entry is not None and not isinstance(io_processor, compat.ScoringIOProcessor):
+        io_processor = copy.copy(io_processor)  # requests share it
+        io_processor.chat_template = entry.manners.template or io_processor.chat_template
+        io_processor.template_kwargs = entry.manners.special | (io_processor.template_kwargs or {})
+    return await original(self, io_processor, ctx)
+
+
+async def _decide(original: Original, self: Any, request: Any, raw_request: Any = None) -> Any:
+    """Refuses decisions of tenants with another template: vLLM reads them in the base's."""
+    if error := await self._check_model(request):
+        return error
+    entry = _entry(request.model)
+    if entry is not None and entry.manners.template is not None:
+        reason = f"{entry.name}: has a chat template of its own, and decisions use the base's"
+        return create_error_response(reason, param="model")
+    return await original(self, request, raw_request)
+
+
 def _sampling(original: Original, self: Any, max_tokens: int, defaults: dict[str, Any]) -> Any:
-    entry = _registry.named(self.model) if _registry is not None else None
-    own = None if entry is None else entry.manners.sampling
-    # With `--generation-config vllm` no model's own defaults count.
-    if own is not None and _registry.models.model_config.generation_config == "auto":  # pyright: ignore
-        kept = {name: value for name, value in defaults.items() if name not in SAMPLING}
-        defaults = kept | own
+    entry = _entry(self.model)
+    if entry is not None and entry.manners.sampling is not None:
+        config = _registry.models.model_config  # pyright: ignore[reportOptionalMemberAccess]
+        # With `--generation-config vllm` no model's own defaults count.
+        if config.generation_config == "auto":
+            kept = {name: value for name, value in defaults.items() if name not in SAMPLING}
+            given = config.override_generation_config.items()
+            defaults = kept | entry.manners.sampling | {n: v for n, v in given if n in SAMPLING}
     return original(self, max_tokens, defaults)

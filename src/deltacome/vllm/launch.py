@@ -21,7 +21,7 @@ from deltacome.format.clip import clip
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.format.spec import rank
 from deltacome.skeleton import read_config
-from deltacome.vllm.arguments import OPTION, Arguments, read_arguments
+from deltacome.vllm.arguments import MODULES, OPTION, Arguments, read_arguments
 from deltacome.vllm.base import Base
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.share import worker_nbytes
@@ -114,9 +114,9 @@ def plan_launch(
     command += ["--port", str(port), "--enable-lora", "--max-loras", str(slots)]
     command += ["--max-cpu-loras", str(max(slots, len(found), 4 * slots))]
     command += [OPTION, json.dumps(arguments.additional | {"deltacome": settings})]
-    if known:
-        modules = [f"{name}={artifact.path.resolve()}" for name, artifact in known.items()]
-        command += ["--lora-modules", *modules]
+    modules = [_module(name, str(one.path.resolve())) for name, one in known.items()]
+    if modules := [*modules, *arguments.modules]:
+        command += [MODULES, *modules]
     if arguments.open:
         warnings.append(
             f"anybody who can reach port {port} of this machine can load tenants, from its folders and "
@@ -124,6 +124,12 @@ def plan_launch(
         )
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     return Launch([*command, *arguments.rest], environment, warnings)
+
+
+def _module(name: str, path: str) -> str:
+    """A tenant as an item of `--lora-modules`, where vLLM takes anything with a comma for JSON."""
+    plain = f"{name}={path}"
+    return json.dumps({"name": name, "path": path}) if "," in plain else plain
 
 
 def add_found(

@@ -28,8 +28,8 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from deltacome.errors import DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.vllm import compat, metrics
-from deltacome.vllm.canary import check_canary
-from deltacome.vllm.find import Finder
+from deltacome.vllm.canary import check_canary, tolerance
+from deltacome.vllm.find import Finder, StorageError
 from deltacome.vllm.manners import Manners
 from deltacome.vllm.request import artifact_path, content_path
 from deltacome.vllm.settings import Settings
@@ -122,9 +122,8 @@ class Registry:
         with self._counted(entry):
             try:
                 await asyncio.shield(self._start(self._read(entry)))
-                await check_canary(
-                    self._generate, artifact, engine_request, self.settings.canary, size
-                )
+                limit = tolerance(self.settings.canary, self.models.model_config)
+                await check_canary(self._generate, artifact, engine_request, limit, size)
             except BaseException as error:
                 self._retire(entry)
                 if isinstance(error, DeltaError):  # the canary, too, is asked after all is read
@@ -182,7 +181,11 @@ class Registry:
         """The entry itself; a new one, if it is not held and its name now finds other weights."""
         if entry.held or entry.finder is None:
             return entry
-        folder = await entry.finder.find(entry.name)
+        try:
+            folder = await entry.finder.find(entry.name)
+        except StorageError as error:  # what was loaded is on disk, and `_read` checks that it is
+            metrics.logger.warning("%s: tenant %r is served as it was", error, entry.name)
+            return entry
         if folder is None:
             return entry
         if await asyncio.to_thread(content_path, str(folder)) == entry.request.lora_path:
