@@ -47,7 +47,8 @@ def seen_in(item: dict[str, Any], folder: Path, where: str) -> Seen | None:
     if messages is None and given and {"prompt", "answer"} <= item.keys():
         prompt, answer = (_string(item, key, where) for key in ("prompt", "answer"))
         asked = question(prompt, [{"type": "image"} for _ in given])
-        messages = [asked, {"role": "assistant", "content": [_text(answer)]}]
+        said = {"role": "assistant", "content": [_text(answer)]}
+        messages = [*system_of(item), asked, said]
     if not isinstance(messages, list) or not any(map(_pictures, messages)):
         if given:
             raise PictureError(
@@ -64,6 +65,12 @@ def seen_in(item: dict[str, Any], folder: Path, where: str) -> Seen | None:
     if rest := list(left):
         raise PictureError(f"{where}: {len(rest)} more pictures than its messages have parts for")
     return Seen(found, where)
+
+
+def system_of(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turn that a line's `system` stands for, in a list; an empty one if it has none."""
+    text = item.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text else []
 
 
 def given_in(item: dict[str, Any]) -> list[Any]:

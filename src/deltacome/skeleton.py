@@ -133,6 +133,9 @@ def make_skeleton(
         model.tie_weights()  # out here: within the context, each place gets a parameter of its own
     except Exception as error:  # as above
         raise CheckpointError(f"{where}: expected a model of transformers: {error}") from error
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False  # of training's loss; passes block by block have none
     return model.eval()
 
 

@@ -178,6 +178,21 @@ def test_a_tied_head_that_is_stored_all_the_same(pairs, text, tmp_path):
     assert torch.equal(head, embedding)  # one weight: what is found for one holds for the other
 
 
+def test_a_head_of_other_values_than_its_configuration_says(pairs, tmp_path):
+    """transformers runs it as it is stored: calibration and canary would be of another model."""
+    base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["small"])
+    for folder in (base, tuned):
+        weights = weights_of(folder)
+        head = weights["model.embed_tokens.weight"] * (1.1 if folder == tuned else 1)
+        rewrite(folder, weights | {"lm_head.weight": head})
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    said = "tuned: tie_word_embeddings: its configuration ties lm_head.weight to model.embed_tokens"
+    with pytest.raises(MismatchError, match=said):
+        compress(base, tuned, tmp_path / "delta", **PLAN)
+    assert not list(tmp_path.glob("delta*"))
+
+
 def test_a_padded_vocabulary(pairs, tmp_path):
     """Rows of zeros up to a multiple of 64, as trainers add them."""
     base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["small"])

@@ -85,6 +85,36 @@ def test_conversations(tuned, tmp_path, who, what):
     )
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"prompt": "one", "answer": "two"},
+        {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
+        {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]},
+    ],
+)
+def test_a_system_prompt_beside_the_turns(tuned, tmp_path, item):
+    source = write_jsonl(tmp_path / "c.jsonl", [item | {"system": "be"}, item | {"system": None}])
+    rows = rows_of(source, tuned, seq_len=200)
+    said = "<|user|>one<end><|assistant|>two<end>"
+    assert sorted(decode(tuned, row) for row in rows) == ["<|system|>be<end>" + said, said]
+
+
+@pytest.mark.parametrize("written", [lambda tools: tools, json.dumps])
+def test_tools_are_in_the_text(tuned, tmp_path, written):
+    """Data sets have them as a list or as its JSON."""
+    template = (
+        "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{{ messages[0].content }}"
+    )
+    folder = shutil.copytree(tuned, tmp_path / "tuned")
+    (folder / "chat_template.jinja").write_text(template)
+    tools = [{"type": "function", "function": {"name": "plus", "parameters": {}}}]
+    chat = {"messages": [{"role": "user", "content": "one"}]}
+    items = [chat | {"tools": written(tools)}, chat | {"tools": None}]
+    rows = rows_of(write_jsonl(tmp_path / "c.jsonl", items), folder, seq_len=200)
+    assert sorted(decode(folder, row) for row in rows) == ["one", "plus one"]
+
+
 def test_prompt_and_answer_without_a_template(plain, tmp_path):
     source = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "four ", "answer": "five"}])
     (row,) = rows_of(source, plain)

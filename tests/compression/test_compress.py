@@ -131,6 +131,16 @@ def test_side_files(pairs, tmp_path):
     assert str(tmp_path) not in card
 
 
+def test_templates_for_other_uses_are_left_out(pairs, tmp_path):
+    """An artifact's files have no folders."""
+    base, tuned = pairs["small"][0], copy_of(pairs["small"][1], tmp_path / "tuned")
+    more = tuned / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("{{ tools }}")
+    with pytest.warns(UserWarning, match=r"one chat template; left out are .*: tool_use\.jinja"):
+        run((base, tuned), tmp_path / "a", ratio=4, calibration="none")
+
+
 def test_side_files_that_the_tuned_model_lacks(pairs, tmp_path):
     """A template file of the base would win over a template in `tokenizer_config.json`."""
     base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["llama"])

@@ -4,6 +4,7 @@ Each is a tiny random model of the real configuration class: compressed, merged,
 are base + terms; the attached base gives the logits of the merged model.
 """
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 import tiny_pairs
 import torch
 from families import FAMILIES, RATIOS, STREAMED, TEXT, load, logits, make, make_pair, moved
-from tiny_pairs import rewrite, text_lines, weights_of
+from tiny_pairs import copy_of, rewrite, text_lines, weights_of
 from transformers import Glm4MoeConfig
 
 from deltacome import Adaptive, Artifact, DeltaCome, attach, base_for, compress, merge
@@ -104,6 +105,18 @@ def test_a_causal_model_has_a_canary(compressed, request):
 def test_a_model_without_a_canary_is_told(pairs, tmp_path):
     with pytest.warns(UserWarning, match="no canary: BertFor.* is not a causal language model"):
         compress(*pairs["BertForMaskedLM"], tmp_path / "a", ratio=3, calibration="none")
+
+
+def test_routers_whose_logits_are_returned(pairs, tmp_path):
+    """Configurations of training say so, for a loss that passes block by block cannot compute."""
+    base, tuned = pairs["MixtralForCausalLM"]
+    tuned = copy_of(tuned, tmp_path / "tuned")
+    config = json.loads((tuned / "config.json").read_text()) | {"output_router_logits": True}
+    (tuned / "config.json").write_text(json.dumps(config))
+    artifact = compress(base, tuned, tmp_path / "a", ratio=4, calibration="none")
+    assert artifact.file("canary.json", 1 << 20)
+    with attach(load(base), artifact):
+        pass
 
 
 def test_scales_of_stacked_experts_are_not_distilled(pairs, tmp_path):

@@ -3,6 +3,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltacome.errors import DeltaError
+from deltacome.evals.divergence import Compared, record
+from deltacome.evals.positions import learned_positions
 from deltacome.evals.prompts import prompt_ids, stop_ids
 from deltacome.evals.score import answers, exact_match, generate, greedy, score, wilson
 from deltacome.evals.tasks import Question
@@ -37,6 +39,28 @@ def tiny(kind):
         if parameter.ndim > 1:
             parameter.data *= 3
     return model
+
+
+@pytest.mark.parametrize(("kind", "learned"), [("gpt2", True), ("opt", True), ("llama", False)])
+def test_rows_longer_than_a_table_of_positions(kind, learned):
+    """Beyond its end there is nothing to look up; where positions are computed there is no end."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **sizes, max_position_embeddings=16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert learned_positions(model) == (16 if learned else None)
+    (said,) = greedy(model, [Row([5] * 12)], [], 8)
+    assert len(said) == (4 if learned else 8)
+    long = Row([5] * 17)
+    if learned:
+        with pytest.raises(
+            DeltaError, match="at most 16 tokens, as many as it has positions, got 18"
+        ):
+            greedy(model, [long], [], 1)
+        with pytest.raises(DeltaError, match="got 17"):
+            record(model, [Compared(long)])
+    else:
+        assert len(greedy(model, [long], [], 1)[0]) == 1
+        record(model, [Compared(long)])
 
 
 class Numbers:

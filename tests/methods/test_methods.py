@@ -197,6 +197,17 @@ def test_prinmix_is_closer_than_delta_come_at_equal_bytes():
         assert errors == sorted(errors)
 
 
+def test_prinmix_of_a_delta_with_few_directions():
+    """Of a merged LoRA say: the others have singular values next to 0, which left factors make up for."""
+    draw = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(size, 4, generator=draw) for size in (OUT, IN))
+    delta = u @ v.T / 100
+    matrix = Matrix((OUT, IN), lambda: delta)
+    plan = PrinMix().planner({"w": matrix})(2 * OUT * IN / 4)["w"]
+    assert rank(plan.bands) > 4
+    assert error_of(PrinMix(), delta, plan, some_gram()) < 1e-3
+
+
 def test_directions_are_shared_out_on_the_cpu(monkeypatch):
     """That is where prices are. The stand-in for a spectrum on a GPU can only be copied to the CPU."""
     there = SimpleNamespace(cpu=lambda: torch.arange(IN, 0, -1).float())

@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlavaConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen2VLConfig,
 )
@@ -285,6 +286,20 @@ def test_counts_are_looked_at_before_lists_are_made_of_them(monkeypatch, base, t
         UnsupportedError, match=f"^{field}.*: the tuned model has [12]0{{9}}, the base"
     ):
         check_config(SimpleNamespace(config=base), tuned)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("unsloth_version", "unsloth_fixed", "tokenizer_class", "gradient_checkpointing"),
+        *("neftune_noise_alpha", "output_router_logits", "router_aux_loss_coef"),
+    ],
+)
+def test_what_trainers_leave_in_a_configuration(field):
+    base = SimpleNamespace(config=MixtralConfig())
+    check_config(base, MixtralConfig().to_dict() | {field: 0.5})
+    with pytest.raises(UnsupportedError, match=f"own_{field}"):
+        check_config(base, MixtralConfig().to_dict() | {f"own_{field}": 0.5})
 
 
 def test_labels_are_not_counted_at_all():

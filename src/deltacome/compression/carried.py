@@ -11,6 +11,8 @@ from deltacome.format.manifest import CARRIED_NAME
 
 TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """Side files: without any of these there is no tokenizer."""
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder in which transformers saves templates for other uses (tools, say)."""
 
 
 def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
@@ -18,6 +20,12 @@ def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
 
     The tuned `config.json` is always carried, under a name that no loader mistakes for a model.
     """
+    if more := sorted(file.name for file in (tuned / MORE_TEMPLATES).glob("*.jinja")):
+        warnings.warn(
+            f"{tuned}: an artifact holds one chat template; left out are those of {MORE_TEMPLATES}: "
+            f"{', '.join(more)}",
+            stacklevel=2,
+        )
     files = {TUNED_CONFIG_FILE: (tuned / "config.json").read_bytes()}
     for pattern in SIDE_FILES:
         for file in sorted(file for file in tuned.glob(pattern) if file.is_file()):

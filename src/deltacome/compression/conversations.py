@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from deltacome.errors import CalibrationError
-from deltacome.pictures import given_in
+from deltacome.pictures import given_in, system_of
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """Roles that have another name in templates."""
@@ -17,17 +17,23 @@ MARK = re.compile(r"\s*<image>\s*")
 
 
 def as_messages(item: dict[str, Any], where: str) -> dict[str, Any]:
-    """An object of a data set with its `conversations` as `messages`; any other is returned as it is.
+    """An object of a data set with its `conversations` as `messages`, and its `system` as their first.
+
+    Any other is returned as it is.
 
     Raises:
         CalibrationError: a turn lacks who speaks or what is said.
     """
-    turns = item.get("conversations")
-    if "messages" in item or not isinstance(turns, list):
+    messages, turns = item.get("messages"), item.get("conversations")
+    if messages is None and isinstance(turns, list):
+        sees = bool(given_in(item))
+        messages = [_message(turn, sees, where) for turn in turns]
+    if not isinstance(messages, list):
         return item
-    sees = bool(given_in(item))
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    before = [] if first.get("role") == "system" else system_of(item)
     rest = {key: value for key, value in item.items() if key != "conversations"}
-    return {**rest, "messages": [_message(turn, sees, where) for turn in turns]}
+    return {**rest, "messages": [*before, *messages]}
 
 
 def _message(turn: Any, sees: bool, where: str) -> dict[str, Any]:

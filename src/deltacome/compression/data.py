@@ -13,7 +13,7 @@ from deltacome.compression.calibration import Calibration, check_source
 from deltacome.compression.conversations import as_messages
 from deltacome.compression.written import write_rows
 from deltacome.errors import CalibrationError
-from deltacome.pictures import Seen, load_processor, picture_row, seen_in
+from deltacome.pictures import Seen, load_processor, picture_row, seen_in, system_of
 from deltacome.rows import Row
 from deltacome.skeleton import load_tokenizer
 
@@ -95,30 +95,35 @@ def _text_of(item: Any, tokenizer: Any, where: str, folder: Path) -> Text | Seen
     if isinstance(item, dict):
         item = as_messages(item, where)
         if seen := seen_in(item, folder, where):
+            if item.get("tools"):
+                raise CalibrationError(f"{where}: expected a chat with pictures or tools, got both")
             return seen
     if isinstance(item, dict) and isinstance(item.get("text"), str):
         return item["text"], False
     if isinstance(item, dict) and isinstance(item.get("messages"), list):
-        return _chat(tokenizer, item["messages"], where)
+        return _chat(tokenizer, item["messages"], where, item.get("tools"))
     if isinstance(item, dict) and {"prompt", "answer"} <= item.keys():
         for key in ("prompt", "answer"):
             if not isinstance(item[key], str | int | float):  # null would become the word None
                 raise CalibrationError(f"{where}: expected a text as {key}, got {item[key]!r:.80}")
-        turns = [("user", str(item["prompt"])), ("assistant", str(item["answer"]))]
+        asked = {"role": "user", "content": str(item["prompt"])}
+        messages = [*system_of(item), asked, {"role": "assistant", "content": str(item["answer"])}]
         if not tokenizer.chat_template:
-            return "".join(text for _, text in turns), False
-        return _chat(tokenizer, [{"role": role, "content": text} for role, text in turns], where)
+            return "".join(message["content"] for message in messages), False
+        return _chat(tokenizer, messages, where)
     raise CalibrationError(
         f"{where}: expected an object with text, messages, conversations, or prompt and answer, got "
         f"{item!r:.80}"
     )
 
 
-def _chat(tokenizer: Any, messages: list, where: str) -> Text:
+def _chat(tokenizer: Any, messages: list, where: str, tools: Any = None) -> Text:
     if not tokenizer.chat_template:
         raise CalibrationError(f"{where}: has messages, but the tuned model has no chat template")
     try:
-        return chat_text(tokenizer, messages), True
+        if isinstance(tools, str):  # as many data sets of the Hub have them
+            tools = json.loads(tools)
+        return chat_text(tokenizer, messages, **({"tools": tools} if tools else {})), True
     except Exception as error:  # a template is a program and raises what it likes
         raise CalibrationError(f"{where}: the chat template refuses it: {error}") from error
 

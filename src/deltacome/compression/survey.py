@@ -94,8 +94,10 @@ def survey(
 
     Raises:
         CheckpointError: a tensor cannot be read, or holds NaN or Inf.
-        MismatchError: most of the changed matrices differ by more than the base's own size.
+        MismatchError: most of the changed matrices differ by more than the base's own size; or the tuned
+            configuration ties what the weights hold apart.
     """
+    _check_tie(tuned, found)
     records, matrices = {}, set()
     far: list[str] = []
     for done, pair in enumerate(found.pairs, 1):
@@ -126,6 +128,21 @@ def survey(
             "fine-tune of this base"
         )
     return records, matrices
+
+
+def _check_tie(tuned: Checkpoint, found: Paired) -> None:
+    """Refuses a head that the configuration ties to an embedding of other values.
+
+    transformers does not tie such a head, so it runs another model than the one that is surveyed here.
+    """
+    if not found.tied:
+        return
+    head, embedding = (found.names[str(n)] for n in (found.layout.head, found.layout.embedding))
+    if head != embedding and not torch.equal(tuned.read(head), tuned.read(embedding)):
+        raise MismatchError(
+            f"{tuned.path}: tie_word_embeddings: its configuration ties {head} to {embedding}, and its "
+            "weights hold other values for the two: set it to false in config.json if the head is its own"
+        )
 
 
 def account(pair: Pair, dtype: str, layout: Layout, target: Target, same: bool) -> Record:

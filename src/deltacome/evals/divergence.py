@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from deltacome.errors import DeltaError
+from deltacome.evals.positions import check_positions
 from deltacome.evals.prompts import answer_ids, prompt_row
 from deltacome.evals.tasks import Question
 from deltacome.format.folder import disk_errors
@@ -174,6 +175,7 @@ def _logits(
     model: Any, rows: Sequence[Compared], batch_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Each row's index and the float32 logits (N, V) of its compared positions, in any order of rows."""
+    check_positions(model, max((len(one.row) for one in rows), default=0))
     weight = model.get_input_embeddings().weight
     short = "logits_to_keep" in inspect.signature(model.forward).parameters
     for drawn in _batches(rows, batch_size):

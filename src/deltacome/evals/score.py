@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from deltacome.errors import DeltaError
+from deltacome.evals.positions import check_positions, learned_positions
 from deltacome.evals.prompts import prompt_ids, stop_ids
 from deltacome.evals.tasks import Question
 from deltacome.rows import Row, collate, to_device
@@ -85,13 +86,19 @@ def greedy(
 
     Rows with pictures are of one kind and length, and so are rows of a model that takes no positions.
 
-    Raises DeltaError if a row is empty or of another length, or the model generates without a cache.
+    Where a model's positions end, so do its answers.
+
+    Raises DeltaError if a row is empty, of another length or longer than the model's positions, or the
+    model generates without a cache.
     """
     if not rows or not all(rows):
         raise DeltaError("generation: expected prompts of at least one token, got an empty one")
     weight = model.get_input_embeddings().weight
     device = weight.device
     width = max(map(len, rows))
+    check_positions(model, width + 1)
+    limit = learned_positions(model)
+    count = max_new_tokens if limit is None else min(max_new_tokens, limit - width)
     ids = [[0] * (width - len(r)) + r.ids for r in rows]
     ids_BT = torch.tensor(ids, device=device)
     mask_BT = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
@@ -105,7 +112,7 @@ def greedy(
     done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
     said: list[torch.Tensor] = []
     cache = None
-    for _ in range(max_new_tokens):
+    for _ in range(count):
         # The head is the costliest layer of a small model, so it runs on the last position only.
         extra: dict[str, Any] = {"logits_to_keep": 1}
         if masked:  # otherwise the model counts positions itself; unpadded rows need no mask

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from deltacome.format.codec import BandTensors, Packed
 from deltacome.format.spec import Band, bands_nbytes
-from deltacome.methods.bands import factor_of
+from deltacome.methods.bands import factor_of, rms
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms, check_common
 from deltacome.numerics.allocate import allocate
 from deltacome.numerics.gptq import Quantized, factor_gram, quantize_v, round_nearest
@@ -137,9 +137,9 @@ class Adaptive:
         widths = [band.bits for band in plan.bands for _ in range(band.count)]
         bits_R = torch.tensor(widths, device=delta_OI.device)
         _, _, v_RI = weighted_svd(delta_OI, len(widths), inputs, outputs, self.damping)
-        v = self._quantize(v_RI / _rms(v_RI), bits_R, inputs)
+        v = self._quantize(v_RI / rms(v_RI), bits_R, inputs)
         u_RO = refit_u(delta_OI, v.dequantize(), inputs)
-        s_R1 = _rms(u_RO)
+        s_R1 = rms(u_RO)
         # Against a diagonal, GPTQ would be rounding to nearest.
         full = outputs if outputs is not None and outputs.ndim == 2 else None
         u = self._quantize(u_RO / s_R1, bits_R, full)
@@ -155,12 +155,6 @@ class Adaptive:
         if gram_NN is not None:
             return quantize_v(vectors_RN, factor_gram(gram_NN, self.damping), bits_R)
         return round_nearest(vectors_RN, bits_R)
-
-
-def _rms(vectors_RN: Tensor) -> Tensor:
-    """Root mean square of each direction, (R, 1); 1 for one of zeros."""
-    rms_R1 = vectors_RN.square().mean(1, keepdim=True).sqrt()
-    return torch.where(rms_R1 > 0, rms_R1, 1.0)
 
 
 def _trust(weights_R: Tensor, shape: Shape) -> float:

@@ -113,3 +113,9 @@ def factor_of(bits: int, values_BN: Tensor, quantized: Quantized, rows: slice) -
         return Factor.from_values(values_BN.cpu())
     codes, scale, zero = quantized.codes[rows], quantized.scale[rows], quantized.zero[rows]
     return Factor.from_codes(codes.cpu(), scale.cpu(), zero.cpu(), bits)
+
+
+def rms(vectors_RN: Tensor) -> Tensor:
+    """Root mean square of each direction, (R, 1); 1 for one of zeros."""
+    rms_R1 = vectors_RN.square().mean(1, keepdim=True).sqrt()
+    return torch.where(rms_R1 > 0, rms_R1, 1.0)

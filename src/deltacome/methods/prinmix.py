@@ -30,7 +30,7 @@ from torch import Tensor
 from deltacome.errors import PlanError, naming
 from deltacome.format.codec import Packed
 from deltacome.format.spec import Band, Plan, bands_nbytes, rank
-from deltacome.methods.bands import Gptq, scaled_svd
+from deltacome.methods.bands import Gptq, rms, scaled_svd
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms, check_common
 from deltacome.numerics.gptq import round_nearest
 from deltacome.numerics.refit import refit_u
@@ -102,6 +102,9 @@ class PrinMix:
             if self.refit:
                 v_RI = torch.cat([factor.dequantize() for factor in v]).to(s_R.device)
                 u_RO = refit_u(deltas[name], s_R[:, None] * v_RI, gram_II)
+                # Where s is next to 0, in a delta of low rank, U comes out as large as s is small.
+                size_R1 = rms(u_RO)
+                u_RO, s_R = u_RO / size_R1, s_R * size_R1[:, 0]
             packed[name] = Packed(gptq.with_u(u_RO, s_R, v, plan[name], gram_II))
         return packed
 

@@ -16,9 +16,12 @@ HARMLESS = {
     *("dtype", "torch_dtype", "quantization_config", "_attn_implementation", "pretraining_tp"),
     *("task_specific_params", "id2label", "label2id", "num_labels", "problem_type"),
     *("initializer_range", "attention_dropout", "hidden_dropout", "dropout"),
-    *("embd_pdrop", "resid_pdrop", "attn_pdrop"),
+    *("embd_pdrop", "resid_pdrop", "attn_pdrop", "neftune_noise_alpha", "gradient_checkpointing"),
+    *("router_aux_loss_coef", "router_jitter_noise", "tokenizer_class"),
+    *("unsloth_version", "unsloth_fixed"),
     # What is returned, not what is computed.
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    "output_router_logits",
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
     # Attaching takes care of these.
     *("vocab_size", "tie_word_embeddings"),
