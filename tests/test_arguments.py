@@ -37,7 +37,11 @@ def test_compress_takes_both(pair, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "why"),
     [
-        ("method", "adaptive", r"method: expected one such as DeltaCome\(\), got 'adaptive'"),
+        (
+            "method",
+            "adaptive",
+            r"method: expected one such as deltacome\.DeltaCome\(\), got 'adaptive'",
+        ),
         ("method", deltacome.DeltaCome, "method: expected one such as"),
         ("dtype", torch.int8, "dtype: expected auto, float32"),
         ("dtype", 16, "dtype: expected auto, float32"),

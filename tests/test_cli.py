@@ -232,6 +232,11 @@ def test_verify_and_merge(cli, artifact, pair, tmp_path):
     code, out, err = cli("verify", artifact, "--base", pair[0], "--json")
     assert (code, err) == (0, "")
     assert isinstance(json.loads(out), dict)
+    code, out, _ = cli("verify", artifact, "--base", pair[0])
+    assert (code, out.count("\n")) == (0, 2)
+    assert out.startswith("artifact: whole, ")
+    assert "base: the right one, " in out
+    assert "base: not compared" in cli("verify", artifact)[1]
     code, out, err = cli("merge", pair[0], artifact, "-o", tmp_path / "dense", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"output": str(tmp_path / "dense")}
@@ -331,6 +336,7 @@ def test_refusals_are_one_message_on_stderr(cli, pair, artifact, tmp_path):
     assert_refused(cli("inspect", none), none)
     assert_refused(cli("inspect", pair[0]), "not an artifact", "delta_config.json")
     assert_refused(cli("verify", pair[0]), "not an artifact")
+    assert_refused(cli("compress", __file__, pair[1], *out), "expected a folder, got a file")
     assert_refused(cli("merge", pair[1], artifact, *out), "wrong base")
     assert tree(tmp_path) == before
 
@@ -367,6 +373,7 @@ def test_debug_shows_where_it_was_refused(cli, pair, tmp_path):
         (["--precision", "quadruple"], "--precision"),
         (["--plan", "2:*", "--precision", "single"], "not both"),
         (["--ratio", "-3"], "--ratio"),
+        (["--ratio", "0.0625"], "--ratio"),
         (["--ratio", "many"], "--ratio"),
         (["--samples", "0"], "--samples"),
         (["--seq-len", "1"], "--seq-len"),

@@ -180,7 +180,7 @@ def test_files_that_cannot_be_read(tuned, tmp_path, suffix):
 
 def test_a_file_of_another_kind(tuned, tmp_path):
     (tmp_path / "c.csv").write_text("a,b")
-    with pytest.raises(CalibrationError, match=r"expected a \.txt or \.jsonl file"):
+    with pytest.raises(CalibrationError, match=r"a name that ends in \.txt or \.jsonl, got c\.csv"):
         rows_of(tmp_path / "c.csv", tuned)
 
 

@@ -93,6 +93,12 @@ def test_pickled_weights_alone(refused, pair, which):
     refused(*pair, CheckpointError, "only pickled weights")
 
 
+def test_an_adapter_in_place_of_a_model(refused, pair):
+    (pair[1] / "model.safetensors").rename(pair[1] / "adapter_model.safetensors")
+    (pair[1] / "adapter_config.json").write_text("{}")
+    refused(*pair, CheckpointError, "expected a whole model, got an adapter: merge it first")
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["base", "tuned"])
 def test_no_such_folder(refused, pair, which):
     given = list(pair)
@@ -276,7 +282,7 @@ def test_an_unknown_dtype(refused, pair):
         ("c.jsonl", "", "expected text, got no row"),
         ("c.jsonl", '{"text": "one two"}\n{"text"', r"c\.jsonl:2: not valid JSON"),
         ("c.jsonl", '{"words": "one two"}', r"c\.jsonl:1: expected an object with text"),
-        ("c.csv", "one,two", r"expected a \.txt or \.jsonl file"),
+        ("c.csv", "one,two", r"a name that ends in \.txt or \.jsonl, got c\.csv"),
     ],
 )
 def test_calibration_text(refused, pair, tmp_path, name, content, match):

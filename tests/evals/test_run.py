@@ -207,7 +207,7 @@ def test_text_is_read_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("deltacome.evals.run.load_model", None)
     with pytest.raises(DeltaError, match=r"none\.txt: expected a readable text file"):
         run(base, task, tuned=base, text=tmp_path / "none.txt")
-    with pytest.raises(DeltaError, match=r"none\.txt: .* tuned model, got none"):
+    with pytest.raises(DeltaError, match=r"none\.txt: .* tuned model: .*, got none"):
         run(base, task, text=tmp_path / "none.txt")
 
 

@@ -288,6 +288,11 @@ def test_counts_are_looked_at_before_lists_are_made_of_them(monkeypatch, base, t
         check_config(SimpleNamespace(config=base), tuned)
 
 
+def test_a_name_is_no_model(tmp_path):
+    with pytest.raises(UnsupportedError, match="expected a loaded model, got 'base'"):
+        attach("base", tmp_path)
+
+
 @pytest.mark.parametrize(
     "field",
     [

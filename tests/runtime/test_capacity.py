@@ -71,9 +71,9 @@ def test_a_cache_in_tokens(bases):
 
 
 def test_what_is_refused(bases, artifact):
-    with pytest.raises(MismatchError, match="expected artifacts or a ratio, got 0"):
+    with pytest.raises(MismatchError, match="expected either artifacts or a ratio, got 0"):
         capacity(bases["llama"], [], device_bytes=MIB)
-    with pytest.raises(MismatchError, match="expected artifacts or a ratio, got 1"):
+    with pytest.raises(MismatchError, match="expected either artifacts or a ratio, got 1"):
         capacity(bases["llama"], [artifact], device_bytes=MIB, ratio=16)
     with pytest.raises(PlanError, match="ratio: expected a number above 0"):
         capacity(bases["llama"], [], device_bytes=MIB, ratio=0)

@@ -238,6 +238,11 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             f"{folder}: only pickled weights found, which can run code when they are read; convert "
             "them with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) first"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: expected a whole model, got an adapter: merge it first (PEFT's "
+            "merge_and_unload), or serve it as it is (deltacome serve --lora)"
+        )
     raise CheckpointError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
 
 

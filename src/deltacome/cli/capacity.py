@@ -11,6 +11,9 @@ import typer
 from deltacome.cli.options import Device, Json
 from deltacome.cli.printing import quiet_libraries, say
 
+NAMES = {"slot": "packed terms of a tenant", "beside": "tables and exact values of a tenant"}
+"""Figures whose names in Python say too little."""
+
 
 def capacity(
     base: Annotated[str, typer.Argument(help="Base checkpoint; config.json is enough.")],
@@ -57,6 +60,8 @@ def capacity(
     if as_json:
         print(json.dumps(result))
         return
-    print("\n".join(f"{key.replace('_', ' ')}: {value:,}" for key, value in result.items()))
+    for key, value in result.items():
+        unit = "" if key in ("tenants", "whole_models") else " bytes"
+        print(f"{NAMES.get(key, key.replace('_', ' '))}: {value:,}{unit}")
     if not found.kv_cache:
         say("warning: no KV cache (--kv-gib, --kv-tokens) was counted; a server needs one")

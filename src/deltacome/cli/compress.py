@@ -31,8 +31,8 @@ def compress(
     ratio: Annotated[
         float | None,
         typer.Option(
-            help="Tuned bytes ÷ bytes on disk, met within 2 %. Default: 16, or 12 for residual; "
-            "bitdelta's follows from its one bit."
+            help="Tuned bytes ÷ bytes on disk, met within 2 %: 16 for a sixteenth. Default: 16, or 12 "
+            "for residual; bitdelta's follows from its one bit."
         ),
     ] = None,
     plan: Annotated[
@@ -85,7 +85,9 @@ def compress(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     seed: Annotated[int, typer.Option(help="Which calibration text is drawn or written.")] = 0,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="dtype of the calibration passes.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the calibration passes: auto, float32, bfloat16, float16.")
+    ] = "auto",
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes; more than one only with --calibration none.")
@@ -110,8 +112,11 @@ def compress(
         refit=refit,
         diagonal=diagonal,
     )
-    if ratio is not None and ratio <= 0:
-        raise typer.BadParameter(f"expected a ratio above 0, got {ratio}", param_hint="--ratio")
+    if ratio is not None and not ratio >= 1:
+        raise typer.BadParameter(
+            f"expected how many times smaller, 16 for a sixteenth, got {ratio:g}",
+            param_hint="--ratio",
+        )
     ratio = chosen.default_ratio if ratio is None else ratio
     if search is not None and (method != "delta-come" or plan or precision or not ratio):
         raise typer.BadParameter(

@@ -38,7 +38,10 @@ def evaluate(
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="With --task: file of general text for KL; needs --tuned.")
+        Path | None,
+        typer.Option(
+            help="With --task: file of general text for KL; needs --tuned. Default: Python's manual."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="With --task: longest answer, in tokens. Default: 64.")

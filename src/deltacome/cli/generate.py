@@ -26,7 +26,9 @@ def generate(
         int, typer.Option(min=1, help="The most tokens that the answer can have.")
     ] = 128,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="dtype of the base's weights.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the base's weights: auto, float32, bfloat16, …")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Answer a prompt with BASE, or with the fine-tune that --delta stands for."""

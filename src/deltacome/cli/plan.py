@@ -17,7 +17,7 @@ def plan(
     tuned: Annotated[str, typer.Argument(help="Full fine-tune; config.json is enough.")],
     ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Ratio; may be repeated. Default: 8, 16, 32, 64."),
+        typer.Option(help="Ratio; may be repeated. Default: 16, 8, 32, 64."),
     ] = None,
     calibration: Annotated[str, typer.Option(help="As for compress.")] = "self",
     samples: Annotated[int, typer.Option(min=1, help="Rows of calibration text.")] = 128,
@@ -58,9 +58,9 @@ def plan(
             f"stored exactly: {exact.count} tensors, {exact.nbytes:,} bytes, {clip(exact.first)} the "
             f"first: {exact.why}"
         )
-    print(f"calibration: {said.calibration or 'none'}")
+    print(f"at ratio {said.sizes[0].ratio:g}, with calibration {said.calibration or 'none'}:")
     for phase, nbytes in said.memory.items():
-        print(f"memory, {phase}: {nbytes / 2**30:.1f} GiB")
-    print(f"disk: {said.disk:,} bytes while it runs")
+        print(f"  memory, {phase}: {nbytes / 2**30:.1f} GiB")
+    print(f"  disk: {said.disk:,} bytes while it runs")
     for phase, seconds in said.seconds.items():
-        print(f"time, {phase}: {seconds / 60:.1f} minutes")
+        print(f"  time, {phase}: {seconds / 60:.1f} minutes")

@@ -64,10 +64,10 @@ def serve(
     )
     if as_json:  # includes the warnings
         print(json.dumps(dataclasses.asdict(launch)), flush=True)
-    elif dry_run:
-        print(launch)
     else:
         for line in launch.warnings:
             say(f"warning: {line}")
+        if dry_run:
+            print(launch)
     if not dry_run:
         launch.run()

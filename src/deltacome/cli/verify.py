@@ -22,5 +22,12 @@ def verify(
     from deltacome.format.artifact import Artifact
     from deltacome.runtime.verify import verify as run
 
-    result = dataclasses.asdict(run(Artifact.from_pretrained(artifact), base))
-    print(json.dumps(result) if as_json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    said = run(Artifact.from_pretrained(artifact), base)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(said)))
+        return
+    print(f"artifact: whole, {said.tensors} tensors in {said.nbytes:,} bytes")
+    if base is None:
+        print("base: not compared (give --base)")
+    else:
+        print(f"base: the right one, {said.base_tensors} tensors in {said.base_nbytes:,} bytes")

@@ -62,7 +62,8 @@ def calibration_source(method: Method, source: str | None) -> str:
         raise PlanError(f"calibration: {name} with these options uses no text, got {source!r}")
     if source == "none" and distill:
         raise PlanError(
-            f"calibration: {name} needs text to distil its scalars on, got none: distill 0 needs none"
+            f"calibration: {name} fits its scales or singular values to text, and got none: give some, "
+            "or distill 0"
         )
     if source not in ("self", "none"):
         check_source(source)
@@ -76,6 +77,10 @@ def check_source(source: str) -> None:
         CalibrationError: names it.
     """
     path = Path(source)
+    if path.is_file() and path.suffix not in (".txt", ".jsonl"):
+        raise CalibrationError(
+            f"calibration {source}: expected a name that ends in .txt or .jsonl, got {path.name}"
+        )
     if (path.suffix in (".txt", ".jsonl")) != path.is_file():
         raise CalibrationError(f"calibration {source}: expected a .txt or .jsonl file, found none")
 

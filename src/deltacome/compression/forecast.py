@@ -36,7 +36,7 @@ from deltacome.numerics.gram import relative_error
 from deltacome.outline import outline
 from deltacome.skeleton import Target, is_causal
 
-RATIOS = (8.0, 16.0, 32.0, 64.0)
+RATIOS = (16.0, 8.0, 32.0, 64.0)
 PROBE = 2048
 """Rows and columns of the matrix that is compressed to measure this machine."""
 PASSES = 3.2

@@ -95,8 +95,10 @@ def compress(
     """
     method = method or DeltaCome()
     if isinstance(method, type) or not hasattr(method, "default_ratio"):
-        raise PlanError(f"method: expected one such as DeltaCome(), got {method!r}")
+        raise PlanError(f"method: expected one such as deltacome.DeltaCome(), got {method!r}")
     ratio = method.default_ratio if ratio == "auto" else ratio
+    if isinstance(ratio, str):
+        raise PlanError(f"ratio: expected a number, auto or None, got {ratio!r}")
     source, device, compute = check_options(
         method, calibration, device=device, dtype=dtype, workers=workers, sweeps=sweeps
     )

@@ -8,6 +8,7 @@ before the first byte is written.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -121,6 +122,8 @@ def survey(
                     far.append(pair.name)
         records[pair.name] = record
         report(Progress("survey", done, len(found.pairs), pair.name))
+    if all(record.kind == "same" for record in records.values()):
+        warnings.warn(f"{tuned.path}: every tensor equals that of {base.path}", stacklevel=2)
     if far and len(far) > len(matrices) / 2:
         raise MismatchError(
             f"{tuned.path}: in {len(far)} of {len(matrices)} changed matrices, {far[0]} the first, "

@@ -91,17 +91,22 @@ def run_harness(
 
     def figures(model: Any) -> Figures:
         with contextlib.redirect_stdout(sys.stderr):  # it prints while it resamples
-            found = evaluate(
-                model=_quiet(wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)),
-                tasks=list(tasks),
-                task_manager=manager,
-                num_fewshot=shots,
-                limit=limit,
-                apply_chat_template=chat,
-                confirm_run_unsafe_code=run_code,
-                bootstrap_iters=RESAMPLES,
-                log_samples=False,
-            )
+            try:
+                found = evaluate(
+                    model=_quiet(
+                        wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+                    ),
+                    tasks=list(tasks),
+                    task_manager=manager,
+                    num_fewshot=shots,
+                    limit=limit,
+                    apply_chat_template=chat,
+                    confirm_run_unsafe_code=run_code,
+                    bootstrap_iters=RESAMPLES,
+                    log_samples=False,
+                )
+            except OSError as error:  # a data set or metric that neither cache nor Hub has
+                raise DeltaError(f"lm-eval: {', '.join(tasks)}: {error}") from error
         return {task: _numbers(values) for task, values in found["results"].items()}
 
     models = []

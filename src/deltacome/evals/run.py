@@ -73,7 +73,9 @@ def evaluate(
     and its score too if the chat template uses them, or if the questions have pictures and it takes none.
     """
     if text is not None and tuned is None:
-        raise DeltaError(f"{text}: text is for KL against a tuned model, got none")
+        raise DeltaError(
+            f"text {text}: is for KL to the tuned model: expected one (--tuned), got none"
+        )
     text = None if text is None else Path(text)
     dtype, device = str(dtype).removeprefix("torch."), pick_device(device)
     questions = load_questions(task, n, seed, task_args)

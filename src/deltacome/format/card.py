@@ -174,7 +174,7 @@ def _usage(artifact: Artifact, name: str, base: str) -> list[str]:
         imports, model = imports[:1], f'deltacome.base_for("{called}", "{name}")'
     return [
         "```bash",
-        "pip install deltacome",
+        "# with deltacome installed from its source",
         f'deltacome generate {called} "your prompt" --delta {name}',
         f"deltacome merge {called} {name} -o dense    # the tuned model, as a normal checkpoint",
         f"deltacome serve {called} --tenant {tenant}={name}",

@@ -34,6 +34,11 @@ def split_name(
     text = str(name_or_path)
     if Path(text).is_dir():
         return text, revision
+    if Path(text).is_file():
+        what = " (GGUF is not read: give the checkpoint that it was made from)"
+        raise refused(
+            f"{text}: expected a folder, got a file{what if text.endswith('.gguf') else ''}"
+        )
     match = NAME.fullmatch(text)
     if match is None or Path(text).exists():
         raise refused(f"{text}: expected a folder, or org/name on the Hub; found none")

@@ -82,6 +82,11 @@ def attach(
         ArtifactError: the artifact cannot be read, or its bytes do not match their checksums.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(
+            f"attach: expected a loaded model, got {model!r:.100}: load the base first, with "
+            "AutoModelForCausalLM.from_pretrained say"
+        )
     if impl not in ("auto", *IMPLS):
         names = ("auto", *IMPLS)
         raise UnsupportedError(f"attach: expected an implementation of {names}, got {impl!r}")

@@ -75,7 +75,7 @@ def capacity(
         raise PlanError(f"utilization: expected a share above 0, at most 1, got {utilization}")
     if bool(deltas) == (ratio is not None):
         raise MismatchError(
-            f"capacity: expected artifacts or a ratio, got {len(deltas)} artifacts and ratio {ratio}"
+            f"capacity: expected either artifacts or a ratio, got {len(deltas)} artifacts, ratio {ratio}"
         )
     shapes = outline(base)
     weights = sum(info.nbytes for info in shapes.tensors.values())

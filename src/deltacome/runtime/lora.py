@@ -152,8 +152,8 @@ class _Export:
             base = make_skeleton(read_config(folder), torch.float32, folder)
         except CheckpointError as error:
             warnings.warn(
-                "the tuned model ties its head to its embedding; could not check that the base does: "
-                f"{error}",
+                "the tuned model ties its head to its embedding; could not check that the base does (say "
+                f"where it is, with base): {error}",
                 stacklevel=2,
             )
             return

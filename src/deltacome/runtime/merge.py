@@ -31,6 +31,8 @@ from deltacome.format.writer import grouped
 
 MAX_SHARD_BYTES = 2 * 10**9
 
+ANOTHER = "give the checkpoint that the delta was made from (`deltacome inspect` names it)"
+
 
 def merge(
     base: str | Path,
@@ -78,17 +80,20 @@ def base_tensor(base: Checkpoint, record: Record) -> Tensor:
     """
     assert record.base_name is not None
     if record.base_name not in base.tensors:
-        raise MismatchError(f"{base.path}: wrong base: it has no tensor {record.base_name}")
+        raise MismatchError(
+            f"{base.path}: wrong base: it has no tensor {record.base_name}: {ANOTHER}"
+        )
     tensor = base.read(record.base_name)
     if tuple(tensor.shape) != record.base_shape:
         raise MismatchError(
             f"{record.base_name}: wrong base: expected shape {record.base_shape}, "
-            f"got {tuple(tensor.shape)}"
+            f"got {tuple(tensor.shape)}: {ANOTHER}"
         )
     got = full_digest(tensor)
     if got != record.base_digest:
         raise MismatchError(
-            f"{record.base_name}: wrong base: expected fingerprint {record.base_digest}, got {got}"
+            f"{record.base_name}: wrong base: expected fingerprint {record.base_digest}, got {got}: "
+            f"{ANOTHER}"
         )
     return tensor
 

@@ -100,6 +100,8 @@ def plan_launch(
     warnings = []
     if folder is not None and Path(folder).is_dir():
         warnings += add_found(found, Path(folder), compared, given)
+    elif folder is not None and "://" not in folder:
+        warnings.append(f"{folder}: there is no such folder yet, so no tenants are found in it")
     settings = {"lora": lora} | needed([*found.values()], compared, arguments)
     if folder is not None:
         settings["tenants"] = folder
