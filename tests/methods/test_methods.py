@@ -197,6 +197,19 @@ def test_prinmix_is_closer_than_delta_come_at_equal_bytes():
         assert errors == sorted(errors)
 
 
+@pytest.mark.parametrize("method", [PrinMix(), Adaptive(distill=0)])
+@pytest.mark.parametrize("ratio", [3, 6, 12])
+def test_little_text_does_not_ruin_what_it_does_not_show(method, ratio):
+    delta, draw = long_tailed(), torch.Generator().manual_seed(0)
+    x = torch.randn(5, IN, generator=draw)
+    plan = method.planner({"w": Matrix((OUT, IN), lambda: delta)})(2 * OUT * IN / ratio)["w"]
+    packed = compressed(method, {"w": delta}, {"w": plan}, x.T @ x)["w"].dense()
+    whole = compressed(method, {"w": delta}, {"w": plan}, None)["w"].dense()
+    everywhere = torch.eye(IN)
+    assert relative_error(delta, packed, x.T @ x) < relative_error(delta, whole, x.T @ x)
+    assert relative_error(delta, packed, everywhere) < 3 * relative_error(delta, whole, everywhere)
+
+
 def test_prinmix_of_a_delta_with_few_directions():
     """Of a merged LoRA say: the others have singular values next to 0, which left factors make up for."""
     draw = torch.Generator().manual_seed(0)

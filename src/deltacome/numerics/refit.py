@@ -10,22 +10,22 @@ this is a scale; for many it also removes what their errors have in common.
 
 Directions that are nearly parallel after rounding (1 bit leaves few places to go) make A C Aᵀ nearly
 singular, hence the damping. It is relative to each direction's own size, since sizes fall over
-orders of magnitude: one damping for all would erase the small ones. Where calibration inputs hardly
-reach directions, A C Aᵀ is mostly the rounding error of C and need not be positive definite: white
-inputs are added to C until it is.
+orders of magnitude: one damping for all would erase the small ones.
+
+Where there are fewer inputs than U has room for, C says of many changes of U that they cost nothing. The
+fit would then be filled with large values that cancel out on these inputs alone, and rounding them ruins
+all others. So white inputs are added to C, few enough to change nothing where there is text enough.
 
 O outputs, I inputs, R directions.
 """
-
-import warnings
 
 import torch
 from torch import Tensor
 
 from deltacome.errors import CalibrationError, MismatchError
 
-WHITE = (0.0, 1e-5, 1e-3, 1e-1)
-"""Shares of the mean diagonal of C that are added to it, the next one tried if one is not enough."""
+WHITE = 1e-3
+"""Share of the mean diagonal of C that is added to it."""
 
 
 def refit_u(
@@ -40,11 +40,10 @@ def refit_u(
         damping: share of its diagonal that is added to A C Aᵀ.
 
     Returns:
-        u_RO, float32, solved in float64. Directions that no input reaches are 0. Warns if white
-        inputs were added.
+        u_RO, float32, solved in float64. Directions of zeros are 0.
 
     Raises:
-        CalibrationError: A C Aᵀ is not positive definite, whatever is added.
+        CalibrationError: A C Aᵀ is not positive definite.
         MismatchError: the sizes do not fit.
     """
     inputs = delta_OI.shape[1]
@@ -53,26 +52,9 @@ def refit_u(
             f"a delta of shape {tuple(delta_OI.shape)} needs a right factor and a gram of {inputs} "
             f"inputs, got {tuple(a_RI.shape)} and {None if gram_II is None else tuple(gram_II.shape)}"
         )
-    ac_RI = a_RI if gram_II is None else a_RI @ gram_II
-    mean = 0.0 if gram_II is None else float(gram_II.diagonal().mean())
-    for share in WHITE:
-        u_RO = _solve(delta_OI, a_RI, ac_RI + share * mean * a_RI, damping)
-        if u_RO is not None:
-            if share:
-                warnings.warn(
-                    f"calibration text reaches too few of {len(a_RI)} directions to refit them: "
-                    f"white inputs were added ({share:g} of the mean diagonal of C); more text is better",
-                    stacklevel=2,
-                )
-            return u_RO
-    raise CalibrationError(
-        f"{len(a_RI)} directions cannot be refitted: the gram of what they let through is not "
-        f"positive definite after {damping:g} damping, nor with white inputs ({WHITE[-1]:g} of the mean "
-        "diagonal of C)"
-    )
-
-
-def _solve(delta_OI: Tensor, a_RI: Tensor, ac_RI: Tensor, damping: float) -> Tensor | None:
+    ac_RI = a_RI
+    if gram_II is not None:
+        ac_RI = a_RI @ gram_II + WHITE * float(gram_II.diagonal().mean()) * a_RI
     normal_RR = ac_RI.double() @ a_RI.double().T
     normal_RR = (normal_RR + normal_RR.T) / 2
     size_R = normal_RR.diagonal().clamp(min=0).sqrt()
@@ -82,7 +64,10 @@ def _solve(delta_OI: Tensor, a_RI: Tensor, ac_RI: Tensor, damping: float) -> Ten
     scaled_RR.diagonal().fill_(1 + damping)
     l_RR, info = torch.linalg.cholesky_ex(scaled_RR)
     if info.item():
-        return None
+        raise CalibrationError(
+            f"{len(a_RI)} directions cannot be refitted: the gram of what they let through is not "
+            f"positive definite after {damping:g} damping"
+        )
     right_RO = (ac_RI @ delta_OI.T).double() / size_R[:, None]
     u_RO = torch.cholesky_solve(right_RO, l_RR) / size_R[:, None]
     return torch.where(dead_R[:, None], 0.0, u_RO).float()
