@@ -88,7 +88,8 @@ def test_json_of_every_command(cli, at, hub, name):
 
 
 @pytest.mark.parametrize("name", ["merge", "push", "eval", "serve"])  # others: test_cli.py
-def test_text_for_people(cli, at, hub, name):
+def test_text_for_people(cli, at, hub, name, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "x")  # otherwise a server is warned that it is open
     code, out, err = cli(name, *RUNS[name](at))
     assert (code, err) == (0, "")
     assert not out.startswith("{")

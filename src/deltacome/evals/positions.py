@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from deltacome.errors import DeltaError
 
@@ -14,7 +15,10 @@ OFFSET = 2
 
 def learned_positions(model: Any) -> int | None:
     """The length of a model's table of positions; None if it computes them, for any length."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
     words = model.get_input_embeddings()
