@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm_helpers import vllm_parser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from deploy_helpers import serve_commands
@@ -30,13 +31,7 @@ def command_lines():
 
 @pytest.fixture(scope="module")
 def parser():
-    try:
-        from vllm.entrypoints.common.cli_args import make_arg_parser  # 0.33
-    except ImportError:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    return make_arg_parser(FlexibleArgumentParser())
+    return vllm_parser()
 
 
 @pytest.mark.parametrize("arguments", list(command_lines()), ids=shlex.join)

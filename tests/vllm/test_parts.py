@@ -26,6 +26,7 @@ from vllm.lora.layers import LoRAMappingType
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor import models
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm_helpers import vllm_parser
 
 import deltacome.vllm
 from deltacome.arch.checkpoint import Checkpoint
@@ -1045,20 +1046,10 @@ def test_launch_keeps_tenants_beside_modules_for_vllm(base, tmp_path):
     for words in ("--lora-modules style=/s", "--lora_modules=style=/s", "--lora-modules=style=/s"):
         launch = plan_launch(str(base), tenants, lora=True, more=["--seed", "3", *words.split()])
         assert launch.command.count("--lora-modules") == 1
-        given = parse_for_vllm(launch.command[3:])
+        given = vllm_parser().parse_args(launch.command[3:])
         said = [(module.name, module.path) for module in given.lora_modules]
         assert said == [("math", str(plain)), ("code", str(comma)), ("style", "/s")]
         assert given.seed == 3
-
-
-def parse_for_vllm(words):
-    try:
-        from vllm.entrypoints.common.cli_args import make_arg_parser  # 0.33
-    except ImportError:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(words)
 
 
 def test_launch_says_that_the_server_is_open(base, monkeypatch):

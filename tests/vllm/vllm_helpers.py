@@ -133,6 +133,17 @@ def some_ids(length, seed, vocab):
     return torch.randint(3, vocab, (length,), generator=generator).tolist()
 
 
+def vllm_parser():
+    """vLLM's own parser of a server's arguments."""
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser  # 0.33
+    except ImportError:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser())
+
+
 class Server:
     """`deltacome serve` in processes of its own."""
 

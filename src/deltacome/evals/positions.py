@@ -27,8 +27,8 @@ def learned_positions(model: Any) -> int | None:
     return limit if learned else None
 
 
-def check_positions(model: Any, tokens: int) -> None:
-    """Refuses a row of more tokens than a model has positions.
+def check_positions(model: Any, tokens: int) -> int | None:
+    """Refuses a row of more tokens than a model has positions; returns how many it has, if they end.
 
     Raises:
         DeltaError: says how many it has.
@@ -39,3 +39,4 @@ def check_positions(model: Any, tokens: int) -> None:
             f"{type(model).__name__}: expected rows of at most {limit} tokens, as many as it has "
             f"positions, got {tokens}"
         )
+    return limit

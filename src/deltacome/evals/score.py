@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from deltacome.errors import DeltaError
-from deltacome.evals.positions import check_positions, learned_positions
+from deltacome.evals.positions import check_positions
 from deltacome.evals.prompts import prompt_ids, stop_ids
 from deltacome.evals.tasks import Question
 from deltacome.rows import Row, collate, to_device
@@ -96,8 +96,7 @@ def greedy(
     weight = model.get_input_embeddings().weight
     device = weight.device
     width = max(map(len, rows))
-    check_positions(model, width + 1)
-    limit = learned_positions(model)
+    limit = check_positions(model, width + 1)
     count = max_new_tokens if limit is None else min(max_new_tokens, limit - width)
     ids = [[0] * (width - len(r)) + r.ids for r in rows]
     ids_BT = torch.tensor(ids, device=device)

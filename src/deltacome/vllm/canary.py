@@ -12,7 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.format.canary import CANARY_FILE, MAX_NBYTES, Canary
-from deltacome.vllm import compat
+from deltacome.vllm import compat, metrics
 
 
 def tolerance(wanted: float | None, model_config: Any) -> float | None:
@@ -22,6 +22,7 @@ def tolerance(wanted: float | None, model_config: Any) -> float | None:
         UnsupportedError: where others are asked for, the engine gives logits.
     """
     if model_config.runner_type == "pooling":
+        metrics.logger.info("No canary is compared: an engine of embeddings has no logprobs")
         return None
     if wanted is not None and "logits" in model_config.logprobs_mode:
         raise UnsupportedError(
