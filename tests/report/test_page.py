@@ -14,7 +14,7 @@ from deltacome.errors import ArtifactError, DeltaError, OutputError
 from deltacome.format.artifact import Artifact
 from deltacome.format.clip import clip
 from deltacome.report import figures, write_report
-from deltacome.report.colours import COLOURS, LIGHT, contrast
+from deltacome.report.colours import COLOURS, LIGHT
 from deltacome.report.facts import gather
 from deltacome.report.scores import read_scores
 from deltacome.report.sections import sections
@@ -42,6 +42,18 @@ def made(tmp_path_factory):
     write_report(str(folder / "delta"), str(folder / "again.html"), **names)
     assert (folder / "again.html").read_bytes() == (folder / "page.html").read_bytes()
     return artifact, file, folder / "page.html", folder / "png"
+
+
+def contrast(one, other):
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2.2, relative luminance of sRGB)."""
+    low, high = sorted(luminance(colour) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def tree(page):

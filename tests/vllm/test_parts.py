@@ -1052,6 +1052,25 @@ def test_launch_keeps_tenants_beside_modules_for_vllm(base, tmp_path):
         assert given.seed == 3
 
 
+def test_launch_holds_named_tenants_and_four_times_the_slots(base, tmp_path):
+    """Not all that a folder has: it may have more than the host can hold."""
+    made = random_artifact(base, tmp_path / "t" / "a").path
+    for i in range(5):
+        shutil.copytree(made, tmp_path / "t" / f"copy-{i}")
+    for count, held in ((0, "4"), (6, "6")):
+        named = {f"m{i}": str(made) for i in range(count)}
+        launch = plan_launch(str(base), named, folder=str(tmp_path / "t"), slots=1)
+        assert launch.command[launch.command.index("--max-cpu-loras") + 1] == held
+
+
+def test_launch_refuses_an_address_that_nothing_installed_can_read(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    for address, why in (("s3://b/t", "Install s3fs"), ("nowhere://x", "nowhere")):
+        with pytest.raises(UnsupportedError, match=rf"--tenants {address}: .*{why}"):
+            plan_launch(str(base), {}, folder=address)
+    assert launched(base, {}, folder="memory://b")[1]["tenants"] == "memory://b"
+
+
 def test_launch_says_that_the_server_is_open(base, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     (warning,) = plan_launch(str(base), {}).warnings

@@ -13,13 +13,15 @@ Legend: O out, I in, R directions of all bands, B directions of one band.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deltacome.format.codec import BandTensors, Factor
-from deltacome.format.spec import Plan
+from deltacome.format.spec import Plan, rank
+from deltacome.methods.method import Terms
 from deltacome.numerics.gptq import (
     GramFactor,
     Quantized,
@@ -46,6 +48,16 @@ class Gptq:
     def factor(self, gram_II: Tensor | None) -> GramFactor | None:
         """What V is rounded against; None rounds to nearest."""
         return None if gram_II is None or self.nearest else factor_gram(gram_II, self.damping)
+
+    def halves(
+        self, deltas: Mapping[str, Tensor], plans: Mapping[str, Terms], gram_II: Tensor | None
+    ) -> dict[str, tuple[Tensor, Tensor, list[Factor]]]:
+        """u_RO, s_R and the rounded V, by band, of each delta (O, I); all share an input."""
+        bands = {name: plans[name].bands for name in deltas}
+        triples = {name: scaled_svd(delta, rank(bands[name])) for name, delta in deltas.items()}
+        groups = [(triples[name][2], bands[name]) for name in deltas]
+        factors = self.v_factors(groups, self.factor(gram_II))
+        return {name: (*triples[name][:2], v) for name, v in zip(deltas, factors, strict=True)}
 
     def v_factors(
         self, groups: list[tuple[Tensor, Plan]], factor: GramFactor | None

@@ -18,8 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from deltacome.format.codec import Packed
-from deltacome.format.spec import rank
-from deltacome.methods.bands import Gptq, scaled_svd
+from deltacome.methods.bands import Gptq
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Terms, check_common
 from deltacome.methods.template import PRECISIONS, Template, parse_template
 
@@ -71,12 +70,7 @@ class DeltaCome:
             CalibrationError: the gram is not positive definite even after damping.
         """
         gptq = Gptq(self.damping, nearest=not self.gptq)
-        plan = {name: plans[name].bands for name in deltas}
-        triples = {name: scaled_svd(delta, rank(plan[name])) for name, delta in deltas.items()}
-        groups = [(triples[name][2], plan[name]) for name in deltas]
-        factors = gptq.v_factors(groups, gptq.factor(gram_II))
-        packed = {}
-        for name, v in zip(deltas, factors, strict=True):
-            u_RO, s_R, _ = triples[name]
-            packed[name] = Packed(gptq.with_u(u_RO, s_R, v, plan[name], gram_II))
-        return packed
+        return {
+            name: Packed(gptq.with_u(*half, plans[name].bands, gram_II))
+            for name, half in gptq.halves(deltas, plans, gram_II).items()
+        }

@@ -44,7 +44,7 @@ class Matrix:
     delta: Callable[[], Tensor]
     """Reads tuned − base, float32 (out, in), at the cost of reading both."""
     spectrum: Tensor | None = None
-    """What a sweep through the model measured of it, for a method that asks for one."""
+    """What a sweep through the model measured of it; only `Adaptive` gets one."""
 
 
 DEFAULT_RATIO = 16.0

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from deltacome.errors import PlanError, naming
 from deltacome.format.codec import Packed
-from deltacome.format.spec import Band, Plan, bands_nbytes, rank
+from deltacome.format.spec import Band, Plan, bands_nbytes
 from deltacome.methods.bands import Gptq, rms, scaled_svd
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms, check_common
 from deltacome.numerics.gptq import round_nearest
@@ -92,20 +92,15 @@ class PrinMix:
             CalibrationError: the gram is not positive definite even after damping.
         """
         gptq = Gptq(self.damping)
-        plan = {name: plans[name].bands for name in deltas}
-        triples = {name: scaled_svd(delta, rank(plan[name])) for name, delta in deltas.items()}
-        groups = [(triples[name][2], plan[name]) for name in deltas]
-        factors = gptq.v_factors(groups, gptq.factor(gram_II))
         packed = {}
-        for name, v in zip(deltas, factors, strict=True):
-            u_RO, s_R, _ = triples[name]
+        for name, (u_RO, s_R, v) in gptq.halves(deltas, plans, gram_II).items():
             if self.refit:
                 v_RI = torch.cat([factor.dequantize() for factor in v]).to(s_R.device)
                 u_RO = refit_u(deltas[name], s_R[:, None] * v_RI, gram_II)
                 # Where s is next to 0, in a delta of low rank, U comes out as large as s is small.
                 size_R1 = rms(u_RO)
                 u_RO, s_R = u_RO / size_R1, s_R * size_R1[:, 0]
-            packed[name] = Packed(gptq.with_u(u_RO, s_R, v, plan[name], gram_II))
+            packed[name] = Packed(gptq.with_u(u_RO, s_R, v, plans[name].bands, gram_II))
         return packed
 
 

@@ -83,8 +83,8 @@ def plan_launch(
     Raises:
         MismatchError: a tenant was made for another base.
         ArtifactError: a folder is not a whole artifact.
-        UnsupportedError: tenants have scale groups of different sizes, or the additional configuration
-            cannot be merged or has settings that do not exist.
+        UnsupportedError: tenants have scale groups of different sizes, an address needs a package that is
+            not installed, or the additional configuration cannot be merged or has unknown settings.
     """
     arguments = read_arguments(more)
     own = Settings.parse(arguments.additional)
@@ -100,7 +100,9 @@ def plan_launch(
     warnings = []
     if folder is not None and Path(folder).is_dir():
         warnings += add_found(found, Path(folder), compared, given)
-    elif folder is not None and "://" not in folder:
+    elif folder is not None and "://" in folder:
+        check_address(folder)
+    elif folder is not None:
         warnings.append(f"{folder}: there is no such folder yet, so no tenants are found in it")
     settings = {"lora": lora} | needed([*found.values()], compared, arguments)
     if folder is not None:
@@ -114,7 +116,8 @@ def plan_launch(
     if served.revision is not None:
         command += ["--revision", served.revision, "--tokenizer-revision", served.revision]
     command += ["--port", str(port), "--enable-lora", "--max-loras", str(slots)]
-    command += ["--max-cpu-loras", str(max(slots, len(found), 4 * slots))]
+    # Not all that are found: a folder may have more than the host can hold.
+    command += ["--max-cpu-loras", str(max(len(known), 4 * slots))]
     command += [OPTION, json.dumps(arguments.additional | {"deltacome": settings})]
     modules = [_module(name, str(one.path.resolve())) for name, one in known.items()]
     if modules := [*modules, *arguments.modules]:
@@ -132,6 +135,20 @@ def _module(name: str, path: str) -> str:
     """A tenant as an item of `--lora-modules`, where vLLM takes anything with a comma for JSON."""
     plain = f"{name}={path}"
     return json.dumps({"name": name, "path": path}) if "," in plain else plain
+
+
+def check_address(address: str) -> None:
+    """Refuses an address that no installed package can read, before a request needs it.
+
+    Raises:
+        UnsupportedError: names the package, or the protocol that fsspec does not know.
+    """
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(fsspec.utils.get_protocol(address))
+    except (ImportError, ValueError) as error:
+        raise UnsupportedError(f"--tenants {address}: {error}") from error
 
 
 def add_found(
