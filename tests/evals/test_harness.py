@@ -1,7 +1,9 @@
 """lm-eval through the attached model, on tasks that are defined here and need no network."""
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,8 +16,9 @@ from evals_helpers import make_model, make_tokenizer
 from rich.console import Console
 
 import deltacome
-from deltacome.errors import DeltaError
+from deltacome.errors import DeltaError, MismatchError
 from deltacome.evals.harness import run_harness
+from deltacome.evals.hflm import wrapped
 from deltacome.evals.models import load_model
 from deltacome.evals.report import harness_table
 from deltacome.evals.score import greedy
@@ -51,17 +54,31 @@ test_split: test
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Base, tuned, and a delta of full rank in half precision: it does what the tuned model does."""
-    folder = tmp_path_factory.mktemp("harness")
-    tokenizer = make_tokenizer()
-    base = make_model(len(tokenizer), seed=0)
-    tuned = make_model(len(tokenizer), seed=0)
+    return pair(tmp_path_factory.mktemp("harness"))
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """The same with a fine-tune that pads with a token of its own, and takes longer prompts."""
+    return pair(tmp_path_factory.mktemp("grown"), "<pad>", 64)
+
+
+def pair(folder, pad=None, positions=2048):
+    """Folders of base, tuned and delta; `positions` are the base's."""
+    known = make_tokenizer()
+    tokenizer = make_tokenizer((pad,) if pad else ())
+    base, tuned = (make_model(len(known), seed=0) for _ in range(2))
+    base.config.max_position_embeddings = positions
+    if pad:
+        tokenizer.pad_token = pad
+        tuned.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
         for i, parameter in enumerate(tuned.parameters()):
             generator = torch.Generator().manual_seed(i)
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    for name, model in {"base": base, "tuned": tuned}.items():
+    for name, model, words in (("base", base, known), ("tuned", tuned, tokenizer)):
         model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
     delta = folder / "delta"
     deltacome.compress(folder / "base", folder / "tuned", delta, method=LowRank(64), ratio=None)
     return folder / "base", folder / "tuned", delta
@@ -133,6 +150,72 @@ def test_the_command_prints_its_object_and_nothing_else(models, tasks):
     (row,) = (m for m in json.loads(done.stdout)["models"] if "artifact" in m)
     assert row["artifact"] == deltacome.Artifact.open(delta).digest
     assert row["results"].keys() == TASKS.keys()
+
+
+def test_a_delta_has_the_tokens_and_the_length_of_its_fine_tune(grown, tasks, caplog, monkeypatch):
+    """The base lacks the token that pads, and its prompts are cut off, which is said once."""
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
+    lines = [{"question": f"{i}" * (90 + i), "answer": "ab", "choice": i % 3} for i in range(24)]
+    (tasks.parent / "data.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    base, tuned, delta = grown
+    result = run_harness(
+        base, list(TASKS), tuned=tuned, deltas=[delta], folder=tasks, device="cpu", dtype="float32"
+    )
+    of_base, of_tuned, of_delta = (model["results"] for model in result["models"])
+    assert of_tuned == of_delta
+    assert of_base["local_choices"]["acc,none"] != of_tuned["local_choices"]["acc,none"]
+    said = [record.getMessage() for record in caplog.records if "runcat" in record.getMessage()]
+    assert 1 <= len(said) <= 3, said
+
+
+def test_what_the_harness_would_ignore_or_refuse_late_is_refused(models, tasks, monkeypatch):
+    monkeypatch.setattr("deltacome.evals.harness.load_model", None)  # before a model is loaded
+    (tasks / "none.yaml").write_text(
+        HEAD.format(name="takes_none", file=tasks.parent / "data.json")
+        + TASKS["local_answers"]
+        + "num_fewshot: 0\n"
+    )
+    (tasks / "code.yaml").write_text(
+        HEAD.format(name="runs_code", file=tasks.parent / "data.json")
+        + TASKS["local_answers"]
+        + "unsafe_code: true\n"
+    )
+    for task, options, why in (
+        ("takes_none", {"shots": 5}, "takes_none: expected no --shots, .* got 5"),
+        ("runs_code", {}, "runs_code: expected --run-code"),
+        ("local_answers", {"chat": True}, "--chat: expected a tokenizer with a chat template"),
+    ):
+        with pytest.raises(DeltaError, match=why):
+            run_harness(models[0], [task], folder=tasks, **options)
+    with pytest.raises(MismatchError, match="wrong base"):
+        run_harness(models[1], ["local_answers"], folder=tasks, deltas=[models[2]])
+
+
+def test_chats_are_written_as_the_other_tasks_write_them(models):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% for part in m.content if part.type is defined %}{{ part.text }}{% endfor %}{% endfor %}<a>"
+    )
+    lm = wrapped(load_model(models[0], "cpu", "float32"), tokenizer, 2, None)
+    assert lm.apply_chat_template([{"role": "user", "content": "1 + 1"}]) == "<user>1 + 1<a>"
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(DeltaError, match="chat template refuses a prompt: no"):
+        lm.apply_chat_template([{"role": "user", "content": "1 + 1"}])
+
+
+def test_a_base_without_the_template_s_tokens_is_left_out(grown, tasks, tmp_path):
+    base, tuned, _ = grown
+    shutil.copytree(tuned, tmp_path / "tuned")
+    words = make_tokenizer(("<pad>",))
+    words.chat_template = "<pad>{{ messages[0].content }}"
+    words.save_pretrained(tmp_path / "tuned")
+    with pytest.warns(UserWarning, match="is left out: it lacks tokens"):
+        result = run_harness(
+            base, ["local_choices"], tuned=tmp_path / "tuned", folder=tasks, chat=True, limit=2,
+            device="cpu", dtype="float32",
+        )  # fmt: skip
+    assert [model["name"] for model in result["models"]] == ["tuned"]
 
 
 def test_unknown_tasks_are_refused(models, tasks):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ def _attach_swaps_weights(monkeypatch):
 
 def opened(path):
     carried = {file.name: None for file in path.iterdir() if file.name != "source"}
-    manifest = SimpleNamespace(method={"name": "swap"}, files=carried, dropped_files=())
+    manifest = SimpleNamespace(method={"name": "swap"}, files=carried, dropped_files=(), records={})
     return SimpleNamespace(
         path=path,
         manifest=manifest,
@@ -183,6 +184,18 @@ def test_bad_models_and_dtypes_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty"):
         run(tmp_path / "empty", task)
+    for key, value in {
+        "hidden_act": "nonesuch",
+        "quantization_config": {"quant_method": "gptq"},
+    }.items():
+        shutil.copytree(base, bad := tmp_path / key)
+        config = json.loads((bad / "config.json").read_text())
+        (bad / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(CheckpointError, match=f"{key}: expected a language model"):
+            run(bad, task)
+    refusing = save(tmp_path / "refusing", seed=0, template="{{ raise_exception('no') }}")
+    with pytest.raises(DeltaError, match=r"chat template: it refuses 'Sum: 1 . 0': no"):
+        run(refusing, task)
     with pytest.raises(DeltaError, match="float99"):
         run(base, task, dtype="float99")
 
@@ -221,6 +234,8 @@ def test_report_shows_every_figure():
             {"name": "small", "score": 0.5, "score_low": 0.15, "score_high": 0.85}
             | {"kl_task": 0.0, "kl_task_error": 2e-9, "kl_text": 0.00123, "kl_text_error": 0.00004}
             | {"bytes": 16_900_000, "ratio": 15.9},
+            {"name": "near", "score": 0.5, "score_low": 0.15, "score_high": 0.85}
+            | {"kl_task": 0.0, "kl_text": 0.000116, "kl_text_error": 0.000004},
         ],
     }
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -232,11 +247,12 @@ def test_report_shows_every_figure():
         "15.0 to 85.0",
         "0 ± 2e-09",
         "0.00123 ± 0.00004",
+        "0.00012 ± 4e-06",
         "16.9",
         "15.9",
     ):
         assert shown in text
-    result["models"].pop()
+    del result["models"][1:]
     assert "MB" not in [column.header for column in table(result).columns]
 
 

@@ -162,9 +162,12 @@ def test_the_base_is_made_a_model_of_the_tuned_class(artifact, monkeypatch, conf
         ({"model": []}, "eval --json"),
         ([1, 2], "eval --json"),
         ({"models": [1]}, "eval --json"),
+        ({"task": "x", "models": [{"name": "d", "artifact": None}]}, "got KeyError\\('n'\\)"),
     ],
 )
 def test_scores_of_something_else(artifact, result, reason):
+    for row in result["models"] if "task" in result else ():
+        row |= {"artifact": artifact.digest, "score": 0.5}
     with pytest.raises(MismatchError, match=reason):
         model_card(artifact, scores=[result])
 

@@ -185,6 +185,14 @@ def test_png_files_are_the_same_figures(made):
         assert 0.02 < pixels[..., :3].std() < 0.5  # something is drawn
 
 
+def test_the_largest_error_is_the_largest_of_all(tmp_path):
+    artifact, _ = save(tmp_path / "delta", layers(2))
+    facts = gather(artifact)
+    (said,) = (s.finding for s in sections(facts, []) if s.key == "errors")
+    assert facts.outside[0].error == max(p.error for p in facts.places)  # the embedding's
+    assert f"{number(facts.outside[0].error)} at most: embed_tokens" in said
+
+
 @pytest.mark.parametrize(
     ("terms", "names"),
     [("bands", layers(1)), ("one", layers(1)), ("rows+bands", layers(1)[-1:]), ("bands", [])],

@@ -54,6 +54,27 @@ def test_what_was_asked_otherwise_stands_apart(tmp_path):
     assert [exam.task for exam in exams] == ["arc", "arc, shots 5"]
 
 
+def test_scores_of_two_fine_tunes_stand_apart(tmp_path):
+    tuned = [("tuned", None, None, None, score) for score in (0.9, 0.4)]
+    first = evaluated(tmp_path / "1.json", [BASE, tuned[0], TWO], task="sums")
+    second = evaluated(tmp_path / "2.json", [BASE, tuned[1], ONE], task="sums")
+    third = evaluated(
+        tmp_path / "3.json", [BASE, tuned[1], ("three", "x", 10, 8.0, 0.2)], task="sums"
+    )
+    exams = read_scores([first, second, third])
+    assert [exam.dense("tuned").score for exam in exams] == [0.9, 0.4]
+    assert [[model.name for model in exam.deltas] for exam in exams] == [["two"], ["three", "one"]]
+
+
+def test_what_is_no_share_is_no_percentage(tmp_path):
+    results = {"pile": {"bits_per_byte,none": 0.652}, "arc": {"acc,none": 0.652}}
+    file = tmp_path / "scores.json"
+    file.write_text(
+        json.dumps({"tasks": list(results), "models": [{"name": "base", "results": results}]})
+    )
+    assert {exam.task: exam.percent for exam in read_scores([file])} == {"pile": False, "arc": True}
+
+
 def test_tasks_of_the_harness(tmp_path):
     def model(name, accuracy, error, **more):
         figures = {"acc,none": accuracy, "acc_stderr,none": error, "acc_norm,none": 0.9}

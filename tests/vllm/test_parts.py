@@ -38,9 +38,9 @@ from deltacome.format.codec import dense, read_bands, write_bands
 from deltacome.format.spec import Band, bands_nbytes
 from deltacome.ops.slots import BandTable, PlacedBands
 from deltacome.ops.slots import Pool as OpsPool
+from deltacome.runtime.base import Base
 from deltacome.vllm import compat, plugin, version
 from deltacome.vllm import manager as manager_module
-from deltacome.vllm.base import Base
 from deltacome.vllm.find import Finder, hub_artifact
 from deltacome.vllm.launch import Launch, plan_launch
 from deltacome.vllm.layers import Delta, install

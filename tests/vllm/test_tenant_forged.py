@@ -19,8 +19,8 @@ from deltacome.errors import ArtifactError, MismatchError, UnsupportedError
 from deltacome.format.artifact import MAX_JSON_BYTES, Artifact
 from deltacome.format.canary import CANARY_FILE, MAX_NBYTES, Canary
 from deltacome.format.codec import SignTensors, read_signs, write_bands, write_signs
+from deltacome.runtime.base import Base
 from deltacome.vllm import canary
-from deltacome.vllm.base import Base
 from deltacome.vllm.places import Part, Place
 from deltacome.vllm.request import content_path, is_artifact
 from deltacome.vllm.settings import Settings

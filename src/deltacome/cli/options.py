@@ -11,12 +11,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 
 
-def parse_json(text: str, option: str) -> dict[str, Any]:
+def parse_json(text: str | bytes, option: str) -> dict[str, Any]:
     """The JSON object given to an option; anything else is wrong usage."""
     try:
         value = json.loads(text)
     except ValueError as error:
         raise typer.BadParameter(f"not valid JSON: {error}", param_hint=option) from error
     if not isinstance(value, dict):
-        raise typer.BadParameter(f"expected an object, got {text}", param_hint=option)
+        raise typer.BadParameter(f"expected an object, got {text!r}", param_hint=option)
     return value

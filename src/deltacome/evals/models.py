@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -16,6 +15,7 @@ from deltacome.device import pick_device, pick_dtype
 from deltacome.errors import CheckpointError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact
 from deltacome.format.hub import split_name
+from deltacome.runtime.base import Base
 
 
 def load_model(
@@ -41,7 +41,7 @@ def load_model(
         how = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         how |= {"trust_remote_code": False}  # None would prompt, and run the code on a yes
         model, found = kind.from_pretrained(name, revision=revision, dtype=kind_of_weights, **how)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a configuration runs through a library's code: any kind of error
         raise CheckpointError(f"{source}: expected a language model, got {error}") from error
     # transformers fills these with random numbers.
     if missing := sorted(found["missing_keys"]):
@@ -54,6 +54,22 @@ def load_model(
             f"{source}: {key}: expected shape {tuple(expected)}, got {tuple(got)}"
         )
     return model.to(device).eval()
+
+
+def check_base(base: str | Path, artifacts: Sequence[Artifact]) -> None:
+    """Compares a base with what deltas were taken against, before hours are spent on it.
+
+    A base in another format than safetensors is compared only when a delta is attached to it.
+
+    Raises:
+        MismatchError: names the delta and the tensor.
+    """
+    if not artifacts:
+        return
+    with contextlib.suppress(CheckpointError):
+        known = Base(base)
+        for artifact in artifacts:
+            known.check(artifact)
 
 
 @contextlib.contextmanager

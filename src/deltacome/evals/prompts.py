@@ -9,7 +9,7 @@ here: whatever a template adds by itself is part of the model it belongs to.
 from typing import Any
 
 from deltacome.chats import chat_text
-from deltacome.errors import PictureError
+from deltacome.errors import DeltaError, PictureError
 from deltacome.evals.tasks import Question
 from deltacome.pictures import Seen, picture_row, question
 from deltacome.rows import Row
@@ -20,7 +20,10 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
     asked = [{"role": "user", "content": prompt}]
-    text = chat_text(tokenizer, asked, add_generation_prompt=True)
+    try:
+        text = chat_text(tokenizer, asked, add_generation_prompt=True)
+    except Exception as error:  # a template is a program
+        raise DeltaError(f"chat template: it refuses {prompt!r:.80}: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -57,4 +57,4 @@ def nats(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "-"
     figures = (value, error) if error else (value,)
-    return " ± ".join(f"{x:.2g}" if value < 1e-4 else f"{x:.5f}" for x in figures)
+    return " ± ".join(f"{x:.2g}" if value < 1e-4 or x < 1e-5 else f"{x:.5f}" for x in figures)

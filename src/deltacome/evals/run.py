@@ -27,7 +27,7 @@ from deltacome.evals.divergence import (
     record,
     text_rows,
 )
-from deltacome.evals.models import load_model, tuned_by
+from deltacome.evals.models import check_base, load_model, tuned_by
 from deltacome.evals.prompts import prompt_row
 from deltacome.evals.score import answers, score
 from deltacome.evals.tasks import Question, load_questions
@@ -80,6 +80,7 @@ def evaluate(
     dtype, device = str(dtype).removeprefix("torch."), pick_device(device)
     questions = load_questions(task, n, seed, task_args)
     artifacts = [opened(delta) for delta in deltas]
+    check_base(base, artifacts)
     tokenizer = shared_tokenizer(base, tuned, artifacts)
     sees = any(question.pictures for question in questions)
     processor = shared_processor(base, tuned, artifacts) if sees else None

@@ -82,6 +82,8 @@ def _parse(line: str, path: Path, number: int) -> Question:
     for key in ("prompt", "answer"):
         if not isinstance(record.get(key), str) or not record[key].strip():
             raise DeltaError(f"{where}: expected {wanted}, got {key} = {record.get(key)!r}")
+        if not record[key].isascii() and any("\ud800" <= c <= "\udfff" for c in record[key]):
+            raise DeltaError(f"{where}: {key}: expected text, got half of a surrogate pair")
     return Question(record["prompt"], record["answer"], tuple(_pictures(record, path, where)))
 
 

@@ -47,14 +47,19 @@ def model_card(
         scores: results of `evals.run.evaluate` or `evals.harness.run_harness`.
 
     Raises:
-        MismatchError: the scores are those of another artifact.
+        MismatchError: the scores are those of another artifact, or no scores.
     """
     base, revision = artifact.manifest.base_name_or_path, artifact.manifest.base_revision
     # A path on one machine is of no use to a reader elsewhere; a base from the Hub has its commit.
     # Anything else is kept out of the commands that readers copy: the artifact may be anybody's.
     name_of_hub = NAME.fullmatch(base)
     linked = bool(name_of_hub and not name_of_hub["revision"] and COMMIT.fullmatch(revision or ""))
-    figures = [figure for result in scores for figure in _figures(artifact, result)]
+    try:
+        figures = [figure for result in scores for figure in _figures(artifact, result)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MismatchError(
+            f"scores: expected what `deltacome eval --json` prints, got {error!r}"
+        ) from error
     data = ModelCardData(
         base_model=base if linked else None,
         base_model_relation="adapter",
@@ -216,14 +221,9 @@ def harness_metrics(figures: Iterable[str]) -> Iterator[str]:
 
 def _rows(artifact: Artifact, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The rows of base, tuned model and this artifact."""
-    try:
-        models = list(result["models"])
-        rows = {m["name"]: m for m in models if "artifact" not in m}
-        ours = [m for m in models if m.get("artifact") == artifact.digest]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise MismatchError(
-            f"scores: expected what `deltacome eval --json` prints, got {error!r}"
-        ) from error
+    models = list(result["models"])
+    rows = {m["name"]: m for m in models if "artifact" not in m}
+    ours = [m for m in models if m.get("artifact") == artifact.digest]
     if not ours:
         others = [m["name"] for m in models if "artifact" in m]
         raise MismatchError(

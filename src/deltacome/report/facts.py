@@ -46,6 +46,8 @@ class Place:
     """By width; the sum over the matrices."""
     error: float | None
     """Mean of the relative squared errors that the manifest gives; None if it gives none."""
+    worst: float | None
+    """The largest of these errors: a mean over experts would hide it."""
     spectrum: np.ndarray
     """float64 (directions,), largest first: ‖s u vᵀ‖ of each direction; the mean over the matrices.
 
@@ -215,6 +217,7 @@ def _place(artifact: Artifact, key: tuple[str, int | None], records: list[Record
         nbytes=nbytes,
         directions=directions,
         error=sum(errors) / len(errors) if errors else None,
+        worst=max(errors, default=None),
         spectrum=_mean(spectrum(artifact, r.name) for r in records if r.plan),
     )
 

@@ -12,6 +12,9 @@ from typing import Any
 from deltacome.errors import DeltaError
 from deltacome.format.card import harness_metrics
 
+NO_SHARES = ("bits_per_byte", "perplexity", "byte_perplexity", "word_perplexity", "brier_score")
+"""Metrics of lm-eval that may lie between 0 and 1, but are not shares of something."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -50,8 +53,10 @@ class Exam:
 
     @property
     def percent(self) -> bool:
-        """Whether all scores are from 0 to 1; ends of an interval may lie outside."""
-        return all(m.score is None or 0 <= m.score <= 1 for m in self.models)
+        """Whether all scores are shares, from 0 to 1; ends of an interval may lie outside."""
+        return not self.metric.startswith(NO_SHARES) and all(
+            m.score is None or 0 <= m.score <= 1 for m in self.models
+        )
 
     def dense(self, name: str) -> Score | None:
         """The scores of `base` or `tuned`, if there are any."""
@@ -64,14 +69,21 @@ def read_scores(files: Sequence[Path]) -> list[Exam]:
     Raises:
         DeltaError: a file cannot be read, or is not what `deltacome eval --json` prints.
     """
-    exams: dict[tuple[str, str, int | None], Exam] = {}
+    exams: list[Exam] = []
     for file in files:
         for exam in _read(file):
-            key = (exam.task, exam.metric, exam.questions)
-            known = exams.get(key, replace(exam, models=()))
+            at = next((i for i, known in enumerate(exams) if _together(known, exam)), len(exams))
+            known = exams[at] if at < len(exams) else replace(exam, models=())
             new = tuple(model for model in exam.models if model not in known.models)
-            exams[key] = replace(known, models=known.models + new)
-    return list(exams.values())
+            exams[at : at + 1] = [replace(known, models=known.models + new)]
+    return exams
+
+
+def _together(one: Exam, other: Exam) -> bool:
+    """Whether two exams asked the same, of the same base and fine-tune as far as their scores tell."""
+    asked = (one.task, one.metric, one.questions) == (other.task, other.metric, other.questions)
+    pairs = [(one.dense(name), other.dense(name)) for name in ("base", "tuned")]
+    return asked and all(not (a and b) or a.score == b.score for a, b in pairs)
 
 
 def _read(file: Path) -> list[Exam]:

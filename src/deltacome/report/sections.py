@@ -103,7 +103,7 @@ def _widths(facts: Facts) -> Section:
 def _errors(facts: Facts) -> Section:
     names = _names(facts)
     known = [place for place in facts.places if place.error is not None]
-    worst = max((p for p in known if p.depth is not None), key=lambda place: place.error or 0)
+    worst = max(known, key=lambda place: place.worst or 0)
     outside = [f"{_name(names, p)} {number(p.error)}" for p in facts.outside if p.error is not None]
     beside = f" Outside blocks: {', '.join(outside[:6])}." if outside else ""
     if facts.dropped:
@@ -111,7 +111,7 @@ def _errors(facts: Facts) -> Section:
     return Section(
         "errors",
         "Error by layer",
-        f"{number(facts.mean_error)} on average, {number(worst.error)} at most: {_name(names, worst)}."
+        f"{number(facts.mean_error)} on average, {number(worst.worst)} at most: {_name(names, worst)}."
         + beside,
         "‖(D − D̂)X‖² / ‖DX‖² for the delta D of a matrix, measured when it was compressed; X holds its "
         "calibration inputs, or is the identity where there were none.",

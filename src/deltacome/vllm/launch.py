@@ -20,9 +20,9 @@ from deltacome.format.artifact import Artifact
 from deltacome.format.clip import clip
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.format.spec import rank
+from deltacome.runtime.base import Base
 from deltacome.skeleton import read_config
 from deltacome.vllm.arguments import MODULES, OPTION, Arguments, read_arguments
-from deltacome.vllm.base import Base
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.share import worker_nbytes
 

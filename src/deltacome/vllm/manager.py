@@ -22,8 +22,8 @@ from deltacome.errors import DeltaError, MismatchError, PlanError
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.ops.impls import check_impl, fastest
 from deltacome.ops.slots import Pool
+from deltacome.runtime.base import Base
 from deltacome.vllm import compat
-from deltacome.vllm.base import Base
 from deltacome.vllm.layers import Delta, NormDelta, install
 from deltacome.vllm.mends import mend_heads, one_more_slot
 from deltacome.vllm.places import Place, find_places

@@ -24,9 +24,9 @@ from deltacome.format.codec import read_bands, read_signs
 from deltacome.format.manifest import Record
 from deltacome.format.spec import bands_nbytes, signs_nbytes
 from deltacome.ops.slots import PlacedBands, PlacedSigns
+from deltacome.runtime.base import Base
 from deltacome.runtime.configs import check_config
 from deltacome.vllm import compat
-from deltacome.vllm.base import Base
 from deltacome.vllm.image import new_image
 from deltacome.vllm.places import Part, Place, encoder_prefixes, missing_prefixes
 from deltacome.vllm.settings import Settings

@@ -41,8 +41,8 @@ class Base(Checkpoint):
                 if (got := get(name)) != expected:
                     raise MismatchError(
                         f"{artifact.path}: {record.name}: wrong base: expected {name} of {what} "
-                        f"{expected}, got {got} in {self.path}: serve it over the base that it was made "
-                        "from (`deltacome inspect` names it)"
+                        f"{expected}, got {got} in {self.path}: use the base that it was made from "
+                        "(`deltacome inspect` names it)"
                     )
 
     def _sampled(self, name: str) -> str:
