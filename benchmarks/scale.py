@@ -39,7 +39,7 @@ from deltacome.format.artifact import Artifact
 from deltacome.format.folder import partial_of
 from deltacome.format.manifest import Manifest, Record
 from deltacome.format.writer import ArtifactWriter, Unit
-from deltacome.vllm.base import Base
+from deltacome.runtime.base import Base
 
 HIDDEN, INTERMEDIATE, VOCAB, BLOCKS = 4096, 11008, 32000, 32
 BLOCK = {

@@ -29,7 +29,7 @@ from deltacome.format.codec import BandTensors, Factor, write_bands
 from deltacome.format.spec import WIDTHS, Band, bands_nbytes
 from deltacome.ops.bands import band_rows, bands, many
 from deltacome.ops.rows import group_all
-from deltacome.ops.slots import BandTable, PlacedBands, Pool
+from deltacome.ops.slots import BandTable, PlacedBands, Pool, S
 
 OUTS = [[70, 1, 200]] if INTERPRETED else [[130], [128, 64, 64], [70, 1, 200]]
 """Outputs of the parts of a layer; the interpreter, which takes seconds for each, gets the least even."""
@@ -113,6 +113,17 @@ def test_what_is_not_a_number_stays_so(impl, dtype, bad):
     bands(y_TO, x_TI, rows_of([0, 0, 1], table), table, impl=impl)
     assert not y_TO[1].isfinite().any()
     assert y_TO[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("tile", [1, 16])
+def test_the_nan_of_a_gpu_s_arithmetic_stays_one(impl, tile):
+    """All of its bits are set but the sign, which rounding on the bits must not reach."""
+    table, _ = filled(200, [130], [(Band(2, 5),)])
+    at = int(table.fields_SPBF[0, 0, 0, S])
+    table.pool.blobs_SN[0, at : at + 4].view(torch.int32).fill_(0x7FFFFFFF)
+    y_TO, x_TI = torch.zeros(2, 130, dtype=torch.float16, device=DEVICE), randn(2, 200)
+    bands(y_TO, x_TI.half(), rows_of([0, 0], table, tile), table, impl=impl)
+    assert y_TO.isnan().all()
 
 
 @pytest.mark.parametrize("tokens", [3, 9, 257])
@@ -286,6 +297,14 @@ def test_any_shape(impl, tile, data, seed, dtype):
     check(slots, table, deltas, impl, tile, dtype=dtype, seed=seed)
     if len(outs) == 1:
         check_rows(slots, table, deltas, impl, tile, dtype=dtype, seed=seed)
+
+
+def test_ids_of_an_empty_slot_are_not_looked_at(impl):
+    table, deltas = filled(70, [80], PLANS, slots=len(PLANS) + 1)
+    y_TI, ids_T = torch.zeros(2, 70, device=DEVICE), torch.tensor([85, 5], device=DEVICE)
+    band_rows(y_TI, ids_T, rows_of([len(PLANS), 0], table), table, impl=impl)
+    assert not y_TI[0].any()
+    assert_added(y_TI[1:], torch.zeros(1, 70), deltas[0][5:6])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the assertion ends the process")

@@ -5,7 +5,7 @@ import torch
 from ops_helpers import DEVICE, PLANS, filled, randn
 
 from deltacome.ops.bands import band_rows, bands
-from deltacome.ops.rows import Rows, chosen, group_all, group_rows, nobody, set_unused
+from deltacome.ops.rows import Rows, chosen, group_all, group_one, group_rows, nobody, set_unused
 
 
 @pytest.mark.parametrize("tile", [1, 4, 16])
@@ -29,6 +29,19 @@ def test_tiles_cover_each_row_once(tokens, slots, tile):
         if tile > 1:  # a tenant's rows are adjacent, so all its tiles but one are full
             needed = sum(-(-int((slot_T == slot).sum()) // tile) for slot in range(slots))
             assert sum(slot >= 0 for slot, _, _ in rows.tiles_M3.tolist()) == needed
+
+
+@pytest.mark.parametrize("tile", [1, 16, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 300])
+def test_rows_of_one_slot_need_no_sorting(tokens, tile):
+    for slots in (1, 3):
+        sorted_ = group_rows(torch.full((tokens,), slots - 1), slots, tile=tile)
+        rows = group_one(torch.tensor([slots - 1], dtype=torch.int32), tokens, tile=tile)
+        used = sorted_.tiles_M3[sorted_.tiles_M3[:, 0] >= 0]
+        expected = sorted_.slot_T, sorted_.order_T, used
+        for one, other in zip((rows.slot_T, rows.order_T, rows.tiles_M3), expected, strict=True):
+            assert one.dtype == torch.int32
+            assert torch.equal(one, other)
 
 
 def test_rows_without_a_slot_move_nothing():

@@ -487,6 +487,22 @@ def test_half_tuned_models_cannot_be_copied(bases, tmp_path):
     torch.save(model.lm_head, io.BytesIO())
 
 
+def test_half_tuned_models_cannot_be_cast_or_moved(bases, tmp_path):
+    """What was swapped out would not go with them."""
+    artifact = random_artifact(bases["llama"], tmp_path / "delta")
+    model = load(bases["llama"])
+    before = logits(model, some_ids())
+    with attach(model, artifact):
+        expected = logits(model, some_ids())
+        for change in (model.half, lambda: model.to("meta"), model.model.bfloat16):
+            with pytest.raises(DeltaError, match="detach before casting or moving"):
+                change()
+        assert model.to("cpu", torch.float32) is model  # as it is already
+        assert torch.equal(logits(model, some_ids()), expected)
+    assert torch.equal(logits(model, some_ids()), before)
+    assert model.bfloat16().dtype == torch.bfloat16
+
+
 # --- compiled ------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def test_they_keep_the_delta_and_leave_the_base(bases, tmp_path, before, several
         hooked(model)
     with attach(model, {"a": artifact} if several else artifact) as attached:
         if several:
-            attached._choice.slots = 0
+            attached._choice._set(0)
         hook = hooked(model)  # replaces those that were there
         assert_close(logits(model, ids), wanted)
         assert hook.calls

@@ -15,12 +15,12 @@ def test_a_default_device_of_others_changes_nothing(bases, tmp_path, several):
     model = load(bases["qwen2"])
     tenants = {"a": artifact} if several else artifact
     with attach(model, tenants) as attached:
-        attached._choice.slots = 0
+        attached._choice._set(0)
         expected = logits(model, some_ids())
     with torch.device("meta"):  # stands in for a GPU
         attached = attach(model, tenants)
         verify(artifact, bases["qwen2"])
-    attached._choice.slots = 0
+    attached._choice._set(0)
     assert torch.equal(logits(model, some_ids()), expected)
 
 

@@ -1,5 +1,6 @@
 """Several tenants attached at once: each row of a batch is its own tenant's."""
 
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -170,6 +171,21 @@ def test_compiled(bases, tmp_path):
             with attached.using(who):
                 assert_close(logits(compiled, ids), logits(model, ids))
     assert_close(logits(compiled, ids), base_logits)
+
+
+def test_one_compilation_serves_every_mix_of_tenants(bases, tmp_path):
+    torch._dynamo.reset()
+    model, ids = load(bases["llama"]), some_ids()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with attach(compiled, make_tenants(bases["llama"], tmp_path)) as attached:
+        names = [*attached.artifacts, None]
+        for who in ("math", ["math", "code"]):
+            with attached.using(who):
+                logits(compiled, ids)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for who in (*names[:-1], *map(list, itertools.product(names, repeat=len(ids)))):
+                with attached.using(who):
+                    assert_close(logits(compiled, ids), logits(model, ids))
 
 
 def test_a_head_that_the_tuned_model_alone_ties_is_refused(bases, tmp_path):

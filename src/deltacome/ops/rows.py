@@ -30,7 +30,7 @@ PREFILL = 256
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows belong to which slot; make it with `group_rows` or `group_all`."""
+    """Which rows belong to which slot; make it with `group_rows`, `group_one` or `group_all`."""
 
     slot_T: Tensor
     """int32 (T,), the slot of each row or −1."""
@@ -115,6 +115,14 @@ def group_rows(slot_T: Tensor, slots: int, *, tile: int = 16) -> Rows:
     order_T, first_S, last_S = _sorted(slot_T, slots)
     tiles_M3 = _tiles(first_S, last_S, slot_T.shape[0], tile)
     return Rows(slot_T.int(), order_T, tiles_M3, tile)
+
+
+def group_one(slot_1: Tensor, tokens: int, *, tile: int = 16) -> Rows:
+    """Groups a batch whose rows all have one slot, int32 (1,) and not −1: there is nothing to sort."""
+    order_T = torch.arange(tokens, dtype=torch.int32, device=slot_1.device)
+    start_M = order_T[::tile]
+    fields_M = (slot_1.expand(len(start_M)), start_M, (tokens - start_M).clamp(max=tile))
+    return Rows(slot_1.repeat(tokens), order_T, torch.stack(fields_M, 1), tile)
 
 
 def group_all(slot_T: Tensor, slots: int) -> Rows:

@@ -13,9 +13,11 @@ only has to unwind that stack.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -107,7 +109,7 @@ def attach(
     ]
     if impl == "auto":
         impl = _fastest(places)
-    choice = Choice(list(artifacts), 0 if alone else -1)
+    choice = Choice(list(artifacts), 0 if alone else -1, _devices(places)[0])
     with contextlib.ExitStack() as stack:
         _freeze(stack, model)
         if alone:
@@ -193,36 +195,54 @@ def _fastest(places: Sequence[Sequence[Place]]) -> str:
     live = [place.live for mine in places for place in mine if place.patched]
     if any(one.dtype == torch.float64 for one in live):  # the kernels have no float64
         return "reference"
-    devices = {one.device for one in live} or {torch.device("cpu")}
+    devices = _devices(places)
     if (why := native.missing()) and any(device.type == "cpu" for device in devices):
         warnings.warn(f"attach: running the slow reference implementation: {why}", stacklevel=3)
     found = {fastest(device) for device in devices}
-    return found.pop() if len(found) == 1 else "reference"
+    if len(found) == 1 and not (found == {"reference"} and devices[0].type == "cuda"):
+        return found.pop()
+    where = ", ".join(map(str, devices))
+    warnings.warn(
+        f"attach: running the slow reference implementation: no other runs on all of {where}",
+        stacklevel=3,
+    )
+    return "reference"
+
+
+def _devices(places: Sequence[Sequence[Place]]) -> list[torch.device]:
+    """Where patched tensors are, in the order of the model; the CPU if nothing is patched."""
+    live = [place.live for mine in places for place in mine if place.patched]
+    return list(dict.fromkeys(one.device for one in live)) or [torch.device("cpu")]
 
 
 def _freeze(stack: contextlib.ExitStack, model: nn.Module) -> None:
-    """Marks the model as attached and keeps it from being trained, copied or saved."""
+    """Marks the model as attached and keeps it from being trained, copied, saved, cast or moved."""
     for module in model.modules():
         _attached.add(module)
         stack.callback(_attached.discard, module)
         stack.callback(module.register_state_dict_pre_hook(_refuse_to_save).remove)
         for name in ("__reduce_ex__", "save_pretrained"):  # of pickle and deepcopy; of transformers
             if hasattr(module, name):
-                _shadow(stack, module, name)
+                _shadow(stack, module, name, _refuse_to_save)
+        _shadow(
+            stack, module, "_apply", functools.partial(_refuse_to_move, module)
+        )  # `to`, `half` …
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
 
 
-def _shadow(stack: contextlib.ExitStack, module: nn.Module, name: str) -> None:
-    """Makes a method of a module refuse until the stack unwinds."""
+def _shadow(
+    stack: contextlib.ExitStack, module: nn.Module, name: str, refuse: Callable[..., object]
+) -> None:
+    """Puts a function in the place of a module's method until the stack unwinds."""
     own = vars(module)
     if name in own:
         stack.callback(own.__setitem__, name, own[name])
     else:
         stack.callback(own.pop, name)
-    own[name] = _refuse_to_save
+    own[name] = refuse
 
 
 def _refuse_to_save(*arguments: object, **options: object) -> NoReturn:
@@ -232,3 +252,15 @@ def _refuse_to_save(*arguments: object, **options: object) -> NoReturn:
         "an artifact is attached: detach before saving or copying (`Attachment.detach`), or merge into a "
         "checkpoint"
     )
+
+
+def _refuse_to_move(
+    module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    # The base's tensors that were swapped out would stay as they are, and come back into a changed model.
+    tensors = itertools.chain(module.parameters(recurse), module.buffers(recurse))
+    if any(change(tensor) is not tensor for tensor in tensors):
+        raise DeltaError(
+            "an artifact is attached: detach before casting or moving the model (`Attachment.detach`)"
+        )
+    return module

@@ -143,10 +143,11 @@ def check_address(address: str) -> None:
     Raises:
         UnsupportedError: names the package, or the protocol that fsspec does not know.
     """
-    import fsspec
+    from fsspec import get_filesystem_class
+    from fsspec.utils import get_protocol
 
     try:
-        fsspec.get_filesystem_class(fsspec.utils.get_protocol(address))
+        get_filesystem_class(get_protocol(address))
     except (ImportError, ValueError) as error:
         raise UnsupportedError(f"--tenants {address}: {error}") from error
 

@@ -48,7 +48,7 @@ from torch import Tensor
 from deltacome.errors import UnsupportedError
 from deltacome.format.spec import BLOCK, Band, bands_nbytes
 from deltacome.ops.bands.triton_kernels import ROW_BLOCKS, expand, gather, shrink
-from deltacome.ops.slots import BandTable, PlacedBands, Pool, U, V, arrange
+from deltacome.ops.slots import COUNT, BandTable, PlacedBands, Pool, U, V, arrange
 from deltacome.ops.triton_launch import Tensors, bucket, check_gpu, full_batch, tuned
 
 PROGRAMS = 512
@@ -163,7 +163,9 @@ def band_rows(
     tokens, in_size = y_TI.shape
     if tokens == 0:
         return
-    known = ((slot_T < 0) | ((ids_T >= 0) & (ids_T < out))).all()
+    holds_S = fields_SPBF[:, 0, 0, COUNT] > 0
+    read_T = (slot_T >= 0) & holds_S[slot_T.clamp(min=0).long()]
+    known = (~read_T | ((ids_T >= 0) & (ids_T < out))).all()
     torch.ops.aten._assert_async.msg(known, f"band_rows: ids: expected each in [0, {out})")
     max_bands = fields_SPBF.shape[2]
     t_TRX = _workspace(tokens, max_rank, 1, y_TI.device)

@@ -581,7 +581,9 @@ def _expand_dot(
         t_TR = _t(t_ptr_TR, live_T[:, None] & live_R[None, :], SPLITS) * scale_R[None, :]
         if PRECISION == "tf32":
             # The tensor cores would cut off the lower 13 bits: round, half away from zero.
-            bits_TR = (t_TR.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+            # A GPU's NaN has all bits set but the sign, which the sum would carry into.
+            bits_TR = tl.minimum(t_TR.to(tl.int32, bitcast=True), 0x7FC00000)
+            bits_TR = (bits_TR + 0x1000) & -0x2000
             t_TR = bits_TR.to(tl.float32, bitcast=True)
         sum_TO = tl.dot(t_TR, entries_RO, sum_TO, input_precision=PRECISION)
     return sum_TO
