@@ -609,6 +609,45 @@ def test_other_weights_that_cannot_be_read_again_leave_no_user(folders):
     asyncio.run(run())
 
 
+def test_weights_that_are_replaced_in_their_place_are_served_soon(folders, monkeypatch, log):
+    """By requests that come a while later, and only once they were read."""
+
+    async def run():
+        workers = Workers(capacity=2)
+        tenants, finder = serve(workers), Finder(folders[0])
+        old = await tenants.load("math", str(folders[0]), finder)
+        finder.folder = folders[1]
+
+        async def served():
+            async with tenants.using(old.request) as entry:
+                assert entry.held
+            await settle(tenants)
+            return entry
+
+        assert await served() is old
+        assert tenants.named("math") is old  # it was looked at just now
+        monkeypatch.setattr(registry, "RENEW_SECONDS", 0)
+        workers.refused[0].add(2)
+        assert await served() is old  # the other weights are refused
+        assert tenants.named("math") is old
+        assert any("Refused tenant 'math'" in line for line in log())
+        monkeypatch.setattr(registry, "REFUSED_SECONDS", 0)
+        tenants._refused.clear()
+        assert await served() is old  # while they are read
+        new = tenants.named("math")
+        assert new is not old
+        assert await served() is new
+        assert list(tenants.entries.values()) == [new]
+        finder.folder = None  # deleted: it goes on
+        assert await served() is new
+        finder.folder = folders[2]
+        tenants.models.lora_requests.pop("math")  # unloaded while somebody looks
+        await tenants._renew(new, finder)
+        assert tenants.named("math") is None
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("end", ["close", "cancel"])
 def test_a_request_is_aborted_before_its_tenant_is_dropped(end, folders):
     """A step in between would read the tenant again, in the engine's loop."""

@@ -4,9 +4,10 @@ vLLM loads adapters within a step of the engine: reading there stalls everybody,
 changed or gone stops the engine. So the workers are asked beforehand to read a tenant in a thread, and
 hold it until they are told to drop it. That happens when nobody uses it any more:
 
-- *unload* and *reload* forget a name, or give it other weights, at once; running requests go on with the
-  weights they began with, and the last of them frees the memory. Other weights are another adapter to
-  the engine, so that no step and no cached prefix ever mixes the two;
+- *unload* and *reload* forget a name, or give it other weights, at once, as does finding other weights
+  where a tenant was found; running requests go on with the weights they began with, and the last of them
+  frees the memory. Other weights are another adapter to the engine, so that no step and no cached prefix
+  ever mixes the two;
 - when more tenants are held than `--max-cpu-loras`, the idle one that was used longest ago is dropped,
   and read again when it is asked for. Its folder must then hold what it held before.
 
@@ -37,6 +38,9 @@ from deltacome.vllm.settings import Settings
 POLL_SECONDS = (0.01, 0.25)
 """Pause before the workers are asked again whether they have read an artifact, at first and at most: an
 answer waits for running steps."""
+RENEW_SECONDS = 60.0
+"""How long a tenant that was found is served before a request has somebody look whether its place holds
+other weights by now."""
 REFUSED_SECONDS = 60.0
 """How long requests do not have a refused tenant read again while its folder holds the same."""
 MARK = "#"
@@ -61,6 +65,8 @@ class Entry:
     gone: bool = False
     used: int = 0
     """The clock when it was last used."""
+    looked: float = field(default_factory=time.monotonic)
+    """When its place was last looked at, in seconds."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the workers read or drop it."""
     reading: asyncio.Task[None] | None = None
@@ -178,11 +184,31 @@ class Registry:
             self._trim()
 
     async def _latest(self, entry: Entry) -> Entry:
-        """The entry itself; a new one, if it is not held and its name now finds other weights."""
-        if entry.held or entry.finder is None:
+        """The entry itself; a new one, if it is not held and its name now finds other weights.
+
+        While it is held, requests go on with it until those other weights have been read.
+        """
+        if entry.finder is None:
             return entry
+        if not entry.held:
+            return await self._newer(entry, entry.finder, replaces=(entry, None))
+        if entry.looked + RENEW_SECONDS <= time.monotonic():
+            entry.looked = time.monotonic()
+            self._start(self._renew(entry, entry.finder))
+        return entry
+
+    async def _renew(self, entry: Entry, finder: Finder) -> None:
         try:
-            folder = await entry.finder.find(entry.name)
+            await self._newer(entry, finder, replaces=(entry,))
+        except DeltaError as error:  # what is served stays
+            metrics.refused(entry.name, error)
+
+    async def _newer(
+        self, entry: Entry, finder: Finder, replaces: tuple[Entry | None, ...]
+    ) -> Entry:
+        """What a name finds now, if the name has one of `replaces`; otherwise what it has."""
+        try:
+            folder = await finder.find(entry.name)
         except StorageError as error:  # what was loaded is on disk, and `_read` checks that it is
             metrics.logger.warning("%s: tenant %r is served as it was", error, entry.name)
             return entry
@@ -192,9 +218,9 @@ class Registry:
             return entry
         async with self.models.lora_resolver_lock[entry.name]:
             current = self.named(entry.name)
-            if current in (entry, None):
-                current = await self.load(entry.name, str(folder), entry.finder)
-        return current
+            if current in replaces:
+                current = await self.load(entry.name, str(folder), finder)
+        return current or entry
 
     async def _hold(self, entry: Entry) -> None:
         """Has the workers read a tenant again, unless they hold it.
