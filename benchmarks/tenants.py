@@ -11,6 +11,7 @@ delta does.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def main() -> None:
 def _rows(tenant: Path, options: argparse.Namespace) -> list[str]:
     folders = []
     for ratio in options.ratios:
-        folder = options.output / f"{tenant.name}-{ratio:g}"
+        asked = f"{options.calibration} {options.samples} {options.seq_len}"
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+        folder = options.output / f"{tenant.name}-{ratio:g}-{digest}"
         if not folder.exists():
             deltacome.compress(
                 options.base,

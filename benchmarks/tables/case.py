@@ -1,7 +1,7 @@
 """Figure 4, the case study: a question that the tuned model and ours get right, and baselines wrong.
 
 Found by going through the held-out questions of every task and taking the one on which the most
-baselines fail.
+baselines fail. So that ours are right is the condition, not a result.
 """
 
 import cells as md
@@ -46,7 +46,8 @@ def make(lab: Lab) -> str:
         for name, answers in said[task].items()
     ]
     return (
-        f"{title}Of `{task}`: `{question.prompt}` The right answer is `{question.answer}`.\n\n"
+        f"{title}The question that most others get wrong, of those that tuned and `adaptive` get right. "
+        f"Of `{task}`: `{question.prompt}` The right answer is `{question.answer}`.\n\n"
         + md.table(["model", "answer", "right"], lines)
     )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -128,19 +129,20 @@ class Lab:
         self.base, self.work, self.size, self.given = base, work, size, tenants
         self.only_kept, self.hides = only_kept, hides
         self._exams: dict[str, Exam] = {}
+        self._threads: set[int] = set()
         self._agreement: dict[str, float] = {}
 
     def second(self, base: Path, task: str, tenants: dict[str, Path]) -> Lab:
         """A lab of another backbone and one task; its agreement figures are printed with this one's."""
         size = replace(self.size, tasks=(task,), side=(task,))
         lab = Lab(base, self.work, size, tenants, self.only_kept)
-        lab._agreement = self._agreement
+        lab._agreement, lab._threads = self._agreement, self._threads
         return lab
 
     def hiding(self, marks: tuple[str, ...]) -> Lab:
         """A lab whose calibration text has no question with any of these marks."""
         lab = Lab(self.base, self.work, self.size, self.given, self.only_kept, marks)
-        lab._agreement = self._agreement
+        lab._agreement, lab._threads = self._agreement, self._threads
         return lab
 
     # --- what is made ----------------------------------------------------------------------------
@@ -148,12 +150,15 @@ class Lab:
     def tenant(self, task: str) -> Path:
         """The fine-tune of a task, trained if there is none yet."""
         if task in self.given:
+            self._check_given(self.given[task])
             return self.given[task]
         sources = [_file_hash(file) for file in sorted(TENANTS.glob("*.py"))]
         key = hash_of(
             self._weights_hash(self.base), task, self.size.steps, self.size.questions, sources
         )
         folder = self.work / "tenants" / f"{task}-{key}"
+        if not folder.exists() and self.only_kept:
+            raise SystemExit(f"{folder}: no such tenant was kept")
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             say(f"fine-tuning {task}, {self.size.steps} steps")
@@ -164,6 +169,12 @@ class Lab:
             command = [sys.executable, TENANTS / "finetune.py", *words]
             subprocess.run([str(word) for word in command], check=True)
         return folder
+
+    def _check_given(self, folder: Path) -> None:
+        """Refuses a tenant with tensors that the base's skeleton lacks, such as a head of its own."""
+        names = [set(Checkpoint(one).tensors) for one in (folder, self.base)]
+        if more := names[0] - names[1]:
+            raise SystemExit(f"{folder}: expected the base's tensors, got {min(more)} too")
 
     def calibration(self, task: str, seed: int = 0) -> Path:
         """File of rows: further questions of the task, never held-out ones, and general text."""
@@ -201,12 +212,14 @@ class Lab:
                 sweeps=self.sweeps() if isinstance(method, Adaptive) else None,
                 resume=True,
             )
-        return Artifact.open(folder)
+        artifact = Artifact.open(folder)
+        self._threads.add(artifact.manifest.provenance["threads"])
+        return artifact
 
     def sweeps(self) -> Path:
         """Where adaptive's sweeps are kept, by the code that makes them and its patched constants."""
         patched = sensitivity.ANSWER, sensitivity.LIFT, sensitivity.TEMPERATURE
-        key = hash_of(_hashes_of(".", "numerics", "compression"), *patched)
+        key = hash_of(hashes_of(".", "numerics", "compression"), *patched)
         return self.work / "sweeps" / key
 
     def wanted(self, task: str, method: Method, ratio: float | None, seed: int = 0) -> bool:
@@ -254,7 +267,10 @@ class Lab:
         """Score with interval, both KLs, also by row, and all answers."""
         tuned, size = self.dense(self.tenant(task)), self.size
         asked = [(q.prompt, q.answer) for q in self.questions(task)]
-        how = ["rounded answers, rows", device(), *_hashes_of("evals")]
+        folder = self.tenant(task)
+        said = sorted([*folder.glob("*token*.json"), *folder.glob("*.jinja")])
+        how = [platform.python_version(), device(), *map(version, ("torch", "transformers"))]
+        how += [*map(_file_hash, said), *hashes_of(".", "evals", "format", "numerics")]
         key = hash_of(variant.key, tuned.key, asked, size.kl_questions, *how)
 
         def ask() -> dict[str, Any]:
@@ -377,8 +393,11 @@ def settings(lab: Lab) -> str:
     """What figures depend on besides `origin`, and how far the packed runtime was from them."""
     worst = ", ".join(f"{name} {value:.1e}" for name, value in sorted(lab.agreement.items()))
     compared = "Largest relative difference of logits, packed runtime against dense weights"
+    made = " and ".join(map(str, sorted(lab._threads)))
     return (
-        f"{torch.get_num_threads()} threads. Sizes: {asdict(lab.size)}. Seeds: training 0, calibration "
+        f"{torch.get_num_threads()} threads"
+        + (f", artifacts made with {made}" if made else "")
+        + f". Sizes: {asdict(lab.size)}. Seeds: training 0, calibration "
         f"{list(lab.size.seeds)}." + (f" {compared}: {worst}." if worst else "")
     )
 
@@ -431,11 +450,11 @@ def code_hash(method: Method) -> str:
     )  # others import from these
     files = [ROOT / "src" / "deltacome" / "methods" / name for name in shared]
     files += [Path(inspect.getfile(kind)) for kind in type(method).__mro__ if kind is not object]
-    rooms = _hashes_of(".", "format", "numerics", "arch", "compression")
+    rooms = hashes_of(".", "format", "numerics", "arch", "compression")
     return hash_of(*rooms, *map(_file_hash, files), *map(version, ("torch", "transformers")))
 
 
-def _hashes_of(*rooms: str) -> list[str]:
+def hashes_of(*rooms: str) -> list[str]:
     """Hashes of every file of some rooms; `.` is what lies beside them."""
     folders = [ROOT / "src" / "deltacome" / room for room in rooms]
     return [_file_hash(file) for folder in folders for file in sorted(folder.glob("*.py"))]

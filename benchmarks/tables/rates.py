@@ -1,4 +1,4 @@
-"""BitDelta's scales fitted at several learning rates of Adam: whether the one we use is fair."""
+"""BitDelta's scales fitted at several rates, and by the other methods' loss: whether ours are fair."""
 
 import cells as md
 from lab import Lab
@@ -15,6 +15,10 @@ def make(lab: Lab) -> str:
     task, steps = lab.size.side[0], lab.size.distill
     found: list[tuple[str, Method, float | None]] = [("initial scales", BitDelta(), None)]
     found += [(f"rate {r:g}", BitDelta(distill=steps, rate=r), None) for r in RATES]
+    same = BitDelta(distill=lab.size.fit, loss="answers")
+    found += [
+        (f"KL on answers, {lab.size.fit} steps of sixteen rows, rate {same.rate:g}", same, None)
+    ]
     found += [("Delta-CoMe", DeltaCome(), RATIO)]
     cells = {
         name: lab.cell(task, method, ratio)

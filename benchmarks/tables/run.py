@@ -23,6 +23,8 @@ from transformers.utils import logging
 TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
 TABLES += ("goals", "vlm", "case", "ablation", "unseen", "rates")
 HOUR = ("t3", "t8", "case")
+FILTERED = ("t3", "t5", "t8", "t10", "t11", "goals", "ablation", "unseen", "rates")
+"""Tables that can show only those of their cells that exist."""
 LESS = {"steps": 80, "rows": 128, "fit": 24, "distill": 96, "kl_questions": 250, "beside": False}
 """Reduced training, calibration text and distillation, alike for all methods that have a last step."""
 
@@ -45,8 +47,11 @@ def main() -> None:
     if options.seeds:
         size = replace(size, seeds=tuple(options.seeds))
     names = options.tables or TABLES
-    if options.size == "small" and not options.tables:
+    hour = options.size == "small" and not options.tables
+    if hour:
         names, size = HOUR, replace(size, **LESS)
+    if options.only_kept and (unasked := set(names) - set(FILTERED)):
+        raise SystemExit(f"--only-kept: expected some of {', '.join(FILTERED)}, got {min(unasked)}")
     where = origin("transformers")
     lab = Lab(options.base, options.work, size, tenants, options.only_kept)
     for name in names:
@@ -59,6 +64,8 @@ def main() -> None:
             section = section.replace(":", f", {options.rows} calibration rows:", 1)
         if options.fit:
             section = section.replace(":", f", {options.fit} last steps:", 1)
+        if hour:
+            section = section.replace(":", ", made by `make tables SIZE=small`:", 1)
         seconds = time.monotonic() - started
         command = f"make tables SIZE={options.size}" + f" TABLES={name}" * bool(options.tables)
         if options.tasks or options.rows or options.fit or options.seeds or options.only_kept:
@@ -113,7 +120,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--only-kept",
         action="store_true",
-        help="show only cells that exist: t3, t5, t11, goals, ablation, unseen and rates, interrupted",
+        help=f"show only cells that exist, of interrupted runs: {', '.join(FILTERED)}",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", type=Path, default=Path("docs/results/tables.md"))

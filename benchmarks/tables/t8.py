@@ -30,6 +30,8 @@ def make(lab: Lab) -> str:
     wanted = _outputs(lab, task, lab.dense(lab.tenant(task)))
     found = {}
     for name, method, ratio in main_rows(lab.size):
+        if not lab.wanted(task, method, ratio):
+            continue
         variant = lab.packed(lab.artifact(task, method, ratio))
         found[name] = _errors(lab, wanted, _outputs(lab, task, variant))
     found = {"backbone": _errors(lab, wanted, _outputs(lab, task, lab.dense(lab.base)))} | found

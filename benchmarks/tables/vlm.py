@@ -19,7 +19,7 @@ from typing import Any
 
 import cells as md
 import torch
-from lab import Lab, code_hash, device, general_text, hash_of, say
+from lab import Lab, code_hash, device, general_text, hash_of, hashes_of, say
 from pictures import CELL, CELLS, NOISE, PROMPT, SIDE, Picture, picture
 from rows import RATIO
 from torch import Tensor
@@ -148,12 +148,21 @@ class Asked:
     def nbytes(self) -> int:
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
 
+    @property
+    def _how(self) -> list[Any]:
+        """What a measurement depends on, besides the weights."""
+        return [
+            self.folder.name,
+            self.lab.size.questions,
+            *hashes_of(".", "evals", "format", "runtime"),
+        ]
+
     def tuned(self) -> dict[str, Any]:
-        name = hash_of(self.folder.name, self.lab.size.questions)
+        name = hash_of(*self._how)
         return self.lab.kept(f"measured/vlm-{name}", lambda: self._ask(self.dense))
 
     def packed(self, artifact: Artifact) -> dict[str, Any]:
-        name = hash_of(self.folder.name, self.lab.size.questions, artifact.digest)
+        name = hash_of(*self._how, artifact.digest)
 
         def ask() -> dict[str, Any]:
             say(f"measuring the vision-language model, {artifact.path.name}")

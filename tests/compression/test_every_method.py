@@ -44,6 +44,7 @@ METHODS = {
     "bitdelta": (BitDelta(), None),
     "bitdelta-rows": (BitDelta("rows"), None),
     "bitdelta-distilled": (BitDelta(distill=40), None),
+    "bitdelta-answers": (BitDelta(distill=4, loss="answers"), None),
 }
 QUICK = {"samples": 6, "seq_len": 16}
 

@@ -30,6 +30,7 @@ ALL = [*ADAPTIVE, BitDelta(), BitDelta("rows"), Residual(parse_template("4:2,2:*
     [
         (BitDelta, "rate", 0),
         (BitDelta, "rate", float("nan")),
+        (BitDelta, "loss", "hope"),
         (BitDelta, "scales", "row"),
         (Residual, "scales", "column"),
         (LowRank, "directions", 0),

@@ -43,11 +43,12 @@ def distill_terms(
         )
         for name, record in records.items()
     }
-    if isinstance(run.method, BitDelta):
-        how = {"loss": squared_distance, "rate": run.method.rate, "batch": 4}
+    rate = run.method.rate if isinstance(run.method, BitDelta) else 0.02
+    if isinstance(run.method, BitDelta) and run.method.loss == "logits":
+        how = {"loss": squared_distance, "rate": rate, "batch": 4}
     else:
         first = answers_from(run.tuned.path)
-        how = {"loss": divergence, "rate": 0.02, "batch": 16, "first": first}
+        how = {"loss": divergence, "rate": rate, "batch": 16, "first": first}
 
     twin = _tied_twin(run, records, entries)
 

@@ -22,6 +22,8 @@ from deltacome.methods.method import Matrix, Planner, Shape, Terms, check_option
 
 Scales = Literal["matrix", "rows"]
 """One scale for a matrix, or one for each of its rows."""
+Loss = Literal["logits", "answers"]
+"""What distilled scales bring close to the tuned model."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,22 @@ class BitDelta:
         distill: steps that optimise the scales; 0 leaves them at their initial values.
         rate: learning rate of their Adam, as a share of a scale; it falls linearly to 0. (The authors' is
             1e-4 whatever the scale, and falls along a cosine.)
+        loss: of the distillation: squared distance of logits at every token, in steps of four rows, as in
+            the paper; or that of the other methods' last step, KL on the tokens of answers, in steps of
+            sixteen rows.
     """
 
     scales: Scales = "matrix"
     distill: int = 0
     rate: float = 0.1
+    loss: Loss = "logits"
 
     def __post_init__(self) -> None:
         """Refuses values out of range with PlanError."""
         check_scales(self.scales)
         check_option(self.distill >= 0, "distill", "0 or more steps", self.distill)
         check_option(0 < self.rate < math.inf, "rate", "a share above 0", self.rate)
+        check_option(self.loss in ("logits", "answers"), "loss", "logits or answers", self.loss)
 
     default_ratio = None  # it follows from the one bit
     calibrates = False  # signs are data-free; distillation wants text, but no grams
