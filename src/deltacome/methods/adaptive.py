@@ -146,7 +146,7 @@ class Adaptive:
         bands, start = [], 0
         for band in plan.bands:
             rows = slice(start, start + band.count)
-            v_factor, u_factor = (factor_of(band.bits, v_RI, side, rows) for side in (v, u))
+            v_factor, u_factor = (factor_of(side, rows, band.bits) for side in (v, u))
             bands.append(BandTensors(v_factor, u_factor, s_R1[rows, 0].cpu()))
             start = rows.stop
         return Packed(bands)

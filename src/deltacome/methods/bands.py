@@ -76,7 +76,10 @@ class Gptq:
             factors.append([])
             for band in plan:
                 rows = slice(start, start + band.count)
-                factors[-1].append(factor_of(band.bits, v_RI[rows], quantized, rows))
+                if band.bits == 16:
+                    factors[-1].append(Factor.from_values(v_RI[rows].cpu()))
+                else:
+                    factors[-1].append(factor_of(quantized, rows, band.bits))
                 start += band.count
         return factors
 
@@ -93,7 +96,7 @@ class Gptq:
                 u_factor = Factor.from_values(u_BO.cpu())
             else:
                 quantized = self._quantize_u(u_BO, s_B, v_factor, band.bits, gram_II)
-                u_factor = factor_of(band.bits, u_BO, quantized, slice(None))
+                u_factor = factor_of(quantized, slice(None), band.bits)
             bands.append(BandTensors(v_factor, u_factor, s_B.cpu()))
         return bands
 
@@ -119,10 +122,8 @@ def scaled_svd(delta_OI: Tensor, directions: int) -> tuple[Tensor, Tensor, Tenso
     return u_RO * math.sqrt(out_size), s_R / scale, v_RI * math.sqrt(in_size)
 
 
-def factor_of(bits: int, values_BN: Tensor, quantized: Quantized, rows: slice) -> Factor:
-    """A band's factor: the rounded values at 16 bits, packed codes below."""
-    if bits == 16:
-        return Factor.from_values(values_BN.cpu())
+def factor_of(quantized: Quantized, rows: slice, bits: int) -> Factor:
+    """The packed codes of a band, which has those rows."""
     codes, scale, zero = quantized.codes[rows], quantized.scale[rows], quantized.zero[rows]
     return Factor.from_codes(codes.cpu(), scale.cpu(), zero.cpu(), bits)
 
