@@ -46,9 +46,7 @@ from deltacome.skeleton import set_part
 
 def compress_units(run: Run, writer: ArtifactWriter, rows: list[Row] | None) -> list[str]:
     """Compresses every tensor into exactly one unit; returns the units in the order of their bytes."""
-    stream = None
-    if rows is not None:
-        stream = stream_of(run, rows)
+    stream = None if rows is None else stream_of(run, rows)
     tensors = _units(run)
     outside = tensors.pop("")
     blocks = list(tensors)
@@ -120,10 +118,10 @@ def _compress_block(run: Run, block: str, names: list[str], stream: Stream | Non
 
     Without a stream, and for experts, whose inputs depend on the router, inputs are taken as white.
     """
-    records, entries = {}, {}
+    records, entries = {name: run.records[name] for name in names}, {}
     groups: list[tuple[str | None, list[str]]] = []
     if stream is not None:
-        load_block(run, block, Unit(tuple(run.records[name] for name in names), {}))
+        load_block(run, block, Unit(tuple(records.values()), {}))
         for linears in stream.groups(block):
             members = [run.names[f"{linear}.weight"] for linear in linears]
             groups.append((linears[0], [name for name in members if name in run.plans]))
@@ -132,9 +130,7 @@ def _compress_block(run: Run, block: str, names: list[str], stream: Stream | Non
     for linear, members in groups:
         if not members:
             continue
-        gram = None
-        if stream is not None and linear is not None:
-            gram = stream.gram(block, linear)
+        gram = None if stream is None or linear is None else stream.gram(block, linear)
         with naming(members):
             finished, packed = _compress_group(run, members, gram)
         for record in finished:
@@ -144,28 +140,25 @@ def _compress_block(run: Run, block: str, names: list[str], stream: Stream | Non
                 set_part(run.model, run.where[record.name], value)
         entries |= packed
     for name in names:
-        if name not in records:
-            records[name] = run.records[name]
         entries |= _exact_entry(run, name)
-    return Unit(tuple(records[name] for name in names), entries)
+    return Unit(tuple(records.values()), entries)
 
 
 def _compress_outside(run: Run, names: list[str], stream: Stream | None) -> Unit:
     """Compresses embedding, head, and whatever else lies outside the blocks."""
-    records, entries = {}, {}
+    records, entries = {name: run.records[name] for name in names}, {}
     # Some models store a head even though their configuration ties it.
     heads = {run.names.get(str(run.layout.head))}
     if run.tied:
         heads.add(run.names.get(str(run.layout.embedding)))
     for name in names:
-        records[name] = run.records[name]
         if name in run.plans:
             gram = stream.head_gram() if name in heads and stream is not None else None
             with naming([name]):
                 (records[name],), packed = _compress_group(run, [name], gram)
             entries |= packed
         entries |= _exact_entry(run, name)
-    return Unit(tuple(records[name] for name in names), entries)
+    return Unit(tuple(records.values()), entries)
 
 
 def _compress_group(
