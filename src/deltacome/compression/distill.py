@@ -184,12 +184,9 @@ def _of_bands(
     bands: Sequence[BandTensors], device: torch.device
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Singular values, and a function from them to the delta."""
-    u_RO, v_RI, s_R = (
-        torch.cat(parts).to(device)
-        for parts in zip(
-            *((b.u.dequantize(), b.v.dequantize(), b.s.float()) for b in bands), strict=True
-        )
-    )
+    u_RO = torch.cat([band.u.dequantize() for band in bands]).to(device)
+    v_RI = torch.cat([band.v.dequantize() for band in bands]).to(device)
+    s_R = torch.cat([band.s.float() for band in bands]).to(device)
     return s_R, lambda s_R: u_RO.T @ (s_R[:, None] * v_RI)
 
 
