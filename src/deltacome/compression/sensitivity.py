@@ -223,7 +223,7 @@ def _counting(batches: Sequence[Batch], first: First) -> list[tuple[Tensor, Tens
     for batch in batches:
         starts = [first(i[v].tolist()) for i, v in zip(batch.ids, batch.valid, strict=True)]
         starts_B1 = torch.tensor(starts)[:, None]
-        counts_BL = batch.valid & batch.words & (torch.arange(batch.ids.shape[1]) >= starts_B1)
+        counts_BL = batch.words & (torch.arange(batch.ids.shape[1]) >= starts_B1)
         found.append((counts_BL, starts_B1[:, 0] > 0))
     lengths = torch.cat([counts_BL.sum(1)[answers_B] for counts_BL, answers_B in found])
     one = float(lengths.float().mean()) / ANSWER  # NaN, and not used, without answers
@@ -326,11 +326,10 @@ def _outside(
     embedding = Weights(gram.value, worth_V)
     if not tied:
         return {embedding_name: embedding, head_name: head}
-    uses = [(use.inputs, use.outputs, use.inputs.trace()) for use in (embedding, head)]
     # Σ over uses of G ⊗ C is not such a product itself. This is the product of the same trace whose
     # sides are sums of the uses' sides, each weighted by what the use weighs.
-    outputs_V = uses[0][2] * uses[0][1] + uses[1][2] * uses[1][1]
-    inputs = uses[0][1].sum() * uses[0][0] + uses[1][1].sum() * uses[1][0]
+    outputs_V = embedding.inputs.trace() * embedding.outputs + head.inputs.trace() * head.outputs
+    inputs = embedding.outputs.sum() * embedding.inputs + head.outputs.sum() * head.inputs
     total = outputs_V.sum().clamp(min=1e-30)
     return {embedding_name: Weights(inputs * (total / inputs.trace()), outputs_V / total)}
 
