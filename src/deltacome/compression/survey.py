@@ -201,11 +201,7 @@ def _compare(base: torch.Tensor, tuned: torch.Tensor) -> tuple[bool, float]:
         return bool(base.double() == tuned.double()), 0.0
     same, moved, size = True, 0.0, 0.0
     rows = min(len(base), len(tuned))
-    for start in range(0, rows, CHUNK):
-        before, after = (
-            base[start : min(start + CHUNK, rows)],
-            tuned[start : min(start + CHUNK, rows)],
-        )
+    for before, after in zip(base[:rows].split(CHUNK), tuned[:rows].split(CHUNK), strict=True):
         if same and before.dtype == after.dtype and before.dtype.itemsize > 1:
             same = torch.equal(before, after)
         elif same:
