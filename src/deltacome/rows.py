@@ -31,8 +31,8 @@ class Row:
     @cached_property
     def kind(self) -> tuple:
         """Rows of one kind can share a batch: names and shapes of their other inputs are equal."""
-        shapes = {n: None if self.by_token(n) else tuple(v.shape[1:]) for n, v in self.seen.items()}
-        return tuple((name, shape or ()) for name, shape in sorted(shapes.items()))
+        shapes = {n: () if self.by_token(n) else tuple(v.shape[1:]) for n, v in self.seen.items()}
+        return tuple(sorted(shapes.items()))
 
     def followed_by(self, ids: Sequence[int]) -> Row:
         """The row followed by more token ids, none of them a picture's."""

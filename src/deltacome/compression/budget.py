@@ -58,9 +58,7 @@ def make_plans(
         plans = planner(target - around)
         # Never less than before: plans that leave matrices out need less, which the next would fill.
         needed = max(around, _total(manifest, plans) - _terms_nbytes(matrices, plans))
-        if (
-            needed == around
-        ):  # equal bytes would give equal plans, after solving hundreds of programs
+        if needed == around:  # equal bytes give equal plans, and a program may be solved for each
             break
         around = needed
     if _exceeds(manifest, plans, ratio):
