@@ -27,14 +27,12 @@ def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
             stacklevel=2,
         )
     files = {TUNED_CONFIG_FILE: (tuned / "config.json").read_bytes()}
-    for pattern in SIDE_FILES:
-        for file in sorted(file for file in tuned.glob(pattern) if file.is_file()):
-            if not CARRIED_NAME.fullmatch(file.name):
-                continue  # code, for example: an artifact holds data alone
-            content = file.read_bytes()
-            twin = base / file.name
-            if not (twin.is_file() and twin.read_bytes() == content):
-                files[file.name] = content
+    for name in sorted(_names(tuned, SIDE_FILES)):
+        if not CARRIED_NAME.fullmatch(name):
+            continue  # code, for example: an artifact holds data alone
+        content, twin = (tuned / name).read_bytes(), base / name
+        if not (twin.is_file() and twin.read_bytes() == content):
+            files[name] = content
     return files
 
 
