@@ -65,11 +65,9 @@ def model_card(
         base_model_relation="adapter",
         library_name="deltacome",
         tags=["deltacome", "delta-compression"],
-        model_name=(name or "delta").rpartition("/")[2],
+        model_name=(name or "delta").rpartition("/")[2] if figures else None,  # goes with results
         eval_results=_eval_results(figures) or None,
     )
-    if not figures:
-        data.model_name = None  # required only with results
     called = base if linked else Path(base).name
     text = "\n".join(
         [
