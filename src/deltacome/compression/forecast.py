@@ -277,14 +277,10 @@ def _seconds(
     work = sum(arithmetic(m.shape, ratio) for m in matrices.values())
     said["blocks"] = work / rates.compress
     if tokens:
-        shapes = {
-            name: matrices[name].shape
-            for names in blocks.values()
-            for name in names
-            if name in matrices
-        }
-        passes = PASSES * 2 * tokens * sum(o * i for o, i in shapes.values())
-        grams = sum(2 * tokens * i**2 + i**3 for _, i in shapes.values()) / 2
+        inside = (name for names in blocks.values() for name in names)
+        shapes = [matrices[name].shape for name in inside if name in matrices]
+        passes = PASSES * 2 * tokens * sum(o * i for o, i in shapes)
+        grams = sum(2 * tokens * i**2 + i**3 for _, i in shapes) / 2
         said["passes and grams"] = (passes + grams) / rates.multiply
     return said
 
