@@ -1,6 +1,6 @@
 """Dense checkpoints: sharded safetensors, read tensor by tensor.
 
-A tensor is copied out of its file and the file is closed again, so a run's memory is what it holds and
+A tensor is read out of its file and the file is closed again, so a run's memory is what it holds and
 not what it has touched (a mapped file's pages stay in the resident set). Opening the file costs a
 header read for each access, which is small compared with a matrix.
 
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from deltacome.errors import CheckpointError
 from deltacome.format.hub import fetch_folder, split_name
-from deltacome.format.tensors import DTYPES, entry_nbytes, read_header
+from deltacome.format.tensors import DTYPES, entry_nbytes, open_shard, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -102,8 +102,8 @@ class Checkpoint:
         """
         info = self._info(name)
         try:
-            with safe_open(info.file, framework="pt") as file:
-                return file.get_tensor(name).clone()
+            with open_shard(info.file) as file:
+                return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: {name} cannot be read: {error}") from error
 
