@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, eye, kron
 from torch import Tensor
 
 from deltacome.errors import PlanError, naming
@@ -132,7 +132,7 @@ def best_plan(shape: Shape, costs_RW: np.ndarray, nbytes: float) -> Plan:
     count = min(len(costs_RW), max(1, int(nbytes / price_W[-1]) + 1))
     costs_RW = costs_RW[:count] / max(costs_RW[0].max(), 1e-300)
     widths = len(price_W)
-    one_each = csr_array(np.kron(np.eye(count), np.ones(widths)))
+    one_each = kron(eye(count), np.ones((1, widths)), "csr")
     bytes_row = csr_array(np.tile(price_W, count)[None])
     result = milp(
         costs_RW.ravel(),
