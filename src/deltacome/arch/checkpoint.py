@@ -226,9 +226,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if index_file.is_file():
         try:
             weight_map = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
+            files = [folder / name for name in sorted(set(weight_map.values()))]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index_file}: expected an index, got {error!r}") from error
-        files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if file.parent != folder or not file.is_file():
                 raise CheckpointError(f"{folder}: shard {file.name} of the index is missing")
