@@ -20,7 +20,7 @@ from deltacome.arch.checkpoint import Checkpoint, check_finite, full_digest, sam
 from deltacome.arch.layout import Layout, find_layout
 from deltacome.arch.pairing import HasTensors, Pair, pair_tensors
 from deltacome.compression.run import Progress
-from deltacome.errors import MismatchError
+from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.manifest import Record
 from deltacome.format.tensors import DTYPES, dtype_name
 from deltacome.skeleton import (
@@ -160,7 +160,12 @@ def account(pair: Pair, dtype: str, layout: Layout, target: Target, same: bool) 
 
     Returns:
         The record, without fingerprints.
+
+    Raises:
+        UnsupportedError: an artifact has no such dtype.
     """
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"{pair.name}: expected a dtype of {', '.join(DTYPES)}, got {dtype}")
     rows = pair.shape[0] if pair.shape else 1
     record = Record(pair.name, pair.shape, dtype, pair.base_name, pair.base_shape, None, None)
     if pair.base_shape is None:
