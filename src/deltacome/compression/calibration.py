@@ -26,6 +26,14 @@ class Calibration:
     """Tokens of a row at most."""
     seed: int
 
+    def __post_init__(self) -> None:
+        """Refuses less than a row of two tokens with CalibrationError."""
+        for name, least in (("samples", 1), ("seq_len", 2)):
+            if self.source != "none" and getattr(self, name) < least:
+                raise CalibrationError(
+                    f"{name}: expected at least {least}, got {getattr(self, name)}"
+                )
+
     def options(self) -> dict[str, int]:
         """The options that choose rows of a source; empty without text, where they change nothing."""
         if self.source == "none":
