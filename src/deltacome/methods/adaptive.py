@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from deltacome.format.codec import BandTensors, Packed
-from deltacome.format.spec import Band, bands_nbytes
-from deltacome.methods.bands import factor_of, rms
+from deltacome.format.spec import Band
+from deltacome.methods.bands import direction_nbytes, factor_of, rms
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms, check_common
 from deltacome.numerics.allocate import allocate
 from deltacome.numerics.gptq import Quantized, factor_gram, quantize_v, round_nearest
@@ -102,12 +102,13 @@ class Adaptive:
         def size(counts: Mapping[str, dict[int, int]]) -> float:
             return sum(_terms(counts[name]).nbytes(shape) for name, shape in shapes.items())
 
+        def cost(name: str, bits: int) -> float:
+            return direction_nbytes(shapes[name], bits)
+
         against_cut = {bits: error / CUT for bits, error in DISTORTION.items()}
 
         def plans(nbytes: float) -> dict[str, Terms]:
-            counts = allocate(
-                spectra, lambda name, bits: _price(shapes[name], bits), against_cut, size, nbytes
-            )
+            counts = allocate(spectra, cost, against_cut, size, nbytes)
             return {name: _terms(counts[name]) for name in shapes}
 
         return plans
@@ -165,8 +166,3 @@ def _trust(weights_R: Tensor, shape: Shape) -> float:
 
 def _terms(counts: Mapping[int, int]) -> Terms:
     return Terms(tuple(Band(bits, count) for bits, count in counts.items()))
-
-
-def _price(shape: Shape, bits: int) -> float:
-    """Bytes of one direction, without its share of the padding."""
-    return bands_nbytes(shape, (Band(bits, 64),)) / 64

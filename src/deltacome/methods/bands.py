@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from deltacome.format.codec import BandTensors, Factor
-from deltacome.format.spec import Plan, rank
-from deltacome.methods.method import Terms
+from deltacome.format.spec import BLOCK, Band, Plan, bands_nbytes, rank
+from deltacome.methods.method import Shape, Terms
 from deltacome.numerics.gptq import (
     GramFactor,
     Quantized,
@@ -126,6 +126,11 @@ def factor_of(quantized: Quantized, rows: slice, bits: int) -> Factor:
     """The packed codes of a band, which has those rows."""
     codes, scale, zero = quantized.codes[rows], quantized.scale[rows], quantized.zero[rows]
     return Factor.from_codes(codes.cpu(), scale.cpu(), zero.cpu(), bits)
+
+
+def direction_nbytes(shape: Shape, bits: int) -> float:
+    """Bytes of one direction of a matrix (out, in), with a small share of the padding."""
+    return bands_nbytes(shape, (Band(bits, BLOCK),)) / BLOCK
 
 
 def rms(vectors_RN: Tensor) -> Tensor:

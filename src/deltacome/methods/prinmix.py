@@ -30,7 +30,7 @@ from torch import Tensor
 from deltacome.errors import PlanError, naming
 from deltacome.format.codec import Packed
 from deltacome.format.spec import Band, Plan, bands_nbytes
-from deltacome.methods.bands import Gptq, rms, scaled_svd
+from deltacome.methods.bands import Gptq, direction_nbytes, rms, scaled_svd
 from deltacome.methods.method import DEFAULT_RATIO, Matrix, Planner, Shape, Terms, check_common
 from deltacome.numerics.gptq import round_nearest
 from deltacome.numerics.refit import refit_u
@@ -127,7 +127,7 @@ def best_plan(shape: Shape, costs_RW: np.ndarray, nbytes: float) -> Plan:
     Raises:
         PlanError: the solver gives up.
     """
-    price_W = [0, *(bands_nbytes(shape, (Band(bits, 64),)) / 64 for bits in WIDTHS)]
+    price_W = [0, *(direction_nbytes(shape, bits) for bits in WIDTHS)]
     # Directions beyond what fits at the smallest width are dropped in any case.
     count = min(len(costs_RW), max(1, int(nbytes / price_W[-1]) + 1))
     costs_RW = costs_RW[:count] / max(costs_RW[0].max(), 1e-300)
