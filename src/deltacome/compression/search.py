@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -75,7 +75,7 @@ class Search:
 
     template: Template
     error: float
-    tried: dict[str, float] = field(default_factory=dict)
+    tried: dict[str, float]
     """Template → error, in the order of trying."""
 
 
