@@ -128,36 +128,13 @@ def _by_tensor(run: Run, found: dict[str, Weights]) -> dict[str, Weights]:
 
 def kept_rows(run: Run, writer: ArtifactWriter) -> list[Row] | None:
     """Calibration rows, kept beside the units so that a resumed run has the same; None without text."""
-    asked, source = run.calibration, run.calibration.source
-    if source == "none":
+    if run.calibration.source == "none":
         return None
 
     def make() -> dict[str, Tensor]:
-        rows = calibration_rows(
-            asked,
-            run.tuned.path,
-            device=run.device,
-            on_step=lambda done, total: run.report(Progress("calibration", done, total)),
-        )
-        embedding = run.names[str(run.layout.embedding)]
-        largest, size = max(max(row.ids) for row in rows), run.records[embedding].shape[0]
-        if largest >= size:
-            raise CalibrationError(
-                f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
-                f"but {embedding} has {size} rows"
-            )
-        if len(rows) < asked.samples:
-            warnings.warn(
-                f"calibration {source}: it gives {len(rows)} of {asked.samples} rows", stacklevel=2
-            )
-        if picture_token(run.model) is not None and not any(row.seen for row in rows):
-            warnings.warn(
-                f"calibration {source}: {type(run.model).__name__} takes pictures, and none of "
-                f"{len(rows)} rows has one: what it needs for those is not measured",
-                stacklevel=2,
-            )
-        kept = {f"{i:06}": torch.tensor(row.ids) for i, row in enumerate(rows)}
-        for i, row in enumerate(rows):
+        kept = {}
+        for i, row in enumerate(_draw_rows(run)):
+            kept[f"{i:06}"] = torch.tensor(row.ids)
             kept |= {f"{i:06}.{name}": value.contiguous() for name, value in row.seen.items()}
         return kept
 
@@ -167,6 +144,39 @@ def kept_rows(run: Run, writer: ArtifactWriter) -> list[Row] | None:
         row, _, of = name.partition(".")
         seen.setdefault(row, {})[of] = value
     return [Row(inputs.pop("").tolist(), inputs) for _, inputs in sorted(seen.items())]
+
+
+def _draw_rows(run: Run) -> list[Row]:
+    """Calibration rows; warns of what they lack.
+
+    Raises:
+        CalibrationError: as `calibration_rows`, or a token has no row in the embedding.
+    """
+    asked, source = run.calibration, run.calibration.source
+    rows = calibration_rows(
+        asked,
+        run.tuned.path,
+        device=run.device,
+        on_step=lambda done, total: run.report(Progress("calibration", done, total)),
+    )
+    embedding = run.names[str(run.layout.embedding)]
+    largest, size = max(max(row.ids) for row in rows), run.records[embedding].shape[0]
+    if largest >= size:
+        raise CalibrationError(
+            f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
+            f"but {embedding} has {size} rows"
+        )
+    if len(rows) < asked.samples:
+        warnings.warn(
+            f"calibration {source}: it gives {len(rows)} of {asked.samples} rows", stacklevel=2
+        )
+    if picture_token(run.model) is not None and not any(row.seen for row in rows):
+        warnings.warn(
+            f"calibration {source}: {type(run.model).__name__} takes pictures, and none of "
+            f"{len(rows)} rows has one: what it needs for those is not measured",
+            stacklevel=2,
+        )
+    return rows
 
 
 def _rows_hash(rows: list[Row]) -> str:
