@@ -106,6 +106,8 @@ def test_a_shard_that_shrinks_after_it_was_opened(tmp_path):
         ("{", "expected an index"),
         ("{}", "expected an index"),
         ('{"weight_map": 3}', "expected an index"),
+        ('{"weight_map": {"a": 5}}', "expected an index"),
+        ('{"weight_map": {"a": null, "b": "x"}}', "expected an index"),
         ('{"weight_map": {"a": "../m/model-00001-of-00003.safetensors"}}', "missing"),
         ('{"weight_map": {"b": "model-00001-of-00003.safetensors"}}', "b: expected in .*, found"),
     ],

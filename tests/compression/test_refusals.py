@@ -226,6 +226,13 @@ def test_a_tensor_that_the_tuned_model_lacks(refused, pair):
 # --- plans ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_dtype_that_artifacts_lack(refused, pair, both):
+    for folder in pair[not both :]:
+        spoil(folder, extra=torch.zeros(3, dtype=torch.uint16))
+    refused(*pair, UnsupportedError, r"extra: expected a dtype of .*, got uint16")
+
+
 def test_a_large_exact_part_is_shown(refused, pair):
     spoil(pair[1], **{"vision.tower.weight": torch.randn(500, 300).to(torch.bfloat16)})
     message = refused(*pair, PlanError, "ratio 4 cannot be met, the largest possible is about")
@@ -288,6 +295,13 @@ def test_an_unknown_dtype(refused, pair):
 def test_calibration_text(refused, pair, tmp_path, name, content, match):
     (tmp_path / name).write_text(content)
     refused(*pair, CalibrationError, match, calibration=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("name", "value"), [("samples", 0), ("samples", -1), ("seq_len", 1)])
+def test_less_than_a_row_of_two_tokens(refused, pair, text, name, value):
+    for source in (text, "self"):
+        options = {"calibration": source, name: value}
+        refused(*pair, CalibrationError, rf"{name}: expected at least \d, got {value}", **options)
 
 
 def test_calibration_text_that_is_not_there(refused, pair, tmp_path):
