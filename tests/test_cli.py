@@ -111,7 +111,7 @@ def test_the_memory_of_workers(cli, pair, artifact, monkeypatch):
         (["--method", "low-rank", "--directions", "3"], {"name": "low-rank", "directions": 3}),
         (
             ["--method", "bitdelta", "--scales", "rows"],
-            {"name": "bitdelta", "scales": "rows", "distill": 0, "rate": 0.1},
+            {"name": "bitdelta", "scales": "rows", "distill": 0, "rate": 0.1, "loss": "logits"},
         ),
         (
             ["--method", "residual", "--plan", "8:1,2:4"],
