@@ -141,6 +141,15 @@ def test_templates_for_other_uses_are_left_out(pairs, tmp_path):
         run((base, tuned), tmp_path / "a", ratio=4, calibration="none")
 
 
+def test_side_files_of_unknown_kinds_are_left_out(pairs, tmp_path):
+    base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["small"])
+    for name in ("vocab.bpe", "tokenizer_own.py"):
+        (tuned / name).write_text("tuned")
+    (base / "tokenizer_own.py").write_text("tuned")
+    with pytest.warns(UserWarning, match=r"of known kinds alone; left out: vocab\.bpe$"):
+        run((base, tuned), tmp_path / "a", ratio=4, calibration="none")
+
+
 def test_side_files_that_the_tuned_model_lacks(pairs, tmp_path):
     """A template file of the base would win over a template in `tokenizer_config.json`."""
     base, tuned = (copy_of(folder, tmp_path / folder.name) for folder in pairs["llama"])

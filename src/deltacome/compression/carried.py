@@ -27,12 +27,20 @@ def carried_files(base: Path, tuned: Path) -> dict[str, bytes]:
             stacklevel=2,
         )
     files = {TUNED_CONFIG_FILE: (tuned / "config.json").read_bytes()}
+    left = []
     for name in sorted(_names(tuned, SIDE_FILES)):
-        if not CARRIED_NAME.fullmatch(name):
-            continue  # code, for example: an artifact holds data alone
         content, twin = (tuned / name).read_bytes(), base / name
-        if not (twin.is_file() and twin.read_bytes() == content):
+        if twin.is_file() and twin.read_bytes() == content:
+            continue
+        if CARRIED_NAME.fullmatch(name):
             files[name] = content
+        else:
+            left.append(name)
+    if left:
+        warnings.warn(
+            f"{tuned}: an artifact holds files of known kinds alone; left out: {', '.join(left)}",
+            stacklevel=2,
+        )
     return files
 
 
