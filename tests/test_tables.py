@@ -63,7 +63,7 @@ def lab(tables, tmp_path_factory):
 
 
 NAMES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
-NAMES += ("goals", "vlm", "case", "ablation", "unseen", "rates")
+NAMES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "rates")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,8 +79,11 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         monkeypatch.setattr("deltacome.compression.search.GENERATIONS", 1)
     if name == "unseen":
         monkeypatch.setattr(tables(name), "MARKS", ("four",))
-    if name in ("ablation", "unseen"):
+    if name in ("ablation", "unseen", "texts"):
         monkeypatch.setattr(tables(name), "RATIO", 4.0)
+    if name == "texts":
+        monkeypatch.setattr(tables(name), "ROWS", 3)
+        monkeypatch.setattr(tables(name), "ROW_TOKENS", 8)
     if name == "goals":
         ratios = {"THEIRS": 4.0, "HALF": 4.5, "QUARTER": 5.0}
         for which, ratio in ratios.items():
@@ -100,6 +103,9 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     if name == "goals":
         assert sum(line.startswith("| Delta-CoMe, 1/4, draw 1") for line in table) == 1
         assert "adaptive at 1/4.5 less Delta-CoMe at 1/4, mean of 2 draws: " in text
+    if name == "texts":
+        kls = [line.split("|")[-3] for line in table[2:]]
+        assert len(set(kls)) == 5, kls  # each text gives another delta
     # Once more: everything is kept, so nothing is compressed, trained or measured.
     monkeypatch.setattr("deltacome.compress", None)
     monkeypatch.setattr(tables("lab"), "generate", None)

@@ -115,6 +115,7 @@ class Lab:
         tenants: task → folder of a fine-tune that exists already; others are trained.
         only_kept: see `wanted`.
         hides: strings that no question in the calibration text may contain.
+        reads: `self` or `none`, as the command takes them, instead of the usual calibration text.
     """
 
     def __init__(
@@ -125,23 +126,34 @@ class Lab:
         tenants: dict[str, Path],
         only_kept: bool = False,
         hides: tuple[str, ...] = (),
+        reads: str | None = None,
     ) -> None:
         self.base, self.work, self.size, self.given = base, work, size, tenants
-        self.only_kept, self.hides = only_kept, hides
+        self.only_kept, self.hides, self.reads = only_kept, hides, reads
         self._exams: dict[str, Exam] = {}
         self._threads: set[int] = set()
         self._agreement: dict[str, float] = {}
 
     def second(self, base: Path, task: str, tenants: dict[str, Path]) -> Lab:
-        """A lab of another backbone and one task; its agreement figures are printed with this one's."""
+        """A lab of another backbone and one task."""
         size = replace(self.size, tasks=(task,), side=(task,))
-        lab = Lab(base, self.work, size, tenants, self.only_kept)
-        lab._agreement, lab._threads = self._agreement, self._threads
-        return lab
+        return self._beside(Lab(base, self.work, size, tenants, self.only_kept))
 
     def hiding(self, marks: tuple[str, ...]) -> Lab:
         """A lab whose calibration text has no question with any of these marks."""
-        lab = Lab(self.base, self.work, self.size, self.given, self.only_kept, marks)
+        return self._beside(
+            Lab(self.base, self.work, self.size, self.given, self.only_kept, hides=marks)
+        )
+
+    def reading(self, source: str, rows: int, row_tokens: int) -> Lab:
+        """A lab whose calibration text is the tuned model's own (`self`), or that has none (`none`)."""
+        size = replace(self.size, rows=rows, row_tokens=row_tokens)
+        return self._beside(
+            Lab(self.base, self.work, size, self.given, self.only_kept, reads=source)
+        )
+
+    def _beside(self, lab: Lab) -> Lab:
+        """The other lab, whose threads and agreement figures are printed with this one's."""
         lab._agreement, lab._threads = self._agreement, self._threads
         return lab
 
@@ -205,7 +217,7 @@ class Lab:
                 folder,
                 method=method,
                 ratio=ratio,
-                calibration=None if text is None else str(text),
+                calibration=text,
                 samples=self.size.rows,
                 seq_len=self.size.row_tokens,
                 seed=seed,
@@ -228,14 +240,19 @@ class Lab:
 
     def _artifact_folder(
         self, task: str, method: Method, ratio: float | None, seed: int
-    ) -> tuple[Path, Path | None]:
+    ) -> tuple[Path, str | None]:
         """Where an artifact is kept, named by all it depends on; and its calibration text."""
         options, ratio = method.options(), None if ratio is None else float(ratio)
-        reads = method.calibrates or options.get("distill")
-        text = self.calibration(task, seed) if reads else None
         hashes = [self._weights_hash(folder) for folder in (self.base, self.tenant(task))]
         identity = [*hashes, options, ratio, seed, code_hash(method), self.size.row_tokens]
-        name = f"{task}-{options['name']}-{hash_of(*identity, None if text is None else text.name)}"
+        if not (method.calibrates or options.get("distill")):
+            text = named = None
+        elif self.reads:
+            text, named = self.reads, f"{self.reads} {self.size.rows}"
+        else:
+            file = self.calibration(task, seed)
+            text, named = str(file), file.name
+        name = f"{task}-{options['name']}-{hash_of(*identity, named)}"
         return self.work / "artifacts" / name, text
 
     # --- what is measured ------------------------------------------------------------------------
