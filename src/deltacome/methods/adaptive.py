@@ -56,7 +56,7 @@ what calibration shows (`benchmarks/tables/ablation.py`)."""
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Options of the method.
+    """Singular vectors with bits where the model's answers need them; needs text. This project's own.
 
     Attributes:
         damping: share of the mean diagonal that is added to C and G.

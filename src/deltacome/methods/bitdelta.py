@@ -28,7 +28,7 @@ Loss = Literal["logits", "answers"]
 
 @dataclass(frozen=True)
 class BitDelta:
-    """Options of the method.
+    """A sign for each entry and one scale for each matrix (arXiv 2402.10193).
 
     Attributes:
         scales: one for a matrix, as in the paper, or one for each row.

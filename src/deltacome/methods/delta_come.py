@@ -27,7 +27,7 @@ TRIPLE = parse_template(PRECISIONS["triple"])
 
 @dataclass(frozen=True)
 class DeltaCome:
-    """Options of the method.
+    """Singular vectors at widths that fall with the singular value, by GPTQ (arXiv 2406.08903).
 
     Attributes:
         template: the bands; the default is the paper's triple precision.

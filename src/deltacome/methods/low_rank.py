@@ -22,7 +22,7 @@ from deltacome.methods.template import parse_template
 
 @dataclass(frozen=True)
 class LowRank:
-    """Options of the method.
+    """The first singular directions at 16 bits; uses no text (Ryu et al. 2023).
 
     Attributes:
         directions: how many to keep of every matrix; None keeps as many as the ratio allows.

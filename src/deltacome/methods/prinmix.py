@@ -41,7 +41,7 @@ WIDTHS = (8, 4, 3, 2)
 
 @dataclass(frozen=True)
 class PrinMix:
-    """Options of the method.
+    """Widths by an integer program, and U refitted to the rounded V (arXiv 2506.11087).
 
     Attributes:
         damping: share of the mean diagonal that GPTQ adds to a gram's diagonal.

@@ -25,7 +25,7 @@ from deltacome.methods.template import Template, parse_template
 
 @dataclass(frozen=True)
 class Residual:
-    """Options of the method.
+    """Signs, then singular vectors of what they leave (arXiv 2604.16940, less its compensation).
 
     Attributes:
         template: the bands of the residual.
