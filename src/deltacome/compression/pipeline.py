@@ -63,6 +63,9 @@ def compress(
 ) -> Artifact:
     """Compresses a full fine-tune against its base into an artifact.
 
+    `compress("base", "tuned", "delta")` is the paper's method at 1/16; the tuned model writes the text
+    that it is calibrated on.
+
     Args:
         base: checkpoint folder (safetensors), or a repository on the Hub.
         tuned: the full fine-tune, likewise.
@@ -85,6 +88,8 @@ def compress(
         sweeps: folder where the sweep of `adaptive`, which does not depend on the ratio, is kept for
             other runs with this text. It takes as much room as `Adaptive.diagonal` says, and so does what
             a run killed during its sweep leaves there.
+        base_revision: of a base on the Hub: a branch, a tag or a commit.
+        tuned_revision: of a fine-tune there, likewise.
         progress: called as the work proceeds.
 
     Returns:
