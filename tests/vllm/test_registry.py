@@ -12,7 +12,8 @@ import torch
 from artifact_helpers import random_artifact
 from prometheus_client import CollectorRegistry, Gauge
 from tiny_pairs import make_base
-from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.entrypoints.serve import create_error_response
+from vllm.exceptions import VLLMError, VLLMNotFoundError, VLLMValidationError
 from vllm.utils.counter import AtomicCounter
 
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
@@ -692,10 +693,32 @@ def test_a_storage_that_is_down_leaves_what_was_copied(folders, monkeypatch, tmp
         with pytest.raises(VLLMValidationError, match="math"):
             async with tenants.using(entry.request):
                 pass
-        models = SimpleNamespace(lora_requests={}, lora_resolver_lock=Locks(), _finder=finder)
-        monkeypatch.setattr(frontend, "_registry", tenants)
-        refusal = await frontend._resolve(None, models, "another")
-        assert (refusal.error.code, refusal.error.type) == (503, "ServiceUnavailableError")
+
+    asyncio.run(run())
+
+
+def test_a_client_is_told_that_a_storage_is_down(folders, monkeypatch):
+    """Not that the model does not exist, which vLLM makes of most refusals: then nobody would try again."""
+
+    async def run():
+        finder = Finder(folders[0])
+        finder.down = True
+        models = serve(Workers()).models
+        vars(models).update(_finder=finder, base_model_paths=[])
+        models.resolve_lora = functools.partial(frontend._resolve, None, models)
+        serving = SimpleNamespace(
+            models=models,
+            request_logger=None,
+            _is_model_supported=lambda name: False,
+            create_error_response=create_error_response,
+        )
+        monkeypatch.setattr(frontend, "_registry", Registry(models, Workers(), Settings()))
+        monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        for kind in (compat.BaseServing, compat.PoolingBaseServing):
+            with pytest.raises(VLLMError, match=r"^another: cannot be read") as refused:
+                await kind._check_model(serving, SimpleNamespace(model="another"))
+            told = create_error_response(refused.value).error
+            assert (told.code, told.type) == (503, "ServiceUnavailableError")
 
     asyncio.run(run())
 

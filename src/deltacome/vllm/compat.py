@@ -24,7 +24,7 @@ from vllm.entrypoints.pooling.scoring.io_processor import ScoringIOProcessor
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -98,6 +98,7 @@ __all__ = [
     "PromptLogprobsWorker",
     "QKVParallelLinear",
     "ReplicatedLinear",
+    "RetryableRequestError",
     "RowParallelLinear",
     "SamplingParams",
     "ScoringIOProcessor",

@@ -163,6 +163,10 @@ async def _resolve(original: Original, self: Any, lora_name: str) -> Any:
             folder = await finder.find(lora_name)
             if folder is not None:
                 return (await _registry.load(lora_name, str(folder), finder)).request
+        except StorageError as error:
+            # Raised, as vLLM makes an answer of 404 of any that is returned and is not one of 400.
+            metrics.refused(lora_name, error)
+            raise compat.RetryableRequestError(str(error)) from error
         except DeltaError as error:
             return _refusal(lora_name, error, "model")
     return await original(self, lora_name)
@@ -196,14 +200,8 @@ def _authenticate(original: Original, self: Any, scope: Any, receive: Any, send:
 
 
 def _refusal(name: str, error: Exception, parameter: str) -> Any:
-    """What a client is told: a tenant that cannot be served counts as a mistake in its request.
-
-    Where a storage does not answer, the same request may succeed later.
-    """
+    """What a client is told: a tenant that cannot be served counts as a mistake in its request."""
     metrics.refused(name, error)
-    if isinstance(error, StorageError):
-        busy = ("ServiceUnavailableError", HTTPStatus.SERVICE_UNAVAILABLE)
-        return create_error_response(str(error), *busy, parameter)
     return create_error_response(str(error), status_code=HTTPStatus.BAD_REQUEST, param=parameter)
 
 
