@@ -575,6 +575,46 @@ def test_who_goes_while_a_tenant_is_read_leaves_nothing(folders):
     asyncio.run(run())
 
 
+def test_who_tries_again_waits_for_what_was_begun(folders, monkeypatch):
+    """With a time limit shorter than a copy or a read, it would otherwise be begun again for ever."""
+
+    async def run():
+        workers = Workers()
+        tenants, may_find, finds = serve(workers), asyncio.Event(), []
+        monkeypatch.setattr(frontend, "_registry", tenants)
+        workers.may_read.clear()
+
+        async def find(name):
+            finds.append(name)
+            await may_find.wait()
+            return folders[0]
+
+        tenants.models._finder = Finder(folders[0])
+        tenants.models._finder.find = find
+        resolve = functools.partial(frontend._resolve, None, tenants.models, "math")
+
+        async def leave_while(running):
+            asked = asyncio.create_task(resolve())
+            while not (running() or asked.done()):
+                await asyncio.sleep(0.001)
+            asked.cancel()
+            await asyncio.wait([asked])
+
+        for _ in range(3):
+            await leave_while(lambda: finds)
+        may_find.set()
+        for _ in range(3):
+            await leave_while(lambda: workers.held[0])
+        workers.may_read.set()
+        assert await resolve() is tenants.named("math").request
+        await settle(tenants)
+        assert finds == ["math"]
+        assert [what for what, *_ in workers.said if what != "fetched"] == ["prefetch"]
+        assert not tenants._shared
+
+    asyncio.run(run())
+
+
 def test_other_weights_that_cannot_be_read_again_leave_no_user(folders):
     """Another request loads what is found by now, which is dropped and refused before this one has it."""
 
@@ -698,7 +738,7 @@ def test_a_storage_that_is_down_leaves_what_was_copied(folders, monkeypatch, tmp
 
 
 def test_a_client_is_told_that_a_storage_is_down(folders, monkeypatch):
-    """Not that the model does not exist, which vLLM makes of most refusals: then nobody would try again."""
+    """Not that the model does not exist, which vLLM makes of most refusals: nobody tries that again."""
 
     async def run():
         finder = Finder(folders[0])

@@ -156,20 +156,15 @@ async def _resolve(original: Original, self: Any, lora_name: str) -> Any:
     finder: Finder | None = getattr(self, "_finder", None)
     if finder is None or _registry is None:
         return await original(self, lora_name)
-    async with self.lora_resolver_lock[lora_name]:
-        if lora_name in self.lora_requests:
-            return self.lora_requests[lora_name]
-        try:
-            folder = await finder.find(lora_name)
-            if folder is not None:
-                return (await _registry.load(lora_name, str(folder), finder)).request
-        except StorageError as error:
-            # Raised, as vLLM makes an answer of 404 of any that is returned and is not one of 400.
-            metrics.refused(lora_name, error)
-            raise compat.RetryableRequestError(str(error)) from error
-        except DeltaError as error:
-            return _refusal(lora_name, error, "model")
-    return await original(self, lora_name)
+    try:
+        request = await _registry.find(lora_name, finder)
+    except StorageError as error:
+        # Raised, as vLLM makes an answer of 404 of any that is returned and is not one of 400.
+        metrics.refused(lora_name, error)
+        raise compat.RetryableRequestError(str(error)) from error
+    except DeltaError as error:
+        return _refusal(lora_name, error, "model")
+    return request or await original(self, lora_name)
 
 
 def _of_content(original: Original, self: Any, request: Any) -> Any:

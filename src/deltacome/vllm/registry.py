@@ -20,9 +20,9 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
@@ -35,6 +35,8 @@ from deltacome.vllm.manners import Manners
 from deltacome.vllm.request import artifact_path, content_path
 from deltacome.vllm.settings import Settings
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 POLL_SECONDS = (0.01, 0.25)
 """Pause before the workers are asked again whether they have read an artifact, at first and at most: an
 answer waits for running steps."""
@@ -69,8 +71,6 @@ class Entry:
     """When its place was last looked at, in seconds."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the workers read or drop it."""
-    reading: asyncio.Task[None] | None = None
-    """The task that reads it again, for all who wait for it."""
 
 
 class Registry:
@@ -94,12 +94,32 @@ class Registry:
         self._polling = asyncio.Lock()
         self._refused: dict[tuple[str, str], tuple[float, DeltaError]] = {}
         """By name and path: until when it is not read again, and why."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._shared: dict[Hashable, asyncio.Task[Any]] = {}
+        """Tasks that requests wait for together, by what they do."""
 
     def named(self, name: str | None) -> Entry | None:
         """The tenant that requests for a name get."""
         request = self.models.lora_requests.get(name)
         return None if request is None else self.entries.get(request.lora_int_id)
+
+    async def find(self, name: str, finder: Finder) -> Any | None:
+        """vLLM's request for a name; a tenant that nobody has loaded is looked for. None: there is none.
+
+        Raises:
+            StorageError: the storage does not answer.
+            DeltaError: as `load` and `Finder.find`.
+        """
+        return await self._together(self._find, name, finder)
+
+    async def _find(self, name: str, finder: Finder) -> Any | None:
+        async with self.models.lora_resolver_lock[name]:
+            if name not in self.models.lora_requests:
+                folder = await finder.find(name)
+                if folder is None:
+                    return None
+                await self.load(name, str(folder), finder)
+            return self.models.lora_requests[name]
 
     async def load(self, name: str, folder: str, finder: Finder | None = None) -> Entry:
         """Gives a name to an artifact; the caller holds the lock of the name.
@@ -191,7 +211,7 @@ class Registry:
         if entry.finder is None:
             return entry
         if not entry.held:
-            return await self._newer(entry, entry.finder, replaces=(entry, None))
+            return await self._together(self._newer, entry, entry.finder, (entry, None))
         if entry.looked + RENEW_SECONDS <= time.monotonic():
             entry.looked = time.monotonic()
             self._start(self._renew(entry, entry.finder))
@@ -223,23 +243,14 @@ class Registry:
         return current or entry
 
     async def _hold(self, entry: Entry) -> None:
-        """Has the workers read a tenant again, unless they hold it.
-
-        The reading belongs to no request, since they read on when nobody waits any more.
-        """
-        if entry.held:
-            return
-        if entry.reading is None:
-            self._check_refused(entry.name, entry.request.lora_path)
-            entry.reading = self._start(self._reread(entry))
-        await asyncio.shield(entry.reading)
+        """Has the workers read a tenant again, unless they hold it."""
+        if not entry.held:
+            await self._together(self._reread, entry)
 
     async def _reread(self, entry: Entry) -> None:
+        self._check_refused(entry.name, entry.request.lora_path)
         start = time.perf_counter()
-        try:
-            await self._read(entry)
-        finally:
-            entry.reading = None
+        await self._read(entry)
         metrics.reread(entry.name, entry.request.lora_path, time.perf_counter() - start)
 
     def _remember(self, entry: Entry, error: DeltaError) -> None:
@@ -320,7 +331,19 @@ class Registry:
         if held:
             metrics.dropped(entry.name, entry.request.lora_path)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    async def _together(self, work: Callable[[*Ts], Coroutine[Any, Any, T]], *args: *Ts) -> T:
+        """The result of work that all who ask for it while it runs wait for together.
+
+        It belongs to no request: copies and reads go on when nobody waits any more, and another attempt
+        would have them begun again.
+        """
+        key = (work, *args)
+        if key not in self._shared:
+            self._shared[key] = self._start(work(*args))
+            self._shared[key].add_done_callback(lambda _: self._shared.pop(key))
+        return await asyncio.shield(self._shared[key])
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
