@@ -650,6 +650,34 @@ def test_other_weights_that_cannot_be_read_again_leave_no_user(folders):
     asyncio.run(run())
 
 
+def test_a_name_that_was_given_away_is_not_taken_back(folders):
+    """By a request that came before, and finds other weights where its tenant was."""
+
+    async def run():
+        tenants, finder = serve(Workers()), Finder(folders[0])
+        old = await tenants.load("math", str(folders[0]), finder)
+        await tenants._drop(old)
+        finder.folder = folders[1]
+
+        async def ask():
+            async with tenants.using(old.request) as entry:
+                return entry
+
+        names = tenants.models.lora_requests
+        async with (lock := tenants.models.lora_resolver_lock["math"]):
+            asked = asyncio.create_task(ask())
+            while not lock._waiters:
+                await asyncio.sleep(0.001)
+            tenants.unload(names["math"])
+            names["math"] = ordinary = compat.LoRARequest("math", 9, "/lora")
+        assert await asked is old  # whose bytes are still there
+        assert names == {"math": ordinary}
+        await settle(tenants)
+        assert not tenants.entries
+
+    asyncio.run(run())
+
+
 def test_weights_that_are_replaced_in_their_place_are_served_soon(folders, monkeypatch, log):
     """By requests that come a while later, and only once they were read."""
 

@@ -211,7 +211,7 @@ class Registry:
         if entry.finder is None:
             return entry
         if not entry.held:
-            return await self._together(self._newer, entry, entry.finder, (entry, None))
+            return await self._together(self._newer, entry, entry.finder)
         if entry.looked + RENEW_SECONDS <= time.monotonic():
             entry.looked = time.monotonic()
             self._start(self._renew(entry, entry.finder))
@@ -219,14 +219,12 @@ class Registry:
 
     async def _renew(self, entry: Entry, finder: Finder) -> None:
         try:
-            await self._newer(entry, finder, replaces=(entry,))
+            await self._newer(entry, finder)
         except DeltaError as error:  # what is served stays
             metrics.refused(entry.name, error)
 
-    async def _newer(
-        self, entry: Entry, finder: Finder, replaces: tuple[Entry | None, ...]
-    ) -> Entry:
-        """What a name finds now, if the name has one of `replaces`; otherwise what it has."""
+    async def _newer(self, entry: Entry, finder: Finder) -> Entry:
+        """What a tenant's name finds now; if the name has gone to other weights meanwhile, those."""
         try:
             folder = await finder.find(entry.name)
         except StorageError as error:  # what was loaded is on disk, and `_read` checks that it is
@@ -237,10 +235,9 @@ class Registry:
         if await asyncio.to_thread(content_path, str(folder)) == entry.request.lora_path:
             return entry
         async with self.models.lora_resolver_lock[entry.name]:
-            current = self.named(entry.name)
-            if current in replaces:
-                current = await self.load(entry.name, str(folder), finder)
-        return current or entry
+            if self.named(entry.name) is entry:
+                return await self.load(entry.name, str(folder), finder)
+        return self.named(entry.name) or entry
 
     async def _hold(self, entry: Entry) -> None:
         """Has the workers read a tenant again, unless they hold it."""
