@@ -650,6 +650,42 @@ def test_other_weights_that_cannot_be_read_again_leave_no_user(folders):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("refused", ["by a worker", "as not complete yet"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_dropped_weights_stay_if_those_in_their_place_are_refused(
+    kept, refused, folders, monkeypatch, tmp_path, log
+):
+    """As they do while they are held: who is served must not depend on who else is."""
+
+    async def run():
+        workers = Workers()
+        tenants = serve(workers)
+        copied = shutil.copytree(folders[0], tmp_path / "copied")
+        finder = Finder(copied)
+        old = await tenants.load("math", str(copied), finder)
+        await tenants._drop(old)
+        finder.folder = folders[1]
+        workers.refused[0] = {2}
+        if refused == "as not complete yet":
+            monkeypatch.setattr(finder, "find", incomplete)
+        if kept:
+            async with tenants.using(old.request) as entry:
+                assert (entry, entry.held) == (old, True)
+            assert any(line.startswith("Refused tenant 'math'") for line in log())
+        else:  # a folder whose files were overwritten
+            shutil.rmtree(copied)
+            with pytest.raises(VLLMValidationError, match=r"wrong base|not complete yet"):
+                async with tenants.using(old.request):
+                    pass
+        assert tenants.named("math") is old
+        await settle(tenants)
+
+    async def incomplete(name):
+        raise ArtifactError(f"{name}: not complete yet")
+
+    asyncio.run(run())
+
+
 def test_a_name_that_was_given_away_is_not_taken_back(folders):
     """By a request that came before, and finds other weights where its tenant was."""
 

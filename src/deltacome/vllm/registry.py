@@ -32,7 +32,7 @@ from deltacome.vllm import compat, metrics
 from deltacome.vllm.canary import check_canary, tolerance
 from deltacome.vllm.find import Finder, StorageError
 from deltacome.vllm.manners import Manners
-from deltacome.vllm.request import artifact_path, content_path
+from deltacome.vllm.request import artifact_path, content_path, is_unchanged
 from deltacome.vllm.settings import Settings
 
 T = TypeVar("T")
@@ -206,12 +206,19 @@ class Registry:
     async def _latest(self, entry: Entry) -> Entry:
         """The entry itself; a new one, if it is not held and its name now finds other weights.
 
-        While it is held, requests go on with it until those other weights have been read.
+        While it is held, requests go on with it until those other weights have been read. If those are
+        refused, and its own are still in their folder, it stays.
         """
         if entry.finder is None:
             return entry
         if not entry.held:
-            return await self._together(self._newer, entry, entry.finder)
+            try:
+                return await self._together(self._newer, entry, entry.finder)
+            except DeltaError as error:
+                if not await asyncio.to_thread(is_unchanged, entry.request.lora_path):
+                    raise
+                metrics.refused(entry.name, error)
+                return entry
         if entry.looked + RENEW_SECONDS <= time.monotonic():
             entry.looked = time.monotonic()
             self._start(self._renew(entry, entry.finder))

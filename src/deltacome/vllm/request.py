@@ -11,6 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from deltacome.errors import ArtifactError
 from deltacome.format.artifact import read_manifest
 from deltacome.format.manifest import MANIFEST_FILE
 
@@ -26,6 +27,14 @@ def content_path(folder: str) -> str:
     folder = artifact_path(folder)
     digest = hashlib.sha256(read_manifest(Path(folder))).hexdigest()[:16]
     return f"{folder}{_MARK}{digest}"
+
+
+def is_unchanged(path: str) -> bool:
+    """Whether the folder of a path that `content_path` gave still holds what it held then."""
+    try:
+        return content_path(path) == path
+    except ArtifactError:
+        return False
 
 
 def artifact_path(path: str) -> str:
