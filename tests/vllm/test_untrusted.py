@@ -288,3 +288,30 @@ def test_a_copy_that_was_damaged_is_made_again(memory, tmp_path, monkeypatch):
     assert found(finder) == folder
     assert shard.read_bytes() == whole
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_what_was_copied_does_not_wait_for_other_copies(memory, tmp_path, monkeypatch):
+    """A tenant of some gigabytes would keep those waiting that are on disk, and only have to be read."""
+    monkeypatch.setattr(find, "COPYING", 1)
+    memory.copy("/bucket/tenants/math", "/bucket/tenants/large", recursive=True)
+    finder = Finder(ADDRESS, tmp_path / "cache")
+    folder = found(finder)
+    copying, may_copy, copy = threading.Event(), threading.Event(), type(memory).get_file
+
+    def slow(self, *args, **kwargs):
+        copying.set()
+        assert may_copy.wait(60)
+        return copy(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(memory), "get_file", slow)
+
+    async def run():
+        large = asyncio.create_task(finder.find("large"))
+        assert await asyncio.to_thread(copying.wait, 60)
+        try:
+            assert await asyncio.wait_for(finder.find("math"), 10) == folder
+        finally:
+            may_copy.set()
+        assert (await large).name.startswith("large-")
+
+    asyncio.run(run())

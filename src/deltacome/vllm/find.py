@@ -35,6 +35,7 @@ from deltacome.format.manifest import MANIFEST_FILE, Manifest
 from deltacome.vllm.locks import Locks
 from deltacome.vllm.request import is_artifact
 
+A = TypeVar("A")
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a tenant can be called: no separators, and no leading dot."""
@@ -117,11 +118,15 @@ class Finder:
                 if source is None:
                     self._remember(name)
                     return None
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._copying, self._cached, name, source)
+                target = self.cache / f"{name}-{hashlib.sha256(source.manifest).hexdigest()[:16]}"
+                # Looked at here, as whatever is copied already must not wait for other copies.
+                if not await self._look(self._is_whole, target):
+                    loop = asyncio.get_running_loop()
+                    await loop.run_in_executor(self._copying, self._copy, name, source, target)
+                return target
 
-    async def _look(self, look: Callable[[str], T], name: str) -> T:
-        waiting = asyncio.get_running_loop().run_in_executor(self._looking, look, name)
+    async def _look(self, look: Callable[[A], T], at: A) -> T:
+        waiting = asyncio.get_running_loop().run_in_executor(self._looking, look, at)
         return await asyncio.wait_for(waiting, LOOK_SECONDS)
 
     def _remember(self, name: str) -> None:
@@ -156,17 +161,14 @@ class Finder:
             return None
         return Source(system, folder, system.cat_file(file, end=MAX_JSON_BYTES))
 
-    def _cached(self, name: str, source: Source) -> Path:
-        digest = hashlib.sha256(source.manifest).hexdigest()[:16]
-        target = self.cache / f"{name}-{digest}"
+    def _is_whole(self, target: Path) -> bool:
+        """Whether there is a copy; one that is damaged is moved away."""
         if target.is_dir():
             try:
                 Artifact.open(target)
-            except ArtifactError:  # the disk was full, or a power cut: copy it again
+            except ArtifactError:  # the disk was full, or a power cut
                 self._discard(target)
-        if not target.is_dir():
-            self._copy(name, source, target)
-        return target
+        return target.is_dir()
 
     def _discard(self, target: Path) -> None:
         """Moves a folder away and deletes it; whoever has one of its files open can still read it."""
