@@ -5,6 +5,8 @@ import contextlib
 import functools
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -458,6 +460,42 @@ def test_a_request_of_sagemakers_route(folders, monkeypatch):
             assert await load(models, asked(path)) == "LoadLoRAAdapterRequest"
         refusal = await load(models, asked(str(folders[0]), "perhaps"))
         assert (refusal.error.code, refusal.error.param) == (400, "lora_path")
+
+    asyncio.run(run())
+
+
+def test_downloads_from_the_hub_hold_up_nobody_else(folders, monkeypatch):
+    """However many: asyncio's threads, of which a small machine has six, also read manifests."""
+
+    async def run():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        tenants, may_end = serve(Workers()), threading.Event()
+        monkeypatch.setattr(frontend, "_registry", tenants)
+
+        def download(*args, **kwargs):
+            may_end.wait(60)
+            raise OSError("there is none")
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+
+        async def check(request):
+            return None
+
+        models = SimpleNamespace(lora_resolver_lock=Locks(), _check_load_lora_adapter_request=check)
+
+        def load(name, path):
+            request = compat.LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
+            return asyncio.create_task(frontend._load(taken_as_it_is, models, request))
+
+        slow = load("slow", "org/slow")
+        try:
+            assert "'math' added" in await asyncio.wait_for(load("math", str(folders[0])), 20)
+        finally:
+            may_end.set()
+        assert await slow == "org/slow"
+
+    async def taken_as_it_is(self, request, base_model_name):
+        return request.lora_path
 
     asyncio.run(run())
 

@@ -41,10 +41,18 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a tenant can be called: no separators, and no leading dot."""
 LOOKING, COPYING = 4, 2
 """How many names are looked up, and how many artifacts are copied, at the same time."""
+_fetching = ThreadPoolExecutor(COPYING, thread_name_prefix="deltacome-hub")
 LOOK_SECONDS = 20.0
 """How long a storage may take to say whether it has a name."""
 MISSING_SECONDS, MISSING_NAMES = 5.0, 4096
 """How long a name that a remote place lacked is not looked up again, and how many are remembered."""
+
+
+async def fetched(path: str) -> str:
+    """`hub_artifact`, in threads for that alone: others would wait for downloads in those of asyncio."""
+    if _on_hub(path) is None:
+        return path
+    return await asyncio.get_running_loop().run_in_executor(_fetching, hub_artifact, path)
 
 
 def hub_artifact(path: str) -> str:
@@ -56,8 +64,8 @@ def hub_artifact(path: str) -> str:
     Raises:
         ArtifactError: there is an artifact, but it cannot be fetched.
     """
-    match = HUB_NAME.fullmatch(path)
-    if match is None or "/" not in match["repo"] or os.path.isdir(path):
+    match = _on_hub(path)
+    if match is None:
         return path
     from huggingface_hub import hf_hub_download
 
@@ -67,6 +75,12 @@ def hub_artifact(path: str) -> str:
         return path
     names = _named(read_manifest(Path(found).parent))
     return str(fetch_folder(path, None, ArtifactError, [MANIFEST_FILE, *names]))
+
+
+def _on_hub(path: str) -> re.Match[str] | None:
+    """The parts of `org/name@revision`; None for anything else, and for a folder of this machine."""
+    match = HUB_NAME.fullmatch(path)
+    return match if match and "/" in match["repo"] and not os.path.isdir(path) else None
 
 
 class StorageError(ArtifactError):

@@ -9,7 +9,6 @@ everything that is not a tenant passes through them unchanged.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
 from collections.abc import AsyncGenerator, Callable
@@ -26,7 +25,7 @@ from vllm.entrypoints.serve import create_error_response
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.manifest import MANIFEST_FILE
 from deltacome.vllm import compat, metrics
-from deltacome.vllm.find import Finder, StorageError, hub_artifact
+from deltacome.vllm.find import Finder, StorageError, fetched
 from deltacome.vllm.locks import Locks
 from deltacome.vllm.manners import SAMPLING
 from deltacome.vllm.registry import MARK, Entry, Registry
@@ -93,7 +92,7 @@ async def _load(
     if _registry is None:
         return await original(self, request, base_model_name)
     try:
-        folder = await asyncio.to_thread(hub_artifact, request.lora_path or "")
+        folder = await fetched(request.lora_path or "")
         # The request of SageMaker's route, /adapters, is of another class.
         request = compat.LoadLoRAAdapterRequest(**vars(request) | {"lora_path": folder})
     except (DeltaError, OSError, ValueError) as error:
