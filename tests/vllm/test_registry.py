@@ -572,6 +572,22 @@ def test_several_api_servers_are_refused(folders):
     asyncio.run(run())
 
 
+def test_the_base_does_not_answer_for_names_that_are_not_loaded(folders, monkeypatch):
+    """With this variable vLLM has it do so: for a tenant that is not found yet, or unloaded."""
+
+    async def run():
+        monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
+        with pytest.raises(UnsupportedError, match=r"^VLLM_SKIP_MODEL_NAME_VALIDATION: .* unset"):
+            await serve(Workers()).load("math", str(folders[0]))
+        workers = Workers()
+        workers.vllm_config.additional_config = {"deltacome": {"tenants": str(folders[0].parent)}}
+        monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        with pytest.raises(UnsupportedError, match=r"^VLLM_SKIP_MODEL_NAME_VALIDATION: .* unset"):
+            frontend._init(lambda *args: None, SimpleNamespace(), workers)
+
+    asyncio.run(run())
+
+
 # --- how long workers hold a tenant ---------------------------------------------------------------
 
 

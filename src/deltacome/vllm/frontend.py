@@ -28,6 +28,7 @@ from deltacome.vllm import compat, metrics
 from deltacome.vllm.find import Finder, StorageError, fetched
 from deltacome.vllm.locks import Locks
 from deltacome.vllm.manners import SAMPLING
+from deltacome.vllm.refuse import refuse_any_name
 from deltacome.vllm.registry import MARK, Entry, Registry
 from deltacome.vllm.request import has_digest, is_artifact
 from deltacome.vllm.settings import Settings
@@ -75,6 +76,7 @@ def _init(original: Original, self: Any, engine_client: Any, *args: Any, **kwarg
     self.lora_resolver_lock = Locks()
     self._finder = None
     if settings.tenants is not None:
+        refuse_any_name()
         if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             raise UnsupportedError(
                 "deltacome: finding tenants by name needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"

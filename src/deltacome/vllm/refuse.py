@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from vllm import envs
 
 from deltacome.errors import UnsupportedError
 from deltacome.vllm.places import Place
@@ -26,6 +27,19 @@ def refuse_options(vllm_config: Any) -> None:
     models = _models(vllm_config.model_config)
     for why in chain(models, _inputs(vllm_config), _options(vllm_config)):
         raise UnsupportedError(why)
+
+
+def refuse_any_name() -> None:
+    """Refuses to serve tenants where the base answers for every name that is not loaded.
+
+    Raises:
+        UnsupportedError: names the variable.
+    """
+    if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
+        raise UnsupportedError(
+            "VLLM_SKIP_MODEL_NAME_VALIDATION: the base would answer in the place of tenants that are "
+            "unloaded or not found yet: expected it unset"
+        )
 
 
 def _models(config: Any) -> Iterator[str]:

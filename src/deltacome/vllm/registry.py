@@ -32,6 +32,7 @@ from deltacome.vllm import compat, metrics
 from deltacome.vllm.canary import check_canary, tolerance
 from deltacome.vllm.find import Finder, StorageError
 from deltacome.vllm.manners import Manners
+from deltacome.vllm.refuse import refuse_any_name
 from deltacome.vllm.request import artifact_path, content_path, is_unchanged
 from deltacome.vllm.settings import Settings
 
@@ -125,7 +126,7 @@ class Registry:
         """Gives a name to an artifact; the caller holds the lock of the name.
 
         Raises:
-            UnsupportedError: there are several API servers.
+            UnsupportedError: there are several API servers, or the base answers for any name.
             DeltaError: a worker or the canary refused it; whatever had the name keeps it.
         """
         if self._servers > 1:
@@ -133,6 +134,7 @@ class Registry:
                 f"{folder}: expected one API server, as only it knows which tenants are in use, got "
                 f"{self._servers}: set --api-server-count 1"
             )
+        refuse_any_name()
         start = time.perf_counter()
         path = await asyncio.to_thread(content_path, folder)
         if finder is not None:
