@@ -399,7 +399,7 @@ def test_rows_of_an_encoder_are_not_the_batchs(monkeypatch):
     theirs = compat.LRUCacheLoRAModelManager
     monkeypatch.setattr(theirs, "_set_adapter_mapping", lambda self, mapping: seen.append(mapping))
     manager = object.__new__(ModelManager)
-    manager.lora_index_to_id, manager._registered_adapters = [7, None], {7: Tenant(7, "")}
+    manager.lora_index_to_id, manager.list_adapters = [7, None], lambda: {7: Tenant(7, "")}
     manager.step = Step(2, 4, torch.device("cpu"))
     manager._set_adapter_mapping(compat.LoRAMapping((7, 7, 0), (7, 0)))
     tower = LoRAMappingType.TOWER

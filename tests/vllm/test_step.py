@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.lora.model_manager import AdapterLRUCache
 from vllm.model_executor import models
 
 from deltacome.errors import UnsupportedError
@@ -222,24 +223,41 @@ def test_on_a_cpu_only_tenants_count():
     assert step.idle
 
 
-def mapped(monkeypatch, adapters, index, prompt):
-    """The step of a manager that was given a mapping of ids."""
+def manager_of(adapters, slots=None):
+    """A manager that has adapters, by number, all of them in slots unless said otherwise."""
+    manager = object.__new__(ModelManager)
+    manager._registered_adapters = AdapterLRUCache(len(adapters), lambda id: None)
+    for id, adapter in adapters.items():
+        manager._registered_adapters[id] = adapter
+    manager.lora_index_to_id = [*adapters] if slots is None else slots
+    manager.step = step_of_a_gpu()
+    return manager
+
+
+def mapped(monkeypatch, adapters, index, prompt, slots=None):
+    """The manager of some adapters, after it was given a mapping of ids."""
     monkeypatch.setattr(
         compat.LRUCacheLoRAModelManager, "_set_adapter_mapping", lambda self, mapping: None
     )
-    manager = object.__new__(ModelManager)
-    manager.lora_index_to_id, manager._registered_adapters = [*adapters], adapters
-    manager.step = step_of_a_gpu()
+    manager = manager_of(adapters, slots)
     manager._set_adapter_mapping(compat.LoRAMapping(index, prompt))
-    return manager.step
+    return manager
 
 
 def test_made_up_adapters_are_adapters(monkeypatch):
     """The engine captures graphs with them, and tenants then run those graphs."""
     tenants, made_up = {7: Tenant(7, "")}, {7: object()}
     for adapters in (tenants, made_up):
-        assert not mapped(monkeypatch, adapters, (7, 0), (7, 0)).idle
-        assert mapped(monkeypatch, adapters, (0, 0), (0, 0)).idle
+        assert not mapped(monkeypatch, adapters, (7, 0), (7, 0)).step.idle
+        assert mapped(monkeypatch, adapters, (0, 0), (0, 0)).step.idle
+
+
+def test_a_step_uses_the_adapters_of_its_rows_alone(monkeypatch):
+    """Those in other slots would otherwise outlive them in vLLM's cache, which drops what is unused."""
+    adapters = {2: object(), 1: Tenant(1, "")}  # the second was used last
+    manager = mapped(monkeypatch, adapters, (1,), (1,), slots=[1, 2])
+    manager.remove_oldest_adapter()
+    assert list(manager.list_adapters()) == [1]
 
 
 # --- heads that would not get their tenants' deltas -----------------------------------------------
@@ -403,10 +421,9 @@ def test_a_tenant_that_leaves_a_slot_is_counted_and_an_ordinary_adapter_is_not(m
 
     theirs = compat.LRUCacheLoRAModelManager
     monkeypatch.setattr(theirs, "activate_adapter", activate)
-    manager = object.__new__(ModelManager)
+    manager = manager_of({1: object(), 2: Tenant(2, ""), 3: object()}, slots=[None])
     manager._fill = lambda slot, tenant: None
-    manager.evictions, manager.lora_index_to_id = 0, [None]
-    manager._registered_adapters = {1: object(), 2: Tenant(2, ""), 3: object()}
+    manager.evictions = 0
     evictions = []
     for id in (1, 2, 3, 3):
         manager.activate_adapter(id)

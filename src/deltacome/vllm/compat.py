@@ -136,6 +136,7 @@ SIGNATURES: dict[Any, tuple[str, ...]] = {
     LRUCacheLoRAModelManager._add_adapter: ("self", "lora"),
     LRUCacheLoRAModelManager._set_adapter_mapping: ("self", "mapping"),
     LRUCacheLoRAModelManager._create_merged_loras_inplace: ("self", "lora_model"),
+    LRUCacheLoRAModelManager.list_adapters: ("self",),
     GPUModelRunner._get_prompt_logprobs_dict: ("self", "hidden_states", "..."),
     GPUModelRunner.sync_and_gather_intermediate_tensors: ("self", "num_tokens", "..."),
     CpuPlatform.check_and_update_config.__func__: ("cls", "vllm_config"),

@@ -98,10 +98,11 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
         before = [id for id in self.lora_index_to_id if id]
         if not super().activate_adapter(lora_id):
             return False
+        adapters = self.list_adapters()
         left = [id for id in before if id not in self.lora_index_to_id]
-        self.evictions += sum(isinstance(self._registered_adapters.get(id), Tenant) for id in left)
+        self.evictions += sum(isinstance(adapters.get(id), Tenant) for id in left)
         slot = self.lora_index_to_id.index(lora_id)
-        adapter = self._registered_adapters[lora_id]
+        adapter = adapters[lora_id]
         try:
             self._fill(slot, adapter if isinstance(adapter, Tenant) else None)
         except BaseException:
@@ -122,10 +123,11 @@ class ModelManager(compat.LRUCacheLoRAModelManager):
                 self.deltas[place.name].load(slot, tenant, place)
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
+        adapters = self.list_adapters()  # to look one up in the cache itself would count as a use
         slots = {
             id: slot
             for slot, id in enumerate(self.lora_index_to_id)
-            if id is not None and isinstance(self._registered_adapters.get(id), Tenant)
+            if id is not None and isinstance(adapters.get(id), Tenant)
         }
         known = {id for id in self.lora_index_to_id if id is not None} | {0}
         if lost := set(mapping.index_mapping) - known:
@@ -253,7 +255,8 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
         manager = self._tenants
         readings = [one.reading for one in self._held.values() if one.reading.done()]
         held = [reading.result() for reading in readings if not reading.exception()]
-        slots = [manager._registered_adapters.get(id) for id in manager.lora_index_to_id if id]
+        adapters = manager.list_adapters()
+        slots = [adapters.get(id) for id in manager.lora_index_to_id if id]
         return {
             "resident": sum(isinstance(one, Tenant) for one in slots),
             "held": len(held),
