@@ -1026,6 +1026,7 @@ def test_launch_merges_settings(base, tmp_path):
 
 def test_launch_refuses_settings_that_would_be_lost(base, tmp_path):
     (tmp_path / "vllm.yaml").write_text("seed: 3\nadditional_config: {}\n")
+    (tmp_path / "more.yaml").write_text("lora-modules:\n- x=/an/adapter\n")
     for more, why in {
         "--additional-config.deltacome.canary null": r'deltacome\.canary: .*write.*"canary": null',
         "--additional_config.deltacome.canary=1": r"deltacome\.canary=1: would replace",
@@ -1033,6 +1034,7 @@ def test_launch_refuses_settings_that_would_be_lost(base, tmp_path):
         "--additional-config []": "expected an object",
         '--additional-config {"deltacome":{"canari":1}}': "'canari'",
         f"--config {tmp_path / 'vllm.yaml'}": r"vllm\.yaml: additional-config",
+        f"--config {tmp_path / 'more.yaml'}": r"more\.yaml: lora-modules: .* give --lora-modules",
     }.items():
         with pytest.raises(UnsupportedError, match=why):
             plan_launch(str(base), {}, more=more.split())

@@ -100,10 +100,13 @@ def _parsed(text: str | None) -> dict[str, Any]:
 
 
 def _check_file(config: str | None) -> None:
-    """Refuses a file of vLLM's arguments that has an additional configuration, which would be lost."""
+    """Refuses a file of vLLM's arguments that has any of those that are merged: it would be lost."""
     file = Path(config or "")
-    if file.is_file() and re.search(r"^additional[-_]config", file.read_text(), re.M):
-        raise UnsupportedError(
-            f"{file}: additional-config: would be replaced by the settings computed from the artifacts: "
-            f"give {OPTION} on the command line, where it is merged"
-        )
+    said = file.read_text().replace("_", "-") if file.is_file() else ""
+    for option in (OPTION, MODULES):
+        name = option.removeprefix("--")
+        if re.search(rf"^{name}\b", said, re.M):
+            raise UnsupportedError(
+                f"{file}: {name}: would be replaced by what the tenants need: give {option} on the "
+                "command line, where it is merged"
+            )
