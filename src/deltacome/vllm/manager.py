@@ -12,7 +12,6 @@ import ctypes
 import importlib.metadata
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from deltacome.vllm.layers import Delta, NormDelta, install
 from deltacome.vllm.mends import mend_heads, one_more_slot
 from deltacome.vllm.places import Place, find_places
 from deltacome.vllm.refuse import refuse_heads, refuse_impl, refuse_options
-from deltacome.vllm.request import artifact_path, content_path, has_digest
+from deltacome.vllm.request import artifact_path, content_path, has_digest, is_artifact
 from deltacome.vllm.settings import Settings
 from deltacome.vllm.step import Step
 from deltacome.vllm.tenant import Tenant, check_room, load_tenant
@@ -200,15 +199,14 @@ class WorkerManager(compat.LRUCacheWorkerLoRAManager):
                     f"was read from {held.path}"
                 )
             return held.reading.result()
-        folder = artifact_path(lora_request.lora_path)
-        if not (Path(folder) / MANIFEST_FILE).is_file():
-            if not self._tenants.settings.lora:
-                raise DeltaError(
-                    f"{folder}: expected an artifact ({MANIFEST_FILE}), found none; ordinary adapters "
-                    "are off (lora is false in additional_config's deltacome)"
-                )
+        if is_artifact(lora_request.lora_path):
+            return self._read(lora_request.lora_int_id, lora_request.lora_path)
+        if self._tenants.settings.lora:
             return super()._load_adapter(lora_request)
-        return self._read(lora_request.lora_int_id, lora_request.lora_path)
+        raise DeltaError(
+            f"{lora_request.lora_path}: expected an artifact ({MANIFEST_FILE}), found none; ordinary "
+            "adapters are off (lora is false in additional_config's deltacome)"
+        )
 
     @property
     def _tenants(self) -> ModelManager:
