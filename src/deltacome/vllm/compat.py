@@ -79,6 +79,7 @@ __all__ = [
     "GemmaRMSNorm",
     "LRUCacheLoRAModelManager",
     "LRUCacheWorkerLoRAManager",
+    "LayerNorm",
     "LinearBase",
     "LoRAMapping",
     "LoRAMappingType",

@@ -184,7 +184,7 @@ def _with_delta(kind: type) -> type:
 
 def _install_norm(place: Place, slots: int, step: Step, impl: str) -> NormDelta | None:
     module: Any = place.module
-    if isinstance(module, compat.NORMS[2]) or getattr(module, "variance_size_override", None):
+    if isinstance(module, compat.LayerNorm) or getattr(module, "variance_size_override", None):
         return None
     weight_H = module.weight.detach().float()
     if isinstance(module, compat.GemmaRMSNorm):

@@ -298,7 +298,7 @@ def _add(tenant: Tenant, artifact: Artifact, piece: Piece, base: Base) -> None:
     elif (
         what == ("weight", "norm")
         and record.replaced
-        and not isinstance(place.module, compat.NORMS[2])
+        and not isinstance(place.module, compat.LayerNorm)
     ):
         value = _values(artifact, record, (part.size,))
         gemma = isinstance(place.module, compat.GemmaRMSNorm)
