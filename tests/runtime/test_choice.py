@@ -73,17 +73,17 @@ def test_blocks_that_are_left_in_another_order(bases, tmp_path):
         assert torch.equal(logits(model, some_ids()), before)  # and the model is the base again
 
 
-def test_groupings_are_forgotten_by_whoever_is_first():
+def test_groupings_are_forgotten_while_another_thread_forgets_them():
     class Racing(dict):
-        """Another thread removes the oldest, between finding and forgetting it."""
+        """Another thread removes the oldest while this one goes through them."""
 
         def __iter__(self):
-            oldest = next(super().__iter__())
-            self.pop(oldest)
-            return iter([oldest])
+            keys = super().__iter__()
+            self.pop(next(super().__iter__()))
+            return keys
 
     choice = Choice(["a"], 0)
     choice._rows = Racing()
-    for rows in range(1, KEPT + 3):
+    for rows in range(1, 2 * KEPT + 3):
         assert choice.rows(torch.zeros(rows, 4), rows).slot_T.tolist() == rows * [0]
-    assert len(choice._rows) == KEPT
+        assert len(choice._rows) <= KEPT

@@ -122,8 +122,8 @@ class Choice:
         rows = self._rows.get(key)
         if rows is None:
             rows = self._group(x, tokens)
-            while len(self._rows) >= KEPT:  # another thread may have been first
-                self._rows.pop(next(iter(self._rows), ()), None)
+            if len(self._rows) >= KEPT:
+                self._rows.clear()  # at once: other threads may be looking something up
             self._rows[key] = rows
         return rows
 
