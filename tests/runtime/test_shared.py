@@ -10,6 +10,7 @@ import torch
 from artifact_helpers import PLAN, random_artifact
 from runtime_helpers import CONFIGS, assert_close, load, logits, some_ids
 from test_attach import assert_untouched, snapshot
+from transformers import Mamba2Config
 
 from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.spec import Band
@@ -157,6 +158,17 @@ def test_what_several_tenants_cannot_each_have(bases, tmp_path):
     model.model.norm = Centered(model.model.norm.weight.detach())
     with pytest.raises(UnsupportedError, match=r"model\.norm\.weight.*RMS norm.*Centered"):
         attach(model, tenants)
+
+
+def test_norms_that_take_a_gate(tmp_path):
+    """Mamba 2's is an RMS norm without its gate, and the model gives it one."""
+    sizes = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1}
+    config = Mamba2Config(vocab_size=300, num_hidden_layers=1, **sizes, **families.ENDS)
+    base = families.make("Mamba2ForCausalLM", config, tmp_path / "base")
+    frozen = [name for name in weights_of(base) if "mixer" in name and "mixer.norm" not in name]
+    artifact = random_artifact(base, tmp_path / "delta", same=frozen)
+    with pytest.raises(UnsupportedError, match=r"mixer\.norm\.weight: .*an RMS norm, got .*Gated"):
+        attach(families.load(base), {"a": artifact})
 
 
 def test_compiled(bases, tmp_path):

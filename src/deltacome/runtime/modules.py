@@ -11,6 +11,7 @@ Legend: T tokens, I in, O out, N added rows, S slots, H size of a norm.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -227,7 +228,9 @@ def norm_of(name: str, module: nn.Module) -> tuple[float, float]:
     weight: Any = module.weight
     weight_H = _in_double(weight.detach())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if isinstance(eps, float) and weight_H.dim() == 1:
+    # One that takes a gate too (Mamba 2's) is an RMS norm only without it.
+    alone = len(inspect.signature(type(module).forward).parameters) == 2
+    if alone and isinstance(eps, float) and weight_H.dim() == 1:
         generator = torch.Generator("cpu").manual_seed(0)
         x = torch.randn(8, len(weight_H), generator=generator, device="cpu").to(weight.dtype)
         got, x = _in_double(module(x.to(weight.device))), _in_double(x)
