@@ -171,6 +171,22 @@ def test_norms_that_take_a_gate(tmp_path):
         attach(families.load(base), {"a": artifact})
 
 
+def test_a_bias_that_the_model_reads_without_calling_its_layer(tmp_path):
+    """Mamba's `dt_proj`: what the layer's forward would add is never computed."""
+    name = "MambaForCausalLM"
+    base = families.make(name, families.FAMILIES[name](), tmp_path / "base")
+    others = [name for name in weights_of(base) if "dt_proj.bias" not in name]
+    artifact = random_artifact(base, tmp_path / "delta", same=others)
+    model = families.load(base)
+    with pytest.raises(
+        UnsupportedError, match=r"dt_proj\.bias: .*without calling its layer.*alone"
+    ):
+        attach(model, {"a": artifact})
+    merged = families.load(merge(base, artifact, tmp_path / "merged"))
+    with attach(model, artifact):
+        assert_close(families.logits(model), families.logits(merged))
+
+
 def test_compiled(bases, tmp_path):
     torch._dynamo.reset()
     tenants = make_tenants(bases["gemma3"], tmp_path)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltacome.arch.bypassed import bypassed
 from deltacome.errors import UnsupportedError
 from deltacome.format.artifact import Artifact
 from deltacome.runtime.choice import Choice
@@ -50,12 +51,13 @@ def install_shared(
         ArtifactError: an artifact cannot be read.
     """
     modules: dict[int, dict[str, Tenants]] = defaultdict(dict)
+    passed_by = bypassed(model, training=model.training)
     for slot, mine in enumerate(places):
         for place in mine:
             if place.patched or place.record.replaced:
                 attrs = modules[id(place.module)]
                 attrs.setdefault(place.attr, [None] * len(places))[slot] = place
-            _refuse(artifacts[slot].path, place)
+            _refuse(artifacts[slot].path, place, passed_by)
     choice.beside = _beside_text(model, map(_any, modules.values()))
     # All refusals come before anything is read.
     plans = [_plan(attrs) for attrs in modules.values()]
@@ -80,15 +82,23 @@ def install_shared(
         set_forward(stack, module, forward)
 
 
-def _refuse(path: Path, place: Place) -> None:
-    """Refuses what several tenants cannot each have, wherever it lies."""
-    why = None
+def _refuse(path: Path, place: Place, passed_by: Collection[str]) -> None:
+    """Refuses what several tenants cannot each have, wherever it lies.
+
+    Args:
+        path: the artifact's.
+        place: one of its places.
+        passed_by: weights of layers that the model does not call.
+    """
+    why, layer = None, place.name.rpartition(".")[0]
     if place.target.expert is not None:
         why = "experts" if place.record.kind != "same" else None
     elif place.resized or place.record.grown:
         why = "a vocabulary of another size than the base's"
     elif not place.quantized and place.live is not getattr(place.module, place.attr):
         why = "a head tied to the embedding, over a base whose head is not"
+    elif place.record.replaced and f"{layer}.weight" in passed_by:
+        why = "read by the model without calling its layer"
     if why is not None:
         raise UnsupportedError(
             f"{path}: {place.name}: {why}, which several tenants cannot each have: attach this artifact "
