@@ -137,6 +137,15 @@ def test_names_and_batches_that_do_not_fit(bases, tmp_path):
         attach(model, {})
 
 
+def test_who_asks_for_a_tenant_that_was_detached_does_not_get_the_base(bases, tmp_path):
+    model = load(bases["llama"])
+    attached = attach(model, make_tenants(bases["llama"], tmp_path))
+    with attached.using("math"):
+        attached.detach()  # leaving the block is no error
+    with pytest.raises(UnsupportedError, match="detached already"):
+        attached.using("math")
+
+
 def test_what_several_tenants_cannot_each_have(bases, tmp_path):
     model = load(bases["llama"])
     tenants = make_tenants(bases["llama"], tmp_path)

@@ -142,6 +142,7 @@ class Attachment:
         self.impl = impl
         self._choice = choice
         self._undo = undo
+        self._detached = False
 
     @property
     def artifact(self) -> Artifact:
@@ -167,16 +168,22 @@ class Attachment:
 
         Raises:
             MismatchError: a name that was not attached; later, in the forward, a batch of another size.
-            UnsupportedError: one artifact is attached alone, so all rows are its; several names, and a
-                tenant changes something outside the text model, such as a projector of pictures; blocks
-                of several threads or tasks would overlap; or a block is left before one within it.
+            UnsupportedError: one artifact is attached alone, so all rows are its; everything was
+                detached; several names, and a tenant changes something outside the text model, such as
+                a projector of pictures; blocks of several threads or tasks would overlap; or a block is
+                left before one within it.
         """
+        if self._detached:
+            raise UnsupportedError(
+                "using(): detached already, so the model is the base: attach again"
+            )
         if "" in self.artifacts:
             raise UnsupportedError("one artifact is attached alone: attach a mapping of names")
         return self._choice.using(who)
 
     def detach(self) -> None:
         """Gives the base back, bit for bit and object for object. A second call does nothing."""
+        self._detached = True
         self._undo.close()
 
     def __enter__(self) -> Attachment:
