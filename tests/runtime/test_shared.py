@@ -135,6 +135,9 @@ def test_names_and_batches_that_do_not_fit(bases, tmp_path):
         attached.using("math")
     with pytest.raises(MismatchError, match="at least one"):
         attach(model, {})
+    for name in ("", None):  # None is the base
+        with pytest.raises(MismatchError, match="expected a name for each"):
+            attach(model, tenants | {name: tenants["math"]})
 
 
 def test_who_asks_for_a_tenant_that_was_detached_does_not_get_the_base(bases, tmp_path):

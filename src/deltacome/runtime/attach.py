@@ -77,7 +77,8 @@ def attach(
         A handle that detaches, by `detach()` or as a context manager.
 
     Raises:
-        MismatchError: the model is not the artifact's base, or lacks some of its tensors.
+        MismatchError: the model is not the artifact's base, or lacks some of its tensors; or a name is
+            empty.
         UnsupportedError: a module that cannot run from packed codes, a configuration that changes
             the model's code, an implementation that this installation lacks, something that several
             tenants cannot each have, or a model that has something attached already.
@@ -100,6 +101,8 @@ def attach(
     sources = {"": artifact} if alone else dict(artifact)
     if not sources:
         raise MismatchError("attach: expected at least one artifact, got none")
+    if not alone and not all(isinstance(name, str) and name for name in sources):
+        raise MismatchError(f"attach: expected a name for each artifact, got {list(sources)}")
     artifacts = {name: opened(source) for name, source in sources.items()}
     for one in artifacts.values():
         one.check_bytes()
