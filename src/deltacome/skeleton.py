@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from deltacome.errors import CheckpointError, DeltaError, MismatchError, UnsupportedError
+from deltacome.format.fields import tagged_floats
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def parse_config(document: dict[str, Any]) -> PreTrainedConfig:
         CheckpointError: transformers does not know its model type, or a value is invalid for it.
     """
     try:
-        return type(AutoConfig.for_model(document["model_type"])).from_dict(document)
+        return type(AutoConfig.for_model(document["model_type"])).from_dict(tagged_floats(document))
     except Exception as error:  # as above
         raise CheckpointError(f"expected a model configuration: {error}") from error
 

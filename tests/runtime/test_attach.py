@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlavaConfig,
+    Mamba2Config,
     MixtralConfig,
     Qwen2Config,
     Qwen2VLConfig,
@@ -26,7 +27,7 @@ import families
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.errors import ArtifactError, DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import Artifact
-from deltacome.runtime import attach, merge
+from deltacome.runtime import attach, base_for, merge
 from deltacome.runtime.configs import check_config
 
 
@@ -262,6 +263,19 @@ def test_configuration_of_no_consequence_is_not(bases, tmp_path):
     config = {"eos_token_id": 5, "max_position_embeddings": 128, "use_cache": False}
     artifact = random_artifact(bases["llama"], tmp_path / "delta", dtype="float64", **config)
     attach(load(bases["llama"]), artifact).detach()
+
+
+def test_infinity_in_a_configuration(tmp_path):
+    """JSON has none, so transformers writes an object in its place."""
+    sizes = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1}
+    config = Mamba2Config(vocab_size=300, num_hidden_layers=1, **sizes, **families.ENDS)
+    base = families.make("Mamba2ForCausalLM", config, tmp_path / "base")
+    assert "__float__" in (base / "config.json").read_text()
+    artifact = random_artifact(base, tmp_path / "delta")
+    merged = families.load(merge(base, artifact, tmp_path / "merged"))
+    for model in (families.load(base), base_for(base, artifact).eval()):
+        with attach(model, artifact):
+            assert_close(families.logits(model), families.logits(merged))
 
 
 @pytest.mark.parametrize(

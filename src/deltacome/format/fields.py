@@ -45,6 +45,22 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     return document
 
 
+TAGGED = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def tagged_floats(value: Any) -> Any:
+    """A parsed `config.json` with its floats that JSON lacks: transformers writes one as
+    `{"__float__": "Infinity"}`, and turns it back only when it reads the file itself.
+    """
+    if isinstance(value, list):
+        return [tagged_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and isinstance(tag := value["__float__"], str):
+        return TAGGED.get(tag, value)
+    return {key: tagged_floats(item) for key, item in value.items()}
+
+
 class Fields:
     """The fields of an object. Each is taken out once, so whatever is left at the end is unknown."""
 

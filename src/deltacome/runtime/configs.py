@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from deltacome.errors import UnsupportedError
+from deltacome.format.fields import tagged_floats
 
 Config = dict[str, Any]
 
@@ -50,7 +51,7 @@ def check_config(model: nn.Module, tuned_config: Config | None) -> Any:
         )
     _check_counts(tuned_config, base, "")
     try:  # as this transformers reads it, with defaults filled in as for the base
-        tuned = type(base).from_dict(_telling(tuned_config))
+        tuned = type(base).from_dict(_telling(tagged_floats(tuned_config)))
     except Exception as error:  # a library's code, which may raise anything
         raise UnsupportedError(f"tuned_config.json: not a model configuration: {error}") from error
     _compare(_plain(tuned), _plain(base), "")
