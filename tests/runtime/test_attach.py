@@ -17,6 +17,7 @@ from transformers import (
     LlavaConfig,
     Mamba2Config,
     MixtralConfig,
+    OPTConfig,
     Qwen2Config,
     Qwen2VLConfig,
 )
@@ -457,6 +458,16 @@ def test_embedding_that_does_more_than_scale(bases, tmp_path):
     with pytest.raises(UnsupportedError, match=r"model\.embed_tokens\.weight.*Normed"):
         attach(model, artifact)
     assert_untouched(model, before)
+
+
+def test_embedding_that_takes_no_ids(tmp_path):
+    """OPT's positions are those of an attention mask."""
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=300, num_hidden_layers=1, max_position_embeddings=32, **sizes)
+    base = families.make("OPTForCausalLM", config, tmp_path / "base")
+    artifact = random_artifact(base, tmp_path / "delta")
+    with pytest.raises(UnsupportedError, match=r"embed_positions\.weight.*OPTLearned.*merge"):
+        attach(families.load(base), artifact)
 
 
 def test_gradients_are_refused_not_wrong(bases, tmp_path):
