@@ -97,6 +97,22 @@ def test_plain_batches_do_not_enter_python(monkeypatch):
         entered.clear()
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+def test_what_python_raises_comes_back_through_c(by_python, monkeypatch, kind):
+    calls = []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        raise kind
+
+    monkeypatch.setattr(cpu, "bands", fails)
+    table, _ = filled(140, [70], PLANS)
+    x_TI = randn(2, 140).cpu()
+    with pytest.raises(kind):
+        bands(torch.zeros(2, 70), x_TI, rows_of([0, 1], table), table, impl="cpu")
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(("command", "says"), [("/no/compiler", "no C++"), ("false", "without")])
 def test_the_build_goes_on_without_a_compiler(command, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "_native_portable.so").write_bytes(b"of an older build")

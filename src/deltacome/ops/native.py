@@ -44,6 +44,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,6 +85,8 @@ _TORCH = (
     "torch_get_num_threads",
 )
 """Functions of torch's stable C interface, in the order of `Torch` in native_torch.h."""
+
+_noted = threading.local()
 
 
 @functools.cache
@@ -158,6 +162,20 @@ def few_rows(rows: int) -> int:
     return taken.deltacome_few_rows(rows) if taken else 0
 
 
+def noting(op: Callable[..., None]) -> Callable[..., None]:
+    """The op in Python; what it raises, an interruption too, would be lost on the way back through C."""
+
+    @functools.wraps(op)
+    def noted(*arguments: object) -> None:
+        try:
+            op(*arguments)
+        except BaseException as error:
+            _noted.error = error
+            raise
+
+    return noted
+
+
 def run(op: str, *arguments: object) -> None:
     """Runs an op that the library may have taken over.
 
@@ -171,10 +189,9 @@ def run(op: str, *arguments: object) -> None:
     try:
         getattr(torch.ops.deltacome, op)(*arguments)
     except RuntimeError as error:
-        # The error raised in Python is lost on the way back through C.
-        if f"{op}_python refused" in str(error):
-            getattr(torch.ops.deltacome, f"{op}_python")(*arguments)
-        raise
+        if f"{op}_python refused" not in str(error):
+            raise
+        raise vars(_noted).pop("error", error) from None
 
 
 def readable(a: Tensor) -> Tensor:

@@ -131,6 +131,7 @@ _library.define(
 
 @torch.library.impl(_library, "bands_python", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "bands", "CompositeExplicitAutograd")
+@native.noting
 def _bands(
     y: Tensor,
     x: Tensor,

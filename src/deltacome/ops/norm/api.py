@@ -60,6 +60,7 @@ for name in ("norm", "norm_python"):  # the native library may take over the fir
 
 @torch.library.impl(_library, "norm_python", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "norm", "CompositeExplicitAutograd")
+@native.noting
 def _norm(y: Tensor, x: Tensor, slot: Tensor, weights: Tensor, eps: float, impl: str) -> None:
     if nobody(slot):
         return

@@ -109,6 +109,7 @@ _library.define(
 
 @torch.library.impl(_library, "signs_python", "CompositeExplicitAutograd")
 @torch.library.impl(_library, "signs", "CompositeExplicitAutograd")
+@native.noting
 def _signs(
     y: Tensor,
     x: Tensor,
