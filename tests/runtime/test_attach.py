@@ -582,7 +582,12 @@ def test_weights_that_the_model_reads_itself_while_it_trains(tmp_path):
     model = families.load(base).train()
     with pytest.raises(UnsupportedError, match=r"out_proj\.weight: .*its layer.* eval\(\) first"):
         attach(model, artifact)
-    attach(model.eval(), artifact).detach()
+    with attach(model.eval(), artifact):
+        for module in (model, model.backbone.layers[0].mixer):
+            with pytest.raises(DeltaError, match=r"while it trains.*detach first"):
+                module.train()
+        assert not model.eval().training
+    assert model.train().training
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])

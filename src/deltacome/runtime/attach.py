@@ -17,7 +17,7 @@ import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -25,6 +25,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
+from deltacome.arch.bypassed import bypassed
 from deltacome.errors import DeltaError, MismatchError, UnsupportedError
 from deltacome.format.artifact import TUNED_CONFIG_FILE, Artifact, opened
 from deltacome.ops import native
@@ -115,6 +116,7 @@ def attach(
     choice = Choice(list(artifacts), 0 if alone else -1, _devices(places)[0])
     with contextlib.ExitStack() as stack:
         _freeze(stack, model)
+        _keep_from_training(stack, model, itertools.chain(*places))
         if alone:
             (one,) = artifacts.values()
             install_alone(stack, model, one, places[0], choice, impl)
@@ -243,6 +245,16 @@ def _freeze(stack: contextlib.ExitStack, model: nn.Module) -> None:
             stack.callback(parameter.requires_grad_, True)
 
 
+def _keep_from_training(
+    stack: contextlib.ExitStack, model: nn.Module, places: Iterable[Place]
+) -> None:
+    """Refuses `train()` where a delta would then be passed by, as in Mamba's kernels for training."""
+    only_then = bypassed(model, training=True)
+    if any(place.patched and place.name in only_then for place in places):
+        for module in model.modules():
+            _shadow(stack, module, "train", functools.partial(_refuse_to_train, module))
+
+
 def _shadow(
     stack: contextlib.ExitStack, module: nn.Module, name: str, refuse: Callable[..., object]
 ) -> None:
@@ -262,6 +274,15 @@ def _refuse_to_save(*arguments: object, **options: object) -> NoReturn:
         "an artifact is attached: detach before saving or copying (`Attachment.detach`), or merge into a "
         "checkpoint"
     )
+
+
+def _refuse_to_train(module: nn.Module, mode: bool = True) -> nn.Module:
+    if mode:
+        raise DeltaError(
+            "an artifact is attached, and while it trains this model reads weights without calling their "
+            "layers: detach first (`Attachment.detach`)"
+        )
+    return type(module).train(module, mode)
 
 
 def _refuse_to_move(
