@@ -528,6 +528,26 @@ def test_half_tuned_models_cannot_be_cast_or_moved(bases, tmp_path):
     assert model.bfloat16().dtype == torch.bfloat16
 
 
+def test_half_tuned_models_cannot_be_loaded_into_or_resized(bases, tmp_path):
+    """New layers would run without their deltas."""
+    artifact = random_artifact(bases["llama"], tmp_path / "delta")
+    model, weights = load(bases["llama"]), load(bases["llama"]).state_dict()
+    before = snapshot(model)
+    with attach(model, artifact):
+        expected = logits(model, some_ids())
+        for change in (
+            lambda: model.load_state_dict(weights),
+            lambda: model.model.norm.load_state_dict({"weight": torch.ones(48)}),
+            lambda: model.resize_token_embeddings(140),
+        ):
+            with pytest.raises(DeltaError, match="detach before loading weights or resizing"):
+                change()
+        assert torch.equal(logits(model, some_ids()), expected)
+    assert_untouched(model, before)
+    model.load_state_dict(weights)
+    assert model.resize_token_embeddings(140).num_embeddings == 140
+
+
 # --- compiled ------------------------------------------------------------------------------------
 
 

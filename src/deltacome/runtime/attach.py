@@ -61,9 +61,10 @@ def attach(
             with attached.using(["math", None, "code"]):  # a batch of three rows
                 model.generate(...)
 
-    For inference only: parameters require no gradient while attached. Move or cast the model before
-    attaching, and detach before copying or saving it. The choice made by `using` belongs to the
-    attachment, not to a thread: while a block is open, another thread or asyncio task cannot enter one.
+    For inference only: parameters require no gradient while attached. Load, resize, move or cast the
+    model before attaching, and detach before copying or saving it. The choice made by `using` belongs to
+    the attachment, not to a thread: while a block is open, another thread or asyncio task cannot enter
+    one.
 
     Args:
         model: the base; any module whose parameters are named as in the checkpoint, usually a
@@ -228,14 +229,21 @@ def _devices(places: Sequence[Sequence[Place]]) -> list[torch.device]:
 
 
 def _freeze(stack: contextlib.ExitStack, model: nn.Module) -> None:
-    """Marks the model as attached and keeps it from being trained, copied, saved, cast or moved."""
+    """Marks the model as attached and keeps it as it is: not trained, copied, saved, cast, moved, resized
+    or loaded into.
+    """
     for module in model.modules():
         _attached.add(module)
         stack.callback(_attached.discard, module)
         stack.callback(module.register_state_dict_pre_hook(_refuse_to_save).remove)
-        for name in ("__reduce_ex__", "save_pretrained"):  # of pickle and deepcopy; of transformers
+        stack.callback(module.register_load_state_dict_pre_hook(_refuse_to_change).remove)
+        for name, refuse in (
+            ("__reduce_ex__", _refuse_to_save),  # of pickle and deepcopy
+            ("save_pretrained", _refuse_to_save),
+            ("resize_token_embeddings", _refuse_to_change),
+        ):
             if hasattr(module, name):
-                _shadow(stack, module, name, _refuse_to_save)
+                _shadow(stack, module, name, refuse)
         _shadow(
             stack, module, "_apply", functools.partial(_refuse_to_move, module)
         )  # `to`, `half` …
@@ -273,6 +281,13 @@ def _refuse_to_save(*arguments: object, **options: object) -> NoReturn:
     raise DeltaError(
         "an artifact is attached: detach before saving or copying (`Attachment.detach`), or merge into a "
         "checkpoint"
+    )
+
+
+def _refuse_to_change(*arguments: object, **options: object) -> NoReturn:
+    # New layers would run without their deltas, and what was swapped out would come back as it was.
+    raise DeltaError(
+        "an artifact is attached: detach before loading weights or resizing (`Attachment.detach`)"
     )
 
 
