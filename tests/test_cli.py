@@ -271,6 +271,17 @@ def test_a_share_in_percent_is_wrong_usage(cli, artifact, pair):
     assert "--utilization" in err
 
 
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "1e300"])
+@pytest.mark.parametrize("option", ["--gpu-gib", "--kv-gib"])
+def test_a_size_that_no_memory_has_is_wrong_usage(cli, pair, option, size):
+    sizes = {"--gpu-gib": "1", option: size}
+    words = [f"{name}={value}" for name, value in sizes.items()]
+    code, out, err = cli("capacity", pair[0], "--ratio", "16", *words)
+    assert (code, out) == (2, "")
+    assert option in err
+    assert "Traceback" not in err
+
+
 def test_a_server_without_its_engine_is_refused_first(cli, monkeypatch):
     monkeypatch.setattr("deltacome.vllm.version.importlib.metadata.version", missing_version)
     assert_refused(cli("serve", "/no/base"), "pip install 'deltacome[vllm]'")

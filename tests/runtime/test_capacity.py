@@ -75,8 +75,9 @@ def test_what_is_refused(bases, artifact):
         capacity(bases["llama"], [], device_bytes=MIB)
     with pytest.raises(MismatchError, match="expected either artifacts or a ratio, got 1"):
         capacity(bases["llama"], [artifact], device_bytes=MIB, ratio=16)
-    with pytest.raises(PlanError, match="ratio: expected a number above 0"):
-        capacity(bases["llama"], [], device_bytes=MIB, ratio=0)
+    for ratio in (0, float("inf"), float("nan")):
+        with pytest.raises(PlanError, match="ratio: expected a finite number above 0"):
+            capacity(bases["llama"], [], device_bytes=MIB, ratio=ratio)
     for share in (90, 0, -0.5, float("nan")):
         with pytest.raises(PlanError, match="utilization: expected a share above 0, at most 1"):
             capacity(bases["llama"], [artifact], device_bytes=MIB, utilization=share)

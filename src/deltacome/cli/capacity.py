@@ -13,6 +13,8 @@ from deltacome.cli.printing import quiet_libraries, say
 
 NAMES = {"slot": "packed terms of a tenant", "beside": "tables and exact values of a tenant"}
 """Figures whose names in Python say too little."""
+MOST_GIB = 2.0**30
+"""More than any machine has; infinity and the like are no numbers of bytes."""
 
 
 def capacity(
@@ -26,7 +28,7 @@ def capacity(
     ] = None,
     kv_gib: Annotated[
         float,
-        typer.Option(min=0, help="KV cache, GiB. A server needs some: this, or --kv-tokens."),
+        typer.Option(help="KV cache, GiB. A server needs some: this, or --kv-tokens."),
     ] = 0,
     kv_tokens: Annotated[int, typer.Option(min=0, help="KV cache, tokens at 16 bits.")] = 0,
     utilization: Annotated[
@@ -39,6 +41,9 @@ def capacity(
     as_json: Json = False,
 ) -> None:
     """Say how many tenants fit beside BASE and a KV cache."""
+    for option, gib in (("--gpu-gib", gpu_gib), ("--kv-gib", kv_gib)):
+        if not 0 <= gib <= MOST_GIB:
+            raise typer.BadParameter(f"expected a size in GiB, got {gib:g}", param_hint=option)
     quiet_libraries()
     from deltacome.device import pick_device
     from deltacome.runtime.capacity import allocate

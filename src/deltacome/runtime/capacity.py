@@ -69,7 +69,8 @@ def capacity(
 
     Raises:
         MismatchError: neither artifact nor ratio, or both, or an artifact of another base's shapes.
-        PlanError: base and cache alone do not fit; or `utilization` is not above 0 and at most 1.
+        PlanError: base and cache alone do not fit; or `utilization` is not above 0 and at most
+            1, or `ratio` not above 0 and finite.
     """
     if not 0 < utilization <= 1:
         raise PlanError(f"utilization: expected a share above 0, at most 1, got {utilization}")
@@ -89,8 +90,8 @@ def capacity(
                     f"got {there.shape}"
                 )
     if ratio is not None:
-        if not ratio > 0:
-            raise PlanError(f"ratio: expected a number above 0, got {ratio}")
+        if not 0 < ratio < math.inf:
+            raise PlanError(f"ratio: expected a finite number above 0, got {ratio}")
         entries = sum(math.prod(info.shape) for info in shapes.tensors.values())
         slot, beside = aligned(math.ceil(2 * entries / ratio)), 0
     else:
