@@ -113,6 +113,17 @@ def test_push_with_scores(cli, at, hub, tmp_path):
     assert cli("push", at.artifact, "org/name", "--scores", tmp_path / "none")[0] == 2
 
 
+@pytest.mark.parametrize("text", ["hello", "\xff", "[" * 10_000, str([1] * 10_000)])
+def test_scores_that_are_none_are_named(cli, at, tmp_path, text):
+    (tmp_path / "good.json").write_text("{}")
+    (tmp_path / "bad.json").write_text(text, encoding="latin-1")
+    files = [word for name in ("good", "bad") for word in ("--scores", tmp_path / f"{name}.json")]
+    code, _, err = cli("push", at.artifact, "org/name", *files)
+    assert code == 2
+    assert "bad.json" in err
+    assert len(err) < 1000
+
+
 def test_names_on_the_hub_instead_of_folders(cli, at, hub):
     artifact = deltacome.Artifact.open(at.artifact)
     commit = artifact.push_to_hub("org/delta", branch="v1").rpartition("/")[2]

@@ -31,7 +31,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload an artifact to the Hub, with a model card that has its sizes, errors and scores."""
-    results = [parse_json(file.read_bytes(), "--scores") for file in scores or []]
+    results = [parse_json(file.read_bytes(), f"--scores {file}") for file in scores or []]
     from deltacome.format.artifact import Artifact
 
     opened = Artifact.from_pretrained(artifact)
