@@ -179,6 +179,16 @@ def test_exit_codes_are_documented(cli):
     assert re.findall(r"\b\d+\b", EXIT_CODES) == ["0", "1", "2", "3", "130"]
 
 
+def test_what_stdout_has_no_letters_for_is_escaped(at):
+    plain = {"PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"}
+    shown = child("inspect", at.artifact, **plain)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert r"64\xd764" in shown.stdout
+    merged = child("merge", at.base, at.artifact, "-o", at.new.with_name("café"), **plain)
+    assert merged.returncode == 0, merged.stderr
+    assert merged.stdout.endswith("caf\\xe9: written\n")
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "said"),
     [

@@ -6,6 +6,7 @@ immediate.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -78,6 +79,9 @@ app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
 
 def main() -> None:
     """Entry point: an exception becomes one line on stderr and an exit code (`EXIT_CODES`)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that its encoding lacks would otherwise throw away the result of hours.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except DeltaError as error:
