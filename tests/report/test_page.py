@@ -264,6 +264,8 @@ def test_nothing_is_left_where_something_is_refused(tmp_path):
         write_report(artifact, page, scores=[tmp_path / "none.json"], png=png)
     with pytest.raises(OutputError, match="cannot be written"):
         write_report(artifact, tmp_path / "a" / "tokenizer.json" / "page.html")
+    with pytest.raises(OutputError, match="expected another place for PNG files"):
+        write_report(artifact, page, png=tmp_path / "a" / ".." / page.name)
     assert sorted(tmp_path.rglob("*")) == before
     page.write_text("mine")
     with pytest.raises(OutputError, match="exists already"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from deltacome.errors import DeltaError
+from deltacome.errors import DeltaError, OutputError
 from deltacome.format.artifact import Artifact, opened
 from deltacome.format.clip import clip
 from deltacome.format.folder import check_output, new_file, new_folder
@@ -47,13 +47,15 @@ def write_report(
     Raises:
         ArtifactError: the artifact is damaged.
         DeltaError: a file of scores cannot be read, or there are no scores of a delta.
-        OutputError: an output exists already or cannot be written.
+        OutputError: an output exists already or cannot be written, or both are the same.
     """
     output, png = Path(output), None if png is None else Path(png)
     files = [Path(score) for score in scores]
     for path in (output, png):
         if path is not None:
             check_output(path)
+    if png is not None and png.resolve() == output.resolve():
+        raise OutputError(f"{png}: expected another place for PNG files than that of the page")
     exams = read_scores(files)
     if files and not any(exam.deltas for exam in exams):
         raise DeltaError(f"{files[0]}: expected scores of a delta, got those of dense models only")
