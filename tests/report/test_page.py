@@ -230,6 +230,30 @@ def test_what_a_plan_left_out_is_said(tmp_path):
     assert [section.key for section in sections(gather(artifact), [])] == ["bytes", "errors"]
 
 
+def test_what_has_no_room_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "PANELS", 2)
+    monkeypatch.setattr(figures, "BESIDE", 1)
+    outside = [f"extra_{i}.weight" for i in range(7)]
+    artifact, _ = save(tmp_path / "a", [*layers(2), *outside])
+    facts = gather(artifact)
+    drawn = {section.key: section for section in sections(facts, [])}
+    both = "Drawn are 2 of 3 projections and 1 of 8 matrices outside blocks"
+    assert both in drawn["widths"].note
+    assert both in drawn["spectra"].note
+    assert "Drawn are 2 of 3 projections; the numbers below have all." in drawn["errors"].note
+    assert "and 2 more." in drawn["errors"].finding
+    # Totals and means are those of all, not of what is drawn.
+    (panel,) = [
+        axes
+        for axes in figures.draw(figures.widths, True, facts).axes
+        if axes.get_title("left") == "outside blocks"
+    ]
+    assert panel.get_title("right") == size(sum(p.nbytes.total() for p in facts.outside))
+    bars = figures.draw(figures.errors, True, facts).axes[0].patches
+    of_first = [p.error for p in facts.places if p.depth == 0]
+    assert bars[0].get_height() == pytest.approx(sum(of_first) / len(of_first))
+
+
 def test_names_from_outside_stay_text(tmp_path):
     artifact, _ = save(tmp_path / "a", [f"model.layers.0.{HOSTILE}.weight", f"{HOSTILE}.weight"])
     write_report(artifact, tmp_path / "page.html")

@@ -156,13 +156,15 @@ def widths(wide: bool, facts: Facts) -> Figure:
 
 def errors(wide: bool, facts: Facts) -> Figure:
     """A map of errors by depth and projection, with the mean of each depth beside it."""
-    names, depths = facts.projections[:PANELS], facts.depths
-    grid = np.full((len(names), len(depths)), np.nan)
-    for row, name in enumerate(names):
+    depths = facts.depths
+    grid = np.full((len(facts.projections), len(depths)), np.nan)
+    for row, name in enumerate(facts.projections):
         for place in facts.of(name):
             if place.error is not None and place.depth is not None:
                 grid[row, depths.index(place.depth)] = place.error
     known = np.ma.masked_invalid(grid)
+    means, known = known.mean(0), known[:PANELS]
+    names = facts.projections[:PANELS]
     bounds = _classes(known.compressed())
     shades = _shades(len(bounds) - 1)
     look: dict[str, Any] = {"cmap": ListedColormap(shades), "edgecolors": LIGHT["paper"]}
@@ -173,7 +175,7 @@ def errors(wide: bool, facts: Facts) -> Figure:
     if wide:
         figure = _figure(wide, 190 + 26 * len(names))
         bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=(80, 26 * len(names)))
-        bars.bar(at, known.mean(0), 0.78, color=LIGHT["accent"], lw=0)
+        bars.bar(at, means, 0.78, color=LIGHT["accent"], lw=0)
         bars.set_ylabel("mean")
         cells.pcolormesh(edges, sides, known, **look)
         cells.set_yticks(range(len(names)), labels, color=LIGHT["ink"])
@@ -181,7 +183,7 @@ def errors(wide: bool, facts: Facts) -> Figure:
     else:
         figure = _figure(wide, 170 + int(min(max(440 / len(depths), 5), 26) * len(depths)))
         cells, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
-        bars.barh(at, known.mean(0), 0.78, color=LIGHT["accent"], lw=0)
+        bars.barh(at, means, 0.78, color=LIGHT["accent"], lw=0)
         bars.set_xlabel("mean")
         bars.xaxis.set_major_locator(MaxNLocator(2))
         cells.pcolormesh(sides, edges, known.T, **look)
@@ -369,7 +371,8 @@ def _panels(wide: bool, facts: Facts, height: int) -> tuple[Figure, dict[str | N
         axes.set_axis_off()
     panels = dict(zip(names, grid.flat, strict=False))
     for name, axes in panels.items():
-        nbytes = sum(place.nbytes.total() for place in _places(facts, name))
+        whole = facts.outside if name is None else facts.of(name)
+        nbytes = sum(place.nbytes.total() for place in whole)
         word = "outside blocks" if name is None else words[name]
         axes.set_title(clip(word, 22 if wide else 14))
         axes.set_title(size(nbytes), loc="right", color=LIGHT["muted"], fontsize="small")

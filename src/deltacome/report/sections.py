@@ -15,6 +15,9 @@ from deltacome.report.facts import CODES, KINDS, Facts, Place
 from deltacome.report.scores import Exam
 from deltacome.report.words import KIND_WORDS, number, share, short_names, size
 
+LISTED = 6
+"""Errors outside blocks that a sentence has at most."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -92,7 +95,7 @@ def _widths(facts: Facts) -> Section:
         "Where the bits went",
         finding,
         "Each panel is one projection, with its total bytes over all layers; layers run from left to "
-        "right. A matrix of 16-bit weights would reach 16.",
+        "right. A matrix of 16-bit weights would reach 16." + _undrawn(facts),
         figures.widths,
         (facts,),
         (*header, "bytes", "bits per weight"),
@@ -105,7 +108,8 @@ def _errors(facts: Facts) -> Section:
     known = [place for place in facts.places if place.error is not None]
     worst = max(known, key=lambda place: place.worst or 0)
     outside = [f"{_name(names, p)} {number(p.error)}" for p in facts.outside if p.error is not None]
-    beside = f" Outside blocks: {', '.join(outside[:6])}." if outside else ""
+    more = f" and {len(outside) - LISTED} more" if len(outside) > LISTED else ""
+    beside = f" Outside blocks: {', '.join(outside[:LISTED])}{more}." if outside else ""
     if facts.dropped:
         beside += f" Matrices left as in the base, with an error of 1: {facts.dropped:,}."
     return Section(
@@ -114,7 +118,8 @@ def _errors(facts: Facts) -> Section:
         f"{number(facts.mean_error)} on average, {number(worst.worst)} at most: {_name(names, worst)}."
         + beside,
         "‖(D − D̂)X‖² / ‖DX‖² for the delta D of a matrix, measured when it was compressed; X holds its "
-        "calibration inputs, or is the identity where there were none.",
+        "calibration inputs, or is the identity where there were none."
+        + _undrawn(facts, outside=False),
         figures.errors,
         (facts,),
         ("matrix", "layer", "error"),
@@ -139,7 +144,8 @@ def _spectra(facts: Facts) -> Section:
         "directions (medians).",
         "‖s u vᵀ‖ of each direction as it is stored, largest first: a singular value, up to "
         "quantisation, where the method takes a plain SVD. Colour shows depth"
-        + (f"; {figures.LINES} layers are drawn." if len(facts.depths) > figures.LINES else "."),
+        + (f"; {figures.LINES} layers are drawn." if len(facts.depths) > figures.LINES else ".")
+        + _undrawn(facts),
         figures.spectra,
         (facts,),
         ("matrix", "layer", "directions", "largest", "middle", "smallest", "half of ‖·‖² in"),
@@ -183,6 +189,15 @@ def _scores(facts: Facts, exams: Sequence[Exam]) -> Section:
 
 def _score(exam: Exam, value: float | None) -> str:
     return share(value) if exam.percent and value is not None else number(value)
+
+
+def _undrawn(facts: Facts, *, outside: bool = True) -> str:
+    """What a figure leaves out for lack of room, as a sentence with a space before it."""
+    there = {"projections": (len(facts.projections), figures.PANELS)}
+    if outside:
+        there["matrices outside blocks"] = (len(facts.outside), figures.BESIDE)
+    said = [f"{most} of {n} {what}" for what, (n, most) in there.items() if n > most]
+    return f" Drawn are {' and '.join(said)}; the numbers below have all." if said else ""
 
 
 def _names(facts: Facts) -> dict[str, str]:
