@@ -7,7 +7,6 @@ Weights of the blocks' linears are rounded to nearest, asymmetric, in groups of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import cells as md
 from lab import Lab, Variant, hash_of
@@ -24,7 +23,7 @@ def make(lab: Lab) -> str:
         base4, tuned = _rounded(lab.dense(lab.base)), lab.dense(lab.tenant(task))
         found = {
             "tuned": lab.measure(task, tuned),
-            "tuned, itself at 4 bits": lab.measure(task, replace(_rounded(tuned), nbytes=None)),
+            "tuned, itself at 4 bits": lab.measure(task, _rounded(tuned)),
             "base at 4 bits": lab.measure(task, base4),
         }
         for name, method, ratio in main_rows(lab.size):

@@ -12,7 +12,7 @@ from typing import Any
 
 import cells as md
 import torch
-from lab import TENANTS, Lab, Variant, device, hash_of, say
+from lab import Lab, Variant, device, hash_of, say
 from rows import RATIO, main_rows
 from safetensors.torch import load_file, save_file
 
@@ -85,7 +85,6 @@ def _train(lab: Lab, task: str, model: Any) -> None:
     """The loop of `examples/tenants/finetune.py`, with the same questions, for the adapter alone."""
     from finetune import CPU_PASSES, Run, Stream, backward, learning_rate
 
-    assert (TENANTS / "finetune.py").exists()
     said = json.loads((lab.tenant(task) / "training.json").read_text())
     steps, tokenizer = said["steps"], lab.tokenizer(task)
     run = Run(task, said["seed"], said["batch"], RATE, steps, None)
