@@ -69,9 +69,13 @@ def _closer(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) 
 
 
 def _keeps(ours: dict[int, dict[str, Any]], tuned: dict[str, Any]) -> list[str]:
-    """The share of the tuned score, draw by draw."""
+    """The share of the tuned score, draw by draw and in their mean."""
     kept = {s: cell["score"] / tuned["score"] for s, cell in ours.items() if tuned["score"]}
     what = f"adaptive at 1/{QUARTER:g}"
-    return [
-        f"{what}, draw {s}: {100 * share:.1f} % of the tuned score" for s, share in kept.items()
+    said = [
+        f"{what}, draw {s}: {100 * share:.2f} % of the tuned score" for s, share in kept.items()
     ]
+    if len(kept) > 1:
+        mean = 100 * sum(kept.values()) / len(kept)
+        said.append(f"{what}, mean of {len(kept)} draws: {mean:.2f} % of the tuned score")
+    return said
