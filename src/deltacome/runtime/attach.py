@@ -53,7 +53,7 @@ def attach(
     vocabulary (ids, logits, `vocab_size`) and, where the artifact carries one, its `generation_config`.
 
     A mapping from names to artifacts makes several tenants resident. The model stays the base, except
-    within `using`:
+    within `using` (its `generation_config` stays there too: give `generate` a tenant's end tokens):
 
         with attach(model, {"math": "math-delta", "code": "code-delta"}) as attached:
             with attached.using("math"):
