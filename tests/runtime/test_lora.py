@@ -7,13 +7,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from artifact_helpers import random_artifact
+from artifact_helpers import random_artifact, random_packed
 from runtime_helpers import assert_close, load, logits, make_base, some_ids
 from safetensors.torch import load_file
 
 from deltacome.errors import OutputError, PlanError, UnsupportedError
 from deltacome.runtime import export_lora, merge
-from deltacome.runtime.lora import _factors
+from deltacome.runtime.lora import _error, _factors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compression"))
 import families
@@ -88,6 +88,13 @@ def test_signs_need_a_rank(bases, tmp_path):
         s = torch.linalg.svdvals(artifact.packed(name).dense().double())
         best = float(s[8:].square().sum() / s.square().sum())
         assert said.errors[name.removesuffix(".weight")] == pytest.approx(best, rel=1e-3)
+
+
+def test_a_delta_of_nothing_has_no_error():
+    packed = random_packed((64, 64), "one", None, 64, 0)
+    assert packed.signs is not None
+    packed.signs.scale.zero_()
+    assert _error(packed, *_factors(packed, 2)) == 0.0  # not nan
 
 
 def test_lora_only_says_what_it_leaves_out(bases, tmp_path):

@@ -284,13 +284,15 @@ def _balanced(b_OR: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
 def _error(packed: Packed, b_OR: Tensor, a_RI: Tensor) -> float:
     if packed.signs is not None:
         delta = packed.dense()
-        return float((delta - b_OR.float() @ a_RI.float()).square().sum() / delta.square().sum())
-    u = torch.cat([band.u.dequantize() for band in packed.bands]).T.double()
-    v = torch.cat([band.s[:, None] * band.v.dequantize() for band in packed.bands]).double()
-    # ‖UV − BA‖² from grams of the factors side by side, so a vocabulary's delta is never made dense.
-    left, right = torch.cat([u, -b_OR.double()], 1), torch.cat([v, a_RI.double()])
-    size = float(((u.T @ u) * (v @ v.T)).sum())
-    error = float(((left.T @ left) * (right @ right.T)).sum())
+        size = float(delta.square().sum())
+        error = float((delta - b_OR.float() @ a_RI.float()).square().sum())
+    else:
+        u = torch.cat([band.u.dequantize() for band in packed.bands]).T.double()
+        v = torch.cat([band.s[:, None] * band.v.dequantize() for band in packed.bands]).double()
+        # ‖UV − BA‖² from grams of the factors side by side: a vocabulary's delta is never made dense.
+        left, right = torch.cat([u, -b_OR.double()], 1), torch.cat([v, a_RI.double()])
+        size = float(((u.T @ u) * (v @ v.T)).sum())
+        error = float(((left.T @ left) * (right @ right.T)).sum())
     return max(0.0, error) / size if size else 0.0
 
 
