@@ -16,7 +16,7 @@ import torch
 from tiny_pairs import copy_of, tree
 
 import deltacome
-from deltacome import DeltaCome, DeltaError, compress, merge
+from deltacome import Adaptive, DeltaCome, DeltaError, compress, merge
 from deltacome.compression import planning
 from deltacome.errors import ArtifactError, OutputError, PlanError
 from deltacome.format.folder import new_folder
@@ -87,6 +87,12 @@ def test_fewer_rows_than_were_asked_for(pairs, monkeypatch, tmp_path):
     rows = None  # those of the interrupted run are kept
     again = compress(*pairs["small"], tmp_path / "b", resume=True, **options)
     assert tree(again.path) == tree(artifact.path)
+
+
+def test_adaptive_on_text_of_the_model_itself(pairs, tmp_path):
+    options = QUICK | {"calibration": "self", "method": Adaptive(distill=0)}
+    with pytest.warns(UserWarning, match="^calibration self: adaptive keeps what its text shows"):
+        compress(*pairs["small"], tmp_path / "a", **options)
 
 
 @pytest.mark.parametrize("source", ["text", "none"])

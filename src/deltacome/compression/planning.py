@@ -170,6 +170,12 @@ def _draw_rows(run: Run) -> list[Row]:
         warnings.warn(
             f"calibration {source}: it gives {len(rows)} of {asked.samples} rows", stacklevel=2
         )
+    if source == "self" and isinstance(run.method, Adaptive):
+        warnings.warn(
+            "calibration self: adaptive keeps what its text shows, and text that the tuned model wrote "
+            "itself shows little: give questions with answers from its task, or use delta-come",
+            stacklevel=2,
+        )
     if picture_token(run.model) is not None and not any(row.seen for row in rows):
         warnings.warn(
             f"calibration {source}: {type(run.model).__name__} takes pictures, and none of "
