@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+
 import cells as md
 from lab import Lab
 from rows import RATIO
 
-from deltacome import Adaptive, DeltaCome
+from deltacome import Adaptive, DeltaCome, compress
 from deltacome.methods.method import Method
 
-ROWS, ROW_TOKENS = 128, 256
-"""How much the tuned model writes where a command is given no text: defaults of `deltacome compress`."""
+DEFAULTS = inspect.signature(compress).parameters
+ROWS, ROW_TOKENS = DEFAULTS["samples"].default, DEFAULTS["seq_len"].default
+"""How much the tuned model writes where `compress` is given no text."""
 
 
 def make(lab: Lab) -> str:
