@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
-from tiny_pairs import make_pair
+from tiny_pairs import copy_of, make_pair, rewrite, weights_of
 
 from deltacome import Adaptive, BitDelta, DeltaCome, LowRank, PrinMix
 
@@ -63,7 +63,7 @@ def lab(tables, tmp_path_factory):
 
 
 NAMES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
-NAMES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "rates")
+NAMES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "longer", "rates")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,7 +79,10 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         monkeypatch.setattr("deltacome.compression.search.GENERATIONS", 1)
     if name == "unseen":
         monkeypatch.setattr(tables(name), "MARKS", ("four",))
-    if name in ("ablation", "unseen", "texts"):
+    if name == "longer":
+        longer = _farther(lab.base, lab.given["tiny"], tmp_path / "longer")
+        monkeypatch.setitem(lab.given, "tiny-longer", longer)
+    if name in ("ablation", "unseen", "texts", "longer"):
         monkeypatch.setattr(tables(name), "RATIO", 4.0)
     if name == "texts":
         monkeypatch.setattr(tables(name), "ROWS", 3)
@@ -106,10 +109,24 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
     if name == "texts":
         kls = [line.split("|")[-3] for line in table[2:]]
         assert len(set(kls)) == 5, kls  # each text gives another delta
+    if name == "longer":
+        half = len(table) // 2
+        short, long = (
+            float(row.split("|")[-3].split("±")[0]) for row in (table[2], table[half + 1])
+        )
+        assert long > short  # the base is farther from a model that was trained longer
+        assert sum("the delta of" in line for line in text.splitlines()) == 2
     # Once more: everything is kept, so nothing is compressed, trained or measured.
     monkeypatch.setattr("deltacome.compress", None)
     monkeypatch.setattr(tables("lab"), "generate", None)
     assert tables(name).make(lab) == text
+
+
+def _farther(base: Path, tuned: Path, to: Path) -> Path:
+    """A fine-tune whose delta is twice that of another."""
+    of_base, of_tuned = weights_of(base), weights_of(tuned)
+    rewrite(copy_of(tuned, to), {name: 2 * w - of_base[name] for name, w in of_tuned.items()})
+    return to
 
 
 def test_runtime_and_dense_weights_agree(lab):

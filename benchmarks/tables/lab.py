@@ -152,6 +152,12 @@ class Lab:
             Lab(self.base, self.work, size, self.given, self.only_kept, reads=source)
         )
 
+    def training(self, steps: int) -> Lab:
+        """A lab whose tenants are trained for another number of steps, or given as `TASK-longer`."""
+        size, end = replace(self.size, steps=steps), "-longer"
+        given = {t.removesuffix(end): f for t, f in self.given.items() if t.endswith(end)}
+        return self._beside(Lab(self.base, self.work, size, given, self.only_kept))
+
     def _beside(self, lab: Lab) -> Lab:
         """The other lab, whose threads and agreement figures are printed with this one's."""
         lab._agreement, lab._threads = self._agreement, self._threads

@@ -21,9 +21,21 @@ from origin import origin
 from transformers.utils import logging
 
 TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
-TABLES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "rates")
+TABLES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "longer", "rates")
 HOUR = ("t3", "t8", "case")
-FILTERED = ("t3", "t5", "t8", "t10", "t11", "goals", "ablation", "unseen", "texts", "rates")
+FILTERED = (
+    "t3",
+    "t5",
+    "t8",
+    "t10",
+    "t11",
+    "goals",
+    "ablation",
+    "unseen",
+    "texts",
+    "longer",
+    "rates",
+)
 """Tables that can show only those of their cells that exist."""
 LESS = {"steps": 80, "rows": 128, "fit": 24, "distill": 96, "kl_questions": 250, "beside": False}
 """Reduced training, calibration text and distillation, alike for all methods that have a last step."""
