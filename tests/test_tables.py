@@ -108,7 +108,7 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         assert "adaptive at 1/4.5 less Delta-CoMe at 1/4, mean of 2 draws: " in text
     if name == "texts":
         kls = [line.split("|")[-3] for line in table[2:]]
-        assert len(set(kls)) == 5, kls  # each text gives another delta
+        assert len(set(kls)) == 7, kls  # each text gives another delta
     if name == "longer":
         half = len(table) // 2
         short, long = (

@@ -115,7 +115,8 @@ class Lab:
         tenants: task → folder of a fine-tune that exists already; others are trained.
         only_kept: see `wanted`.
         hides: strings that no question in the calibration text may contain.
-        reads: `self` or `none`, as the command takes them, instead of the usual calibration text.
+        reads: `self` or `none`, as the command takes them, instead of the usual calibration text; or
+            `prompts`, the usual text with the tuned model's answers.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Lab:
         )
 
     def reading(self, source: str, rows: int, row_tokens: int) -> Lab:
-        """A lab whose calibration text is the tuned model's own (`self`), or that has none (`none`)."""
+        """A lab with other calibration text: `reads` says which."""
         size = replace(self.size, rows=rows, row_tokens=row_tokens)
         return self._beside(
             Lab(self.base, self.work, size, self.given, self.only_kept, reads=source)
@@ -203,7 +204,8 @@ class Lab:
         # Taken from the same sequence of questions, however many are left out.
         made = training(TASKS[task], 1000 + seed, 0, 3 * wanted if self.hides else wanted)
         made = [q for q in made if not any(mark in q.prompt for mark in self.hides)][:wanted]
-        lines = [{"prompt": q.prompt, "answer": q.answer} for q in made]
+        answered = self.reads != "prompts"
+        lines = [{"prompt": q.prompt} | ({"answer": q.answer} if answered else {}) for q in made]
         lines += [{"text": cut} for cut in general_text(count, self.size.row_tokens, seed)]
         content = "".join(json.dumps(line) + "\n" for line in lines)
         file = self.work / "calibration" / f"{task}-{hash_of(content)}.jsonl"
@@ -253,7 +255,7 @@ class Lab:
         identity = [*hashes, options, ratio, seed, code_hash(method), self.size.row_tokens]
         if not (method.calibrates or options.get("distill")):
             text = named = None
-        elif self.reads:
+        elif self.reads in ("self", "none"):
             text, named = self.reads, f"{self.reads} {self.size.rows}"
         else:
             file = self.calibration(task, seed)

@@ -1,4 +1,4 @@
-"""What calibration text is worth: the usual text of the tables, the command's default, and none."""
+"""What calibration text is worth: the usual text, its questions alone, the default, none."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ ROWS, ROW_TOKENS = DEFAULTS["samples"].default, DEFAULTS["seq_len"].default
 def make(lab: Lab) -> str:
     task, usual = lab.size.side[0], f"{lab.size.rows} rows, of the task for the most part"
     own = f"{ROWS} rows by the tuned model, the command's default"
+    asked = f"{lab.size.rows} rows, the same questions answered by the tuned model"
+    prompts = lab.reading("prompts", lab.size.rows, lab.size.row_tokens)
     written, without = lab.reading("self", ROWS, ROW_TOKENS), lab.reading("none", 1, 2)
     theirs, ours = DeltaCome(), Adaptive(distill=lab.size.fit)
     points: list[tuple[str, str, Lab, Method, float]] = [
         ("Delta-CoMe", usual, lab, theirs, RATIO),
+        ("Delta-CoMe", asked, prompts, theirs, RATIO),
         ("Delta-CoMe", own, written, theirs, RATIO),
         ("Delta-CoMe", "none", without, theirs, RATIO),
         ("adaptive", usual, lab, ours, 2 * RATIO),
+        ("adaptive", asked, prompts, ours, 2 * RATIO),
         ("adaptive", own, written, ours, 2 * RATIO),
     ]
     tuned, questions = lab.measure(task, lab.dense(lab.tenant(task))), lab.questions(task)

@@ -78,10 +78,12 @@ def test_objects_with_text_messages_or_prompt_and_answer(tuned, tmp_path):
 @pytest.mark.parametrize(("who", "what"), [("from", "value"), ("role", "content")])
 def test_conversations(tuned, tmp_path, who, what):
     said = [("system", "be"), ("human", "an <image> of"), ("gpt", "two"), ("user", "three")]
+    said += [("gpt", "four")]
     item = {"conversations": [{who: role, what: text} for role, text in said]}
     (row,) = rows_of(write_jsonl(tmp_path / "c.jsonl", [item]), tuned, seq_len=200)
     assert decode(tuned, row) == (
         "<|system|>be<end><|user|>an <image> of<end><|assistant|>two<end><|user|>three<end>"
+        "<|assistant|>four<end>"
     )
 
 
@@ -109,7 +111,8 @@ def test_tools_are_in_the_text(tuned, tmp_path, written):
     folder = shutil.copytree(tuned, tmp_path / "tuned")
     (folder / "chat_template.jinja").write_text(template)
     tools = [{"type": "function", "function": {"name": "plus", "parameters": {}}}]
-    chat = {"messages": [{"role": "user", "content": "one"}]}
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    chat = {"messages": turns}
     items = [chat | {"tools": written(tools)}, chat | {"tools": None}]
     rows = rows_of(write_jsonl(tmp_path / "c.jsonl", items), folder, seq_len=200)
     assert sorted(decode(folder, row) for row in rows) == ["one", "plus one"]
@@ -135,7 +138,9 @@ def test_blank_lines_and_rare_line_separators_are_no_lines(tuned, tmp_path):
     [
         ('{"text": "one two"}\n{"text": ', r"c\.jsonl:2: not valid JSON"),
         ('{"text": "one two"}\n\n[1, 2]', r"c\.jsonl:3: expected an object with text"),
-        ('{"prompt": "one"}', r"c\.jsonl:1: expected an object with text"),
+        ('{"prompt": "one", "completion": "two"}', r"c\.jsonl:1: expected an object with text"),
+        ('{"prompt": null}', r"c\.jsonl:1: expected a text as prompt, got None"),
+        ('{"answer": "two"}', r"c\.jsonl:1: expected an object with text"),
         ('{"text": null}', r"c\.jsonl:1: expected an object with text"),
         ('{"prompt": "a", "answer": null}', r"c\.jsonl:1: expected a text as answer, got None"),
         ('{"messages": [{"content": "no role"}, 3]}', r"c\.jsonl:1: "),
@@ -194,6 +199,63 @@ def test_a_text_of_one_token_is_no_row(tuned, tmp_path):
     (tmp_path / "c.txt").write_text("a")
     with pytest.raises(CalibrationError, match="no row of two tokens"):
         rows_of(tmp_path / "c.txt", tuned)
+
+
+QUESTION = {"role": "user", "content": "one plus"}
+ASKED = {
+    "prompt": {"prompt": "one plus"},
+    "messages": {"messages": [QUESTION]},
+    "conversations": {"conversations": [{"from": "human", "value": "one plus"}]},
+}
+
+
+@pytest.mark.parametrize("item", ASKED.values(), ids=list(ASKED))
+def test_what_has_no_answer_is_answered_by_the_tuned_model(tuned, tmp_path, item):
+    whole = {"prompt": "three", "answer": "four"}
+    source = write_jsonl(tmp_path / "c.jsonl", [whole, item | {"system": "be"}, whole, item])
+    steps = []
+    with pytest.warns(UserWarning, match="c.jsonl: 2 of its rows have no answer"):
+        rows = rows_of(source, tuned, seq_len=80, on_step=lambda *step: steps.append(step))
+    said = [decode(tuned, row) for row in rows]
+    assert said[0] == said[2] == "<|user|>three<end><|assistant|>four<end>"
+    for text, opened in ((said[1], "<|system|>be<end>"), (said[3], "")):
+        opened += "<|user|>one plus<end><|assistant|>"
+        assert text.startswith(opened)
+        assert len(text) > len(opened)
+    assert all(len(row) <= 80 for row in rows)
+    assert steps == [(2, 2)]
+    for seed in (0, 1):  # it draws the answers
+        with pytest.warns(UserWarning, match="no answer"):
+            again = rows_of(source, tuned, seq_len=80, seed=seed)
+        assert (again == rows) == (seed == 0)
+
+
+def test_answers_come_back_to_their_prompts(tuned, tmp_path):
+    """Whatever their lengths, by which they are batched."""
+    asked = ["one two three four five six", "two", "one two three", "four"] * 10
+    source = write_jsonl(tmp_path / "c.jsonl", [{"prompt": prompt} for prompt in asked])
+    with pytest.warns(UserWarning, match="40 of its rows"):
+        rows = rows_of(source, tuned, samples=40, seq_len=60)
+    for row, prompt in zip(rows, asked, strict=True):
+        assert decode(tuned, row).startswith(f"<|user|>{prompt}<end><|assistant|>")
+
+
+def test_a_prompt_that_fills_its_row_is_text(tuned, tmp_path):
+    long = {"prompt": "one two three four " * 8}
+    (first, *rest) = rows_of(write_jsonl(tmp_path / "c.jsonl", [long]), tuned, seq_len=16)
+    assert decode(tuned, first).startswith("<|user|>one two")
+    assert "<|assistant|>" not in "".join(decode(tuned, row) for row in rest)
+
+
+def test_a_prompt_without_a_template_is_continued(plain, pairs, tmp_path):
+    weights = pairs["llama"][1] / "model.safetensors"
+    (plain / "model.safetensors").symlink_to(weights)
+    (plain / "config.json").symlink_to(weights.with_name("config.json"))
+    source = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "four "}, {"prompt": ""}])
+    with pytest.warns(UserWarning, match="1 of its rows"):
+        (row,) = rows_of(source, plain)
+    assert decode(plain, row).startswith("four ")
+    assert len(decode(plain, row)) > len("four ")
 
 
 def test_self_writes_rows_within_the_limit(tuned):
@@ -270,7 +332,7 @@ def test_plain_text_beside_a_template_has_its_special_tokens(tmp_path):
         single="<start> $A", special_tokens=[("<start>", 1)]
     )
     tokenizer.save_pretrained(tmp_path / "t")
-    turns = [{"role": "user", "content": "one"}]
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     chat = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}])
     (row,) = rows_of(chat, tmp_path / "t", seq_len=200)
     assert row[0] != 1

@@ -4,7 +4,7 @@ Half of the rows are conversations: with the chat template opened at the user's 
 instruction-tuned model invents the question too (as in Magpie, Xu et al. 2024, arXiv 2406.08464), then
 answers it. The other half starts from a random token (as in LLM-QAT, Liu et al. 2023,
 arXiv 2305.17888), so that the rest of what the model knows is covered. The text is sampled, since greedy
-text repeats itself.
+text repeats itself. It also answers prompts that a file has no answers for.
 
 The whole tuned model is in memory while it writes, in float32 on a CPU that is slow at 16 bit. Where it
 does not fit, give a file instead. Nor does it write pictures: for a vision-language model, give a file
@@ -16,7 +16,8 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from deltacome.skeleton import model_class, read_config
 
 _MARK = "USERTEXT"
 _QUESTION_TOKENS = 64
+_BATCH = 32
 
 
 def write_rows(
@@ -40,12 +42,7 @@ def write_rows(
 ) -> list[list[int]]:
     """Has the tuned model write rows; the global random state is left as it was."""
     samples, seq_len = asked.samples, asked.seq_len
-    kind = model_class(read_config(tuned), tuned)  # a vision-language model can write too
-    dtype = torch.float32 if device == "cpu" and _slow_at_16_bit() else "auto"
-    model: Any = kind.from_pretrained(tuned, dtype=dtype, trust_remote_code=False)
-    model.to(device).eval()
-    # The model as it is, without its makers' settings against repetition and the like.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    model = _load(tuned, device)
     draw = random.Random(asked.seed)
     special = set(tokenizer.all_special_ids)
     ordinary = [i for i in range(len(tokenizer)) if i not in special]
@@ -53,10 +50,9 @@ def write_rows(
     opening = _opening(tokenizer)
     chats = samples // 2 if opening else 0
     rows: list[list[int]] = []
-    with torch.random.fork_rng(devices=[] if device == "cpu" else None):
-        torch.manual_seed(asked.seed)
-        for start in range(0, samples, 32):
-            size = min(32, samples - start)
+    with _seeded(asked.seed, device):
+        for start in range(0, samples, _BATCH):
+            size = min(_BATCH, samples - start)
             in_chat = max(0, min(chats - start, size))
             if in_chat:
                 rows += _converse(model, tokenizer, [opening] * in_chat, seq_len)
@@ -67,6 +63,47 @@ def write_rows(
     del model
     gc.collect()
     return rows
+
+
+def write_answers(
+    prompts: list[list[int]],
+    asked: Calibration,
+    tokenizer: Any,
+    tuned: Path,
+    device: str,
+    on_step: Callable[[int, int], None],
+) -> list[list[int]]:
+    """Has the tuned model answer prompts, each shorter than a row; returns rows in their order."""
+    model = _load(tuned, device)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
+    rows: dict[int, list[int]] = {}
+    with _seeded(asked.seed, device):
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            found = _continue(model, tokenizer, [prompts[i] for i in batch], asked.seq_len)
+            rows.update(zip(batch, found, strict=True))
+            on_step(start + len(batch), len(order))
+    del model
+    gc.collect()
+    return [rows[i] for i in range(len(prompts))]
+
+
+def _load(tuned: Path, device: str) -> Any:
+    kind = model_class(read_config(tuned), tuned)  # a vision-language model can write too
+    dtype = torch.float32 if device == "cpu" and _slow_at_16_bit() else "auto"
+    model: Any = kind.from_pretrained(tuned, dtype=dtype, trust_remote_code=False)
+    model.to(device).eval()
+    # The model as it is, without its makers' settings against repetition and the like.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model
+
+
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
+    """Leaves the global random state as it was."""
+    with torch.random.fork_rng(devices=[] if device == "cpu" else None):
+        torch.manual_seed(seed)
+        yield
 
 
 def _slow_at_16_bit() -> bool:
