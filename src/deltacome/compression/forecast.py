@@ -142,7 +142,10 @@ def forecast(
         check_length(seq_len, there.path)
     manifest = Manifest("base", None, DeltaCome().options(), {}, records)
     sizes, largest = _sizes(manifest, matrices, ratios)
-    tokens = 0 if calibration == "none" else samples * seq_len
+    tokens = states = 0
+    if calibration != "none":
+        tokens = samples * seq_len
+        states = tokens * records[found.names[str(layout.embedding)]].shape[-1]
     inside = _blocks(layout, where)
     return Forecast(
         tensors=len(records),
@@ -152,7 +155,7 @@ def forecast(
         sizes=sizes,
         exact=_exact(records, layout, where),
         calibration=calibration if calibration != "none" else None,
-        memory=_memory(records, matrices, inside, tokens, calibration),
+        memory=_memory(records, matrices, inside, states, calibration),
         # Units and the artifact made of them exist together; with calibration, so do its rows.
         disk=2 * (sizes[0].nbytes or math.ceil(manifest.tuned_nbytes() / largest)),
         seconds=_seconds(records, matrices, inside, tokens, ratios[0]) if probe else {},
@@ -227,22 +230,24 @@ def _memory(
     records: dict[str, Record],
     matrices: dict[str, Matrix],
     blocks: dict[str, list[str]],
-    tokens: int,
+    states: int,
     calibration: str,
 ) -> dict[str, int]:
-    """Peaks, including what the process holds now (mostly libraries)."""
+    """Peaks, including what the process holds now (mostly libraries).
+
+    `states` is the number of entries that the hidden states of all calibration tokens have.
+    """
     now = psutil.Process().memory_info().rss
     entries = {name: math.prod(record.shape) for name, record in records.items()}
     size = {name: DTYPES[record.dtype].itemsize for name, record in records.items()}
     largest = max(entries, key=lambda name: entries[name])
     said = {"survey": now + 3 * entries[largest] * size[largest]}
     rest = 0
-    if tokens:
+    if states:
         block = max(blocks.values(), key=lambda names: sum(entries[name] for name in names))
-        hidden = records[largest].shape[-1]
         inputs = max((matrices[name].shape[1] for name in block if name in matrices), default=0)
         # Hidden states twice while a block advances, its weights in float32, one gram and its factor.
-        rest = 4 * (2 * tokens * hidden + sum(entries[name] for name in block)) + 28 * inputs**2
+        rest = 4 * (2 * states + sum(entries[name] for name in block)) + 28 * inputs**2
     said["blocks"] = now + rest + max((_working(m.shape) for m in matrices.values()), default=0)
     if calibration == "self":
         said["calibration text (the tuned model writes it)"] = now + 4 * sum(entries.values())
