@@ -113,8 +113,7 @@ def direction_costs(delta_OI: Tensor) -> np.ndarray:
     columns = [torch.ones_like(s_R)]
     for bits in WIDTHS:
         error_RI = round_nearest(v_RI, bits).dequantize() - v_RI
-        # A direction that costs more rounded than dropped is taken to cost the same.
-        columns.append(error_RI.square().mean(1).clamp(max=1))
+        columns.append(error_RI.square().mean(1))  # at most 1, as 0 is on every grid
     return (torch.stack(columns, 1) * s_R[:, None].square()).double().cpu().numpy()
 
 
