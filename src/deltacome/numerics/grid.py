@@ -47,7 +47,8 @@ def min_max_grid(
     up_RG = (step_RG / _HALF_UNIT).ceil() * _HALF_UNIT
     step_RG = torch.where(step_RG < _HALF.tiny, up_RG, step_RG)
     scale_RG = torch.where(step_RG > 0, step_RG, 1.0).to(torch.float16)
-    zero_RG = torch.minimum((-low_RG / scale_RG.float()).round_(), levels_R1)
+    # At most the highest code: float16 rounds a scale by less than half a step of 255.
+    zero_RG = (-low_RG / scale_RG.float()).round_()
     return scale_RG, zero_RG.to(torch.uint8)
 
 
