@@ -40,7 +40,7 @@ def split_name(
             f"{text}: expected a folder, got a file{what if text.endswith('.gguf') else ''}"
         )
     match = NAME.fullmatch(text)
-    if match is None or Path(text).exists():
+    if match is None:
         raise refused(f"{text}: expected a folder, or org/name on the Hub; found none")
     if match["revision"] and revision is not None:
         raise refused(f"{text}: already names a revision, got {revision!r} as well")
