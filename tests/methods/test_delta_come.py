@@ -97,6 +97,18 @@ def test_dead_inputs():
     assert 0 < error < 0.2
 
 
+def test_a_direction_that_inputs_reach_by_rounding_alone():
+    """What it lets through then comes out below 0 about as often as above."""
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        x, delta = (torch.randn(n, 40, generator=generator) for n in (1, 24))
+        delta -= delta @ torch.linalg.pinv(x) @ x
+        plans, gram = {"w": (Band(8, 1),)}, 1e6 * x.T @ x
+        packed = compressed(DeltaCome(), {"w": delta}, plans, gram)["w"]
+        u, s, v = torch.linalg.svd(delta)
+        torch.testing.assert_close(packed.dense(), s[0] * u[:, :1] @ v[:1], atol=0.03, rtol=0)
+
+
 def test_a_delta_of_zero_stays_zero():
     bands = bands_of(torch.zeros(OUT, IN), (Band(8, 1), Band(2, 3)), None)
     assert not dense(bands).any()

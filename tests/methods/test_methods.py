@@ -18,6 +18,7 @@ from deltacome.methods.method import Matrix, Terms
 from deltacome.methods.prinmix import WIDTHS, PrinMix, best_plan, direction_costs
 from deltacome.methods.residual import Residual
 from deltacome.methods.template import parse_template
+from deltacome.numerics.gptq import factor_gram, quantize_v
 from deltacome.numerics.gram import relative_error
 
 SHAPES = {"a": (OUT, IN), "b": (OUT, IN), "c": (320, IN), "d": (64, IN)}
@@ -178,6 +179,14 @@ def test_the_program_is_optimal():
             assert cost(plan) >= cost(found) * 0.999
 
 
+def test_what_one_matrix_cannot_spend_goes_to_those_after_it():
+    """Of so small matrices a direction is a large part of the bytes."""
+    shape, delta = (32, 128), long_tailed(32, 128)
+    nbytes = 12 * 220
+    plans = PrinMix().planner({i: Matrix(shape, lambda: delta) for i in range(12)})(nbytes)
+    assert 0.95 * nbytes < sum(plan.nbytes(shape) for plan in plans.values()) <= nbytes
+
+
 def test_prinmix_names_the_matrix_that_it_cannot_plan(monkeypatch):
     gives_up = SimpleNamespace(x=None, message="time is up")
     monkeypatch.setattr("deltacome.methods.prinmix.milp", lambda *_, **__: gives_up)
@@ -228,6 +237,22 @@ def test_directions_are_shared_out_on_the_cpu(monkeypatch):
     monkeypatch.setattr(Adaptive, "spectrum", lambda *_: there)
     plans = Adaptive().planner({"w": Matrix((IN, IN), lambda: torch.empty(0))})(IN * IN / 8)
     assert plans["w"].bands
+
+
+def test_a_higher_penalty_on_leaving_out_leaves_out_less(monkeypatch):
+    matrix, ranks = Matrix((OUT, IN), long_tailed), []
+    for cut in (1.0, 3.0, 9.0):
+        monkeypatch.setattr("deltacome.methods.adaptive.CUT", cut)
+        ranks.append(rank(Adaptive().planner({"w": matrix})(OUT * IN / 8)["w"].bands))
+    assert ranks[0] < ranks[1] < ranks[2]
+
+
+def test_codes_are_found_with_the_damping_that_is_asked_for():
+    gram, v = some_gram(), torch.randn(5, IN, generator=torch.Generator().manual_seed(1))
+    codes = [Adaptive(damping=0.5)._quantize(v, torch.tensor(2), gram).codes]
+    codes += [quantize_v(v, factor_gram(gram, damping), 2).codes for damping in (0.5, 0.01)]
+    assert torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[0], codes[2])
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])

@@ -75,6 +75,16 @@ def test_an_error_that_avoids_a_loud_direction_is_not_drowned():
     assert output_energy(error, gram) == pytest.approx(float(error.square().sum()), rel=1e-3)
 
 
+def test_an_error_that_avoids_all_inputs_is_not_below_zero():
+    """Rounding alone is left of it, of either sign, and a manifest takes no error below 0."""
+    energies = []
+    for seed in range(8):
+        x, error = 1e3 * draw(3, 40, seed=seed), draw(5, 40, seed=seed + 8)
+        error -= error @ torch.linalg.pinv(x) @ x
+        energies.append(output_energy(error, x.T @ x))
+    assert min(energies) == 0 < max(energies)
+
+
 def test_relative_error_of_nothing():
     zero, one = torch.zeros(2, 3), torch.ones(2, 3)
     assert relative_error(zero, zero, torch.eye(3)) == 0

@@ -93,6 +93,12 @@ def test_damping_lets_unseen_inputs_count():
         weighted_svd(delta(), 3, None, torch.zeros(24), damping=0.0)
 
 
+def test_a_diagonal_is_damped_as_the_whole_is():
+    outputs = torch.linspace(0, 2, 24)
+    alone, whole = (weighted_spectrum(delta(), None, w, 0.1) for w in (outputs, outputs.diag()))
+    torch.testing.assert_close(alone, whole)
+
+
 def test_sizes_must_fit():
     with pytest.raises(MismatchError, match="weights of 40 inputs"):
         weighted_svd(delta(), 3, torch.eye(24), None)
