@@ -249,6 +249,11 @@ SIGNS = {
         # A grown vocabulary: the scales are those of the rows that both have.
         ({"base_shape": [3, 6], "exact_rows": [3, 4], "sign_scales": 4}, "1 or 3 sign_scales"),
         ({"base_shape": [5, 6], "sign_scales": 5}, "1 or 4 sign_scales"),
+        # Rows of a transposed matrix are inputs, to which none can be added.
+        (
+            {"transposed": True, "base_shape": [3, 6], "exact_rows": [3, 4]},
+            "where all rows are covered, got 3 of 4",
+        ),
     ],
 )
 def test_what_signs_may_not_be(change, message):
@@ -261,6 +266,13 @@ def test_signs_need_a_base():
     value = {"kind": "signs", "shape": [4, 4], "dtype": "float32", "sign_scales": 1}
     with pytest.raises(ArtifactError, match="a matrix that the base has"):
         record_from_json("w", value)
+
+
+def test_a_number_is_not_taken_from_a_vector():
+    value = {"kind": "same", "shape": [], "dtype": "float32", "base_sample": "", "base_digest": ""}
+    assert record_from_json("w", value).base_shape == ()
+    with pytest.raises(ArtifactError, match=r"a base of row shape \(\), got \(5,\)"):
+        record_from_json("w", value | {"base_shape": [5]})
 
 
 def test_unaccounted_new_tensor():

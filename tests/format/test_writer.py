@@ -6,7 +6,8 @@ import torch
 
 from deltacome.errors import ArtifactError, OutputError
 from deltacome.format.artifact import Artifact
-from deltacome.format.writer import ArtifactWriter, Unit
+from deltacome.format.folder import new_folder
+from deltacome.format.writer import ArtifactWriter, Unit, grouped
 
 RUN = {"base": "some/base", "seed": 0, "plan": [[2, 4]]}
 
@@ -180,6 +181,25 @@ def test_nothing_at_the_output_when_finishing_fails(tmp_path, fault):
     writer.save("all", golden.unit())
     writer.finish(["all"], golden.manifest())
     Artifact.open(tmp_path / "out").verify_bytes()
+
+
+def test_groups_are_as_large_as_the_limit_allows():
+    sizes = {"a": 2, "b": 2, "c": 1, "d": 9, "e": 1}
+    assert list(grouped(sizes.items(), 4)) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_what_a_killed_process_left_does_not_get_into_the_output(tmp_path):
+    for name in ("out", "dense"):
+        (tmp_path / f"{name}.partial" / "final").mkdir(parents=True)
+        (tmp_path / f"{name}.partial" / "lock").touch()
+        (tmp_path / f"{name}.partial" / "final" / "half").touch()
+    writer = ArtifactWriter(tmp_path / "out", RUN, resume=True)
+    writer.save("all", golden.unit())
+    writer.finish(["all"], golden.manifest())
+    assert not (tmp_path / "out" / "half").exists()
+    with new_folder(tmp_path / "dense") as folder:
+        (folder / "whole").touch()
+    assert [file.name for file in (tmp_path / "dense").iterdir()] == ["whole"]
 
 
 def test_folder_that_cannot_be_written(tmp_path):

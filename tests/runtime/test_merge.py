@@ -68,7 +68,8 @@ def test_files_beside_the_weights(bases, tmp_path):
     make_base("llama", base)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "notes.txt"):
         (base / name).write_text(f"base {name}")
-    files = {name: f"tuned {name}".encode() for name in ("tokenizer.json", "README.md")}
+    carried = ("tokenizer.json", "README.md", "canary.json")
+    files = {name: f"tuned {name}".encode() for name in carried}
     artifact = random_artifact(base, tmp_path / "delta", files=files, eos_token_id=9)
     out = merge(base, artifact, tmp_path / "out")
     assert {file.name for file in out.iterdir()} == {

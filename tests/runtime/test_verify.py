@@ -63,13 +63,13 @@ def test_grown_and_untied(bases, tmp_path, terms):
     assert result.base_tensors == result.tensors - 1  # the embedding is compared once
 
 
-def test_flipped_byte(bases, tmp_path):
+@pytest.mark.parametrize("name", ["delta-00001-of-00001.safetensors", "tuned_config.json"])
+def test_flipped_byte(bases, tmp_path, name):
     artifact = random_artifact(bases["llama"], tmp_path / "delta")
-    file = next(artifact.path.glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
+    content = bytearray((artifact.path / name).read_bytes())
     content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"delta-00001.*SHA-256"):
+    (artifact.path / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"{name}: expected SHA-256"):
         verify(artifact.path)
 
 
