@@ -14,6 +14,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlavaConfig,
     Mamba2Config,
     MixtralConfig,
@@ -266,6 +267,15 @@ def test_configuration_of_no_consequence_is_not(bases, tmp_path):
     attach(load(bases["llama"]), artifact).detach()
 
 
+def test_rotary_embeddings_that_depend_on_the_number_of_positions():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    base = SimpleNamespace(config=LlamaConfig(rope_parameters=rope))
+    tuned = base.config.to_dict()
+    check_config(base, tuned)
+    with pytest.raises(UnsupportedError, match="max_position_embeddings: the tuned model has 99"):
+        check_config(base, tuned | {"max_position_embeddings": 99})
+
+
 def test_infinity_in_a_configuration(tmp_path):
     """JSON has none, so transformers writes an object in its place."""
     sizes = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1}
@@ -460,6 +470,26 @@ def test_embedding_that_does_more_than_scale(bases, tmp_path):
     assert_untouched(model, before)
 
 
+def test_embedding_that_shortens_its_rows(bases, tmp_path):
+    """It writes to its weight whenever it is called."""
+    artifact = random_artifact(bases["llama"], tmp_path / "delta")
+    model = load(bases["llama"])
+    model.model.embed_tokens.max_norm = 1.0
+    before = snapshot(model)
+    with pytest.raises(UnsupportedError, match=r"embed_tokens\.weight: expected .*Embedding"):
+        attach(model, artifact)
+    assert_untouched(model, before)
+
+
+def test_rows_added_to_a_layer_with_a_bias(tmp_path):
+    base = families.make(
+        "GPTJForCausalLM", families.FAMILIES["GPTJForCausalLM"](), tmp_path / "base"
+    )
+    artifact = random_artifact(base, tmp_path / "delta", vocab=310)
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight: rows added to a .* with a bias"):
+        attach(families.load(base), artifact)
+
+
 def test_embedding_that_takes_no_ids(tmp_path):
     """OPT's positions are those of an attention mask."""
     sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 2}
@@ -479,6 +509,18 @@ def test_gradients_are_refused_not_wrong(bases, tmp_path):
         embeds = torch.randn(1, 3, 48, requires_grad=True)
         with pytest.raises(UnsupportedError, match="inference"):
             model(inputs_embeds=embeds)
+
+
+def test_what_others_set_on_a_model_is_there_again(bases, tmp_path):
+    artifact = random_artifact(bases["llama"], tmp_path / "delta")
+    model = load(bases["llama"])
+    model.lm_head.weight.requires_grad_(False)
+    model.save_pretrained = theirs = lambda folder: None
+    with attach(model, artifact):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
+    assert frozen == ["lm_head.weight"]
+    assert model.save_pretrained is theirs
 
 
 def test_half_tuned_weights_cannot_be_saved(bases, tmp_path):

@@ -63,11 +63,21 @@ def test_an_artifact_that_is_yet_to_be_made(bases):
     assert entries / 8 <= found.slot < entries / 8 + 16
 
 
-def test_a_cache_in_tokens(bases):
+def test_a_cache_in_tokens(bases, artifact):
     config = load(bases["llama"]).config
-    assert (
-        kv_token_nbytes(config) == 2 * 2 * 2 * 12 * 2
-    )  # keys and values, layers, heads, size, bytes
+    one = 2 * 2 * 2 * 12 * 2  # keys and values, layers, heads, size, bytes
+    assert kv_token_nbytes(config) == one
+    config.head_dim = 20  # not the hidden size ÷ heads
+    assert kv_token_nbytes(config) == one * 20 / 12
+    found = capacity(bases["llama"], [artifact], device_bytes=MIB, kv_bytes=5, kv_tokens=10)
+    assert found.kv_cache == 5 + 10 * one
+
+
+def test_whole_models_need_room_for_the_cache_too(bases, artifact):
+    room = {"device_bytes": 2 * sum(4 * p.numel() for p in load(bases["llama"]).parameters())}
+    for kv_bytes, models in ((0, 2), (1, 1)):
+        found = capacity(bases["llama"], [artifact], **room, utilization=1, kv_bytes=kv_bytes)
+        assert found.whole_models == models
 
 
 def test_what_is_refused(bases, artifact):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from artifact_helpers import random_artifact
+from artifact_helpers import random_artifact, write_artifact
 from runtime_helpers import assert_close, load, logits, some_ids
 from torch import nn
 
@@ -39,8 +39,14 @@ def quantized(folder, name):
     return model
 
 
-@pytest.mark.parametrize("name", ["weight", "qweight"])
-def test_matrices_that_stay_the_bases(bases, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "refusal", "words"),
+    [
+        ("weight", UnsupportedError, "say quantized_base=True"),
+        ("qweight", MismatchError, "the model lacks"),
+    ],
+)
+def test_matrices_that_stay_the_bases(bases, tmp_path, name, refusal, words):
     artifact = random_artifact(bases["llama"], tmp_path / "delta", same=SAME)
     merged = load(merge(bases["llama"], artifact, tmp_path / "merged"))
     model = quantized(bases["llama"], name)
@@ -50,5 +56,16 @@ def test_matrices_that_stay_the_bases(bases, tmp_path, name):
     with attach(model, {"a": artifact}, quantized_base=True) as attached, attached.using("a"):
         assert_close(logits(model, some_ids()), logits(merged, some_ids()))
     assert torch.equal(logits(model, some_ids()), before)
-    with pytest.raises((MismatchError, UnsupportedError)):
+    with pytest.raises(refusal, match=words):
         attach(model, artifact)
+
+
+def test_a_base_without_a_tensor_to_know_it_by(bases, tmp_path):
+    artifact = random_artifact(bases["llama"], tmp_path / "delta")
+    record = artifact.manifest.records["lm_head.weight"]
+    entries = {key: artifact._read(key) for key in record.entries(artifact.manifest.group_size)}
+    head = write_artifact(tmp_path / "head", [record], entries)
+    model = nn.Module()
+    model.lm_head = Codes(load(bases["llama"]).lm_head, "qweight")
+    with pytest.raises(MismatchError, match="nothing says which base it is"):
+        attach(model, head, quantized_base=True)
