@@ -104,7 +104,8 @@ def test_error_is_that_of_a_mean_over_rows_of_different_length():
     assert claimed == pytest.approx(float(spread), rel=0.1)
 
 
-def test_one_row_tells_no_error():
+def test_few_rows_tell_little_of_an_error_and_one_nothing():
+    assert over_rows([(1.0, 1), (3.0, 1)]) == (2.0, 1.0)
     assert over_rows([(0.5, 2)]) == (0.25, None)
 
 
@@ -158,6 +159,23 @@ def test_text_rows_are_cut_in_order(tmp_path):
     assert [tokenizer.decode(one.row.ids) for one in rows] == ["abcd", "efgh", "ij"]
     assert all(one.first == 0 for one in rows)
     assert len(text_rows(tokenizer, path, rows=2, length=4)) == 2
+
+
+def test_rows_of_text_begin_as_the_tokenizer_begins_a_text(tmp_path):
+    class Beginning:
+        """A tokenizer that puts a token before a text, which `make_tokenizer` does not."""
+
+        bos_token_id, plain = 1, make_tokenizer()
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = self.plain(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefgh")
+    rows = [one.row.ids for one in text_rows(Beginning(), path, rows=2, length=4)]
+    assert [row[0] for row in rows] == [1, 1]
+    assert [Beginning.plain.decode(row[1:]) for row in rows] == ["abc", "def"]
 
 
 def test_default_text_is_there_and_repeats():

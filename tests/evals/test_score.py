@@ -44,8 +44,8 @@ def tiny(kind):
 @pytest.mark.parametrize(("kind", "learned"), [("gpt2", True), ("opt", True), ("llama", False)])
 def test_rows_longer_than_a_table_of_positions(kind, learned):
     """Beyond its end there is nothing to look up; where positions are computed there is no end."""
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = AutoConfig.for_model(kind, **sizes, max_position_embeddings=16)
+    sizes = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **sizes, max_position_embeddings=16)  # as many as words
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     assert learned_positions(model) == (16 if learned else None)
     (said,) = greedy(model, [Row([5] * 12)], [], 8)
