@@ -66,6 +66,20 @@ def test_what_c_could_not_walk():
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("slot", [-2, 3])
+def test_nothing_is_added_where_a_slot_is_not_there(slot, monkeypatch):
+    """Many rows are otherwise added to before the kernel looks at the slots."""
+    monkeypatch.setattr(many, "MANY", 4)
+    monkeypatch.setattr(many, "_has_bfloat16", lambda: True)
+    table, _ = filled(140, [70], PLANS)
+    y_TO, x_TI = torch.zeros(9, 70, dtype=torch.bfloat16), randn(9, 140, dtype=torch.bfloat16).cpu()
+    slot_T = torch.tensor([0] * 5 + [slot] * 4, dtype=torch.int32)
+    with pytest.raises(MismatchError, match=r"\[-1, 3\)"):
+        cpu.bands(y_TO, x_TI, slot_T, table.pool.blobs_SN, table.fields_SPBF, table.outs, 128)
+    assert not y_TO.any()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_c_gets_memory_of_the_cpu_whatever_the_default_device():
     table, _ = filled(140, [70], PLANS)
     with torch.device("meta"):  # stands in for a GPU

@@ -80,6 +80,10 @@ def test_directions_are_counted_over_all_parts():
     table.load(0, [PlacedBands(0, PLAN), PlacedBands(second, PLAN)])
     assert table.fields_SPBF[0, :, :2, FIRST].tolist() == [[0, 2], [6, 8]]
     assert table.max_rank == 140  # as many as can exist
+    with pytest.raises(
+        ArtifactError, match="bytes at 8"
+    ):  # there is room, but loads are of 16 bytes
+        table.load(0, [PlacedBands(8, PLAN), None])
 
 
 def test_what_a_table_of_signs_refuses():
@@ -89,6 +93,8 @@ def test_what_a_table_of_signs_refuses():
         table.load(0, [PlacedSigns(0, 2)])
     with pytest.raises(ArtifactError, match="within 4096 bytes"):
         table.load(0, [PlacedSigns(4080, 1)])
+    with pytest.raises(ArtifactError, match="bytes at 8"):
+        table.load(0, [PlacedSigns(8, 1)])
     with pytest.raises(MismatchError, match="expected 1 parts"):
         table.load(0, [])
     with pytest.raises(MismatchError, match=r"\[0, 2\)"):
