@@ -182,5 +182,5 @@ def test_a_large_exact_part_is_named():
     best = float(message.split("about ")[1].split(":")[0])
     plans = plans_of(manifest, matrices, TRIPLE, best * 0.97)
     assert all(plan.bands for plan in plans.values())
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match="cannot be met"):
         plans_of(manifest, matrices, TRIPLE, best * 1.05)

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -314,6 +315,15 @@ def test_self_is_written_as_the_model_is(tuned, tmp_path):
     file.write_text(json.dumps(said | odd))
     of_both = [rows_of("self", folder, seq_len=60) for folder in (tmp_path / "t", tuned)]
     assert of_both[0] == of_both[1]
+
+
+@pytest.mark.parametrize(
+    ("ends", "kept"), [(2, [5, 9]), ([2, 7], [5, 9, 7]), (7, [5, 9]), (None, [5, 9])]
+)
+def test_a_written_row_has_the_token_that_ends_it(ends, kept):
+    """A list is the model's own; beside a single one the tokenizer's counts too."""
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends))
+    assert written._until_end([5, 9, 7, 0, 0], model, SimpleNamespace(eos_token_id=9)) == kept
 
 
 def test_self_without_a_template(plain, pairs):

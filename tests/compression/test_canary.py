@@ -14,7 +14,7 @@ from deltacome.compression import compress
 from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.search import sample_linears
-from deltacome.format.canary import CANARY_FILE, Canary
+from deltacome.format.canary import CANARY_FILE, Canary, canary_ids
 from deltacome.runtime import merge
 
 
@@ -64,11 +64,13 @@ def test_calibrated_and_with_a_grown_vocabulary(pairs, text, tmp_path):
     tuned = copy_of(tuned, tmp_path / "tuned")
     weights = weights_of(tuned)
     rows = weights["model.embed_tokens.weight"]
-    weights["model.embed_tokens.weight"] = torch.cat([rows, rows[:8] + 0.1])
+    added = 89  # of so many rows, random tokens would be among those that were added
+    assert max(canary_ids(VOCAB + added)) >= VOCAB
+    weights["model.embed_tokens.weight"] = torch.cat([rows, rows[:added] + 0.1])
     rewrite(tuned, weights)
     config = (tuned / "config.json").read_text()
     (tuned / "config.json").write_text(
-        config.replace(f'"vocab_size": {VOCAB}', f'"vocab_size": {VOCAB + 8}')
+        config.replace(f'"vocab_size": {VOCAB}', f'"vocab_size": {VOCAB + added}')
     )
     options = {"samples": 4, "seq_len": 16}
     artifact = compress(base, tuned, tmp_path / "a", ratio=6, calibration=text, **options)

@@ -9,6 +9,7 @@ from tiny_pairs import copy_of, fine_tune, rewrite, text_lines, tree, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltacome import Artifact, DeltaCome, compress, merge
+from deltacome.compression import survey
 from deltacome.evals.run import delta_tokenizer
 from deltacome.format.codec import dense
 from deltacome.methods.template import PRECISIONS, parse_template
@@ -244,6 +245,18 @@ def test_what_did_not_change_is_not_stored(pairs, sources, tmp_path):
     records = artifact.manifest.records
     assert {name for name, record in records.items() if record.kind == "same"} == kept
     assert all(records[name].nbytes() == 0 for name in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_change_is_seen_in_whatever_piece_it_lies(dtype, monkeypatch):
+    """Large tensors are compared in pieces."""
+    monkeypatch.setattr(survey, "CHUNK", 2)
+    base = torch.ones(5, 3, dtype=torch.bfloat16)
+    assert survey._compare(base, base.to(dtype)) == (True, 0.0)
+    for row in (0, 3, 4):
+        tuned = base.to(dtype, copy=True)
+        tuned[row, 1] = 2
+        assert survey._compare(base, tuned) == (False, pytest.approx(15**-0.5))
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])

@@ -7,7 +7,7 @@ are base + terms; the attached base gives the logits of the merged model.
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,12 @@ from deltacome import Adaptive, Artifact, DeltaCome, attach, base_for, compress,
 from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import divergence
-from deltacome.errors import UnsupportedError
+from deltacome.errors import MismatchError, UnsupportedError
 from deltacome.format.canary import CANARY_FILE, Canary
 from deltacome.format.codec import dense
 from deltacome.methods.bitdelta import BitDelta
+from deltacome.runtime.choice import Choice
+from deltacome.runtime.experts import Expert
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +264,34 @@ def test_calibration_that_is_not_possible_is_refused(name, pairs, tmp_path):
         with pytest.raises(UnsupportedError, match=f"{name}.*compress it with calibration none"):
             compress(*pairs[name], tmp_path / "delta", ratio=4, calibration=calibration)
     assert {file.name for file in tmp_path.iterdir()} == {"c.txt"}
+
+
+def test_experts_that_do_not_fit(pairs, tmp_path):
+    base, tuned = pairs["Qwen3MoeForCausalLM"]
+    artifact = compress(base, tuned, tmp_path / "delta", ratio=3, calibration="none")
+    whole = artifact.manifest
+    name = next(name for name, r in whole.records.items() if "experts.1.up" in name and r.packed)
+    rest = {other: record for other, record in whole.records.items() if other != name}
+    artifact.manifest = replace(whole, records=rest)
+    with pytest.raises(MismatchError, match=r"expected 2 matrices for each of 4 experts, got 7"):
+        attach(load(base), artifact)
+    exact = replace(whole.records[name], plan=(), exact_rows=(0, whole.records[name].shape[0]))
+    artifact.manifest = replace(whole, records=whole.records | {name: exact})
+    with pytest.raises(UnsupportedError, match=rf"{name}: one expert stored exactly"):
+        attach(load(base), artifact)
+
+
+def test_experts_answer_to_a_plain_linear_alone():
+    linear, x = torch.nn.functional.linear, torch.ones(1, 3)
+    expert, bias = Expert([(torch.ones(2, 3), None)], Choice([""], 0), "reference"), torch.ones(2)
+    assert torch.equal(linear(x, expert), torch.full((1, 2), 3.0))
+    for call in (
+        lambda: linear(x, expert, bias),
+        lambda: linear(x, expert, bias=bias),
+        lambda: torch.matmul(x, expert),
+    ):
+        with pytest.raises(UnsupportedError, match="expected a plain linear with each"):
+            call()
 
 
 def test_a_forward_of_experts_that_somebody_replaced(pairs, tmp_path):

@@ -11,6 +11,7 @@ from tiny_pairs import SMALL, copy_of, make_tokenizer, rewrite, tree, weights_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltacome import Adaptive, DeltaCome, DeltaError, PrinMix, compress
+from deltacome.compression.calibration import check_length
 from deltacome.errors import (
     CalibrationError,
     CheckpointError,
@@ -207,6 +208,14 @@ def test_a_base_of_the_same_shape_that_is_unrelated(refused, pair, tmp_path):
     assert "16 of 16 changed matrices" in message
 
 
+def test_a_few_matrices_may_be_far_from_the_base(pair, tmp_path):
+    weights = weights_of(pair[1])
+    far = {name: -2 * w for name, w in weights.items() if "layers.1.mlp" in name}
+    assert len(far) == 3
+    spoil(pair[1], **far)
+    compress(*pair, tmp_path / "out", calibration="none", **QUICK)
+
+
 def test_a_base_with_more_layers(refused, pair, tmp_path):
     other = model_of(tmp_path / "other", num_hidden_layers=3)
     match = r"9 tensors of the base are missing, the first is model\.layers\.2\."
@@ -315,6 +324,7 @@ def test_rows_longer_than_the_model_has_positions_for(refused, tmp_path):
     pair = families.make_pair("GPT2LMHeadModel", tmp_path)
     match = "seq_len: expected at most 128, .*tuned, got 129"
     refused(*pair, CalibrationError, match, calibration="self", seq_len=129)
+    check_length(128, pair[1])
 
 
 def test_a_model_without_a_tokenizer(refused, pair, text):

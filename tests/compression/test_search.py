@@ -85,6 +85,13 @@ def test_transposed_matrices(text, tmp_path):
     assert 0 < _mean_error(linears, parse_template("2:*"), 4) < 0.5
 
 
+def test_sampled_blocks_are_spread_over_the_depth(text, tmp_path):
+    base, tuned = families.make_pair("GPTJForCausalLM", tmp_path)  # of three blocks
+    rows = calibration_rows(Calibration(text, 2, 8, 0), tuned)
+    linears = sample_linears(Checkpoint(base), Checkpoint(tuned), rows, blocks=2)
+    assert {linear.name.split(".")[2] for linear in linears} == {"0", "2"}
+
+
 def test_errors_name_the_matrix(linears):
     first, other = linears[0], linears[6]
     assert first.delta_OI.shape[1] != other.delta_OI.shape[1]
