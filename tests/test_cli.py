@@ -287,6 +287,11 @@ def test_a_server_without_its_engine_is_refused_first(cli, monkeypatch):
     assert_refused(cli("serve", "/no/base"), "pip install 'deltacome[vllm]'")
     # A dry run prints a command to run elsewhere.
     assert_refused(cli("serve", "/no/base", "--dry-run"), "/no/base")
+    for tenants, reason in ((["a=x", "a=y"], "'a' is named twice"), (["a"], "NAME=ARTIFACT")):
+        named = [word for tenant in tenants for word in ("--tenant", tenant)]
+        code, out, err = cli("serve", "/no/base", "--dry-run", *named)
+        assert (code, out) == (2, "")
+        assert reason in err
 
 
 def missing_version(name):
@@ -314,7 +319,8 @@ def test_export(cli, artifact, pair, tmp_path):
     code, _, _ = cli("export", artifact, "-o", tmp_path / "dense", "--to", "dense")
     assert code == 0
     assert weights_of(tmp_path / "dense").keys() == weights_of(Path(pair[1])).keys()
-    for wrong in (["--to", "gguf"], ["--to", "dense", "--rank", "3"], []):
+    dense = ["--to", "dense"]
+    for wrong in (["--to", "gguf"], [*dense, "--rank", "3"], [*dense, "--lora-only"], []):
         assert cli("export", artifact, "-o", tmp_path / "x", *wrong)[0] == 2
     assert_refused(
         cli("export", tmp_path, "-o", tmp_path / "x", "--to", "dense"), "not an artifact"

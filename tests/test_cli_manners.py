@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ import typer
 from tiny_pairs import make_pair
 
 import deltacome
-from deltacome.cli import EXIT_CODES, app
+from deltacome.cli import EXIT_CODES, app, printing
 from deltacome.evals.tasks import Question, write_questions
 
 PROGRAM = Path(sys.executable).with_name("deltacome")
@@ -281,6 +282,16 @@ def test_a_log_gets_a_line_now_and_then(quiet):
     logged = child(code=always + BARS.replace("False", quiet))
     assert logged.stdout == ""
     assert logged.stderr == "0 s: blocks 1/2, layer 0, mean error 0.5\n"
+
+
+def test_lines_in_a_log_are_some_time_apart(monkeypatch):
+    times, said = iter([0, 29, 31, 60, 62]), []
+    monkeypatch.setattr(printing, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(printing, "say", said.append)
+    report = printing._progress_lines()
+    for done in range(1, 5):
+        report(SimpleNamespace(phase="blocks", done=done, total=4, detail="", error=None))
+    assert said == ["31 s: blocks 2/4", "62 s: blocks 4/4"]
 
 
 def test_silence_where_nobody_watches(at, hub):
