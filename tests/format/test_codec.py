@@ -96,6 +96,9 @@ def test_dequantize_is_code_minus_zero_times_scale():
     assert got.tolist() == [[-0.5, 0.0, -2.0, 0.0, 0.0]]
     got = dequantize(codes_RN, scale_RG, zero_RG - 1, group_size=2)
     assert got.tolist() == [[0.0, 0.5, 0.0, 2.0, 2.0**-14]]
+    # A group that is larger than the direction takes no memory for entries that do not exist.
+    got = dequantize(codes_RN, scale_RG[:, :1], zero_RG[:, :1], group_size=1 << 50)
+    assert got.tolist() == [[-0.5, 0.0, 0.5, 1.0, 127.0]]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

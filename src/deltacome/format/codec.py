@@ -101,8 +101,9 @@ def dequantize(
         float32 (R, N).
     """
     size = codes_RN.shape[1]
-    scale_RN = scale_RG.float().repeat_interleave(group_size, 1)[:, :size]
-    zero_RN = zero_RG.float().repeat_interleave(group_size, 1)[:, :size]
+    times = min(group_size, size)  # a group may be far larger than a direction
+    scale_RN = scale_RG.float().repeat_interleave(times, 1)[:, :size]
+    zero_RN = zero_RG.float().repeat_interleave(times, 1)[:, :size]
     return (codes_RN.float() - zero_RN) * scale_RN
 
 
