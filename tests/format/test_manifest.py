@@ -209,6 +209,8 @@ INFO = {"bytes": 1, "sha256": "0" * 64}
         (("tensors", "step", "exact_rows", ABSENT), "expected kind 'same'"),
         (("tensors", "step", "exact_rows", [0, 2]), r"exact_rows \[0, 1\)"),
         (("tensors", "still.weight", "kind", "exact"), "expected kind 'same'"),
+        ((*LAYER, "dtype", "int64"), "a matrix of floating-point numbers"),
+        ((*LAYER, "dtype", "bool"), "a matrix of floating-point numbers"),
     ],
 )
 def test_what_a_manifest_may_not_say(change, message):
@@ -278,6 +280,14 @@ def test_a_number_is_not_taken_from_a_vector():
 def test_unaccounted_new_tensor():
     with pytest.raises(ArtifactError, match=r"expected exact_rows \[0, 4\)"):
         record_from_json("w", {"kind": "same", "shape": [4, 4], "dtype": "float32"})
+
+
+@pytest.mark.parametrize(("shape", "base"), [([1], []), ([], [1])])
+def test_a_scalar_is_no_vector(shape, base):
+    """Indexing the one like the other would fail when it is merged."""
+    value = {"kind": "same", "shape": shape, "dtype": "float32", "base_shape": base}
+    with pytest.raises(ArtifactError, match="a base of row shape"):
+        record_from_json("w", value | {"base_sample": "", "base_digest": ""})
 
 
 def test_every_field_says_what_it_counts():

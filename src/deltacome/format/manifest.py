@@ -311,12 +311,15 @@ def _check_record(record: Record, kind: str, where: str) -> None:
     rows = record.shape[0] if record.shape else 1
     covered = 0
     if record.base_shape is not None and not record.replaced:
-        if record.base_shape[1:] != record.shape[1:] or (not record.shape and record.base_shape):
+        scalar = bool(record.base_shape) != bool(record.shape)  # one of them has no rows
+        if record.base_shape[1:] != record.shape[1:] or scalar:
             refuse(f"a base of row shape {record.shape[1:]}", record.base_shape)
         covered = min(rows, record.base_shape[0] if record.base_shape else 1)
     if record.packed:
         if len(record.shape) != 2 or record.base_shape is None:
             refuse("bands and signs only on a matrix that the base has too", record.shape)
+        if not DTYPES[record.dtype].is_floating_point:
+            refuse("bands and signs only on a matrix of floating-point numbers", record.dtype)
         if covered == 0 or record.shape[1] == 0:
             refuse("bands and signs only where they cover rows", f"{covered} rows")
         if record.transposed and covered < rows:
