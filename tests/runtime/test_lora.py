@@ -1,5 +1,6 @@
 """A delta as a LoRA adapter, with which PEFT computes what the merged model computes."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from artifact_helpers import random_artifact, random_packed
-from runtime_helpers import assert_close, load, logits, some_ids
+from artifact_helpers import PLAN, random_artifact, random_packed, write_artifact
+from runtime_helpers import assert_close, load, logits, make_base, some_ids
 from safetensors.torch import load_file
 
+from deltacome.arch.checkpoint import Checkpoint, full_digest, sample_digest
 from deltacome.errors import OutputError, PlanError, UnsupportedError
+from deltacome.format.manifest import Record
+from deltacome.format.tensors import dtype_name
 from deltacome.runtime import export_lora, merge
 from deltacome.runtime.lora import _error, _factors
 
@@ -184,3 +188,42 @@ def test_a_head_that_the_tuned_model_alone_ties_is_refused(bases, tmp_path):
     tied = random_artifact(bases["llama-tied"], tmp_path / "tied")
     with pytest.warns(UserWarning, match="could not check that the base does"):
         export_lora(tied, tmp_path / "lora", base=tmp_path / "gone")
+
+
+def stored(base, output, exact, packed=None):
+    """An artifact that stores one tensor exactly, perhaps another as bands, and changes nothing else."""
+    records, entries = [], {}
+    for name in base.tensors:
+        tensor = base.read(name)
+        shape = tuple(tensor.shape)
+        of_base = name, shape, sample_digest(tensor), full_digest(tensor)
+        record = Record(name, shape, dtype_name(tensor.dtype), *of_base)
+        if name == exact:
+            record = dataclasses.replace(record, exact_rows=(0, shape[0]))
+            entries[f"{name}.exact"] = 1.5 * tensor
+        if name == packed:
+            record = dataclasses.replace(record, plan=PLAN)
+            entries[f"{name}.bands"] = random_packed(shape, ("bands",), PLAN, 32, 0).blobs()[
+                "bands"
+            ]
+        records.append(record)
+    return write_artifact(output, records, entries, config=base.config)
+
+
+def test_a_linear_without_a_bias_that_is_stored_exactly(bases, tmp_path):
+    base = Checkpoint(bases["llama"])
+    exact, packed = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(2))
+    artifact = stored(base, tmp_path / "delta", exact, packed)
+    said = export_lora(artifact, tmp_path / "lora", dtype=torch.float32)
+    assert said.saved == ["model.layers.0.mlp.up_proj"]
+    merged = load(merge(base.path, artifact, tmp_path / "merged"))
+    assert_close(peft_logits(base.path, said.path, some_ids()), logits(merged, some_ids()), 1e-4)
+
+
+def test_a_delta_without_a_matrix_is_refused(bases, tmp_path):
+    """PEFT would not load its adapter: it has nothing to put one on."""
+    artifact = stored(Checkpoint(bases["llama"]), tmp_path / "delta", "model.norm.weight")
+    for lora_only in (False, True):
+        with pytest.raises(UnsupportedError, match="no matrix with bands or signs"):
+            export_lora(artifact, tmp_path / "lora", lora_only=lora_only)
+    assert not (tmp_path / "lora").exists()

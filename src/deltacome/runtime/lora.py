@@ -76,7 +76,7 @@ def export_lora(
     Raises:
         ArtifactError: the artifact is damaged or carries no configuration.
         UnsupportedError: something that no adapter can hold: added rows, new tensors, experts; signs
-            without a rank.
+            without a rank; nothing but what is stored exactly.
         PlanError: a rank below 1.
         OutputError: the output exists or cannot be written.
     """
@@ -127,6 +127,11 @@ class _Export:
 
     def check(self) -> None:
         """Refuses what cannot be exported, before anything is written."""
+        if not any(record.packed for record in self.records.values()):
+            raise UnsupportedError(
+                f"{self.artifact.path}: it has no matrix with bands or signs, and PEFT loads no adapter "
+                "without one: export it with --to dense"
+            )
         self._check_tie()
         for name, record in self.artifact.manifest.records.items():
             if record.kind == "same":
@@ -203,7 +208,9 @@ class _Export:
                 "whole or not at all: export it with --to dense, or leave it out with --lora-only"
             )
         self.said.saved.append(path)
-        for other in module._parameters:
+        for other, parameter in module._parameters.items():
+            if parameter is None:  # a linear without a bias
+                continue
             tensor = self._tuned(self.records[f"{path}.{other}"])
             self.tensors[f"{PREFIX}{path}.{other}"] = tensor.contiguous().clone()
 
