@@ -193,3 +193,14 @@ def test_gap_behind_the_scales_of_signs(signed):
 
     with pytest.raises(ArtifactError, match=rf"{name}: signs: expected zero bytes"):
         verify(rewrite(artifact, change))
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_two_records_that_contradict_each_other(bases, tmp_path, name):
+    """Both are of one tensor of the base: one of their fingerprints is not that tensor's."""
+    artifact = random_artifact(bases["llama-tied"], tmp_path / "delta", tie=False)
+    records = artifact.manifest.records
+    assert records[name].base_name == "model.embed_tokens.weight"
+    records[name] = dataclasses.replace(records[name], base_digest="0" * 32)
+    with pytest.raises(MismatchError, match="wrong base"):
+        verify(artifact, bases["llama-tied"])

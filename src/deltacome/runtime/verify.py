@@ -63,7 +63,11 @@ def verify(artifact: Artifact | str | Path, base: str | Path | None = None) -> V
     base_nbytes = count = 0
     if base is not None:
         checkpoint = Checkpoint(base)
-        seen = {record.base_name: record for record in records if record.base_name is not None}
+        of_base = [record for record in records if record.base_name is not None]
+        # Of two records that contradict each other about one tensor, one is refused.
+        seen = {
+            (record.base_name, record.base_digest, record.base_shape): record for record in of_base
+        }
         for record in seen.values():
             base_nbytes += base_tensor(checkpoint, record).nbytes
         count = len(seen)
