@@ -100,6 +100,11 @@ def model_class(config: PreTrainedConfig, where: str | Path) -> Any:
         CheckpointError: transformers lacks it, or it takes another configuration.
     """
     names = config.architectures or []
+    if not isinstance(names, list) or not isinstance(names[0] if names else "", str):
+        raise CheckpointError(
+            f"{where}: expected a model of transformers: architectures: expected a list of names, got "
+            f"{names!r:.80}"
+        )
     kind: Any = getattr(transformers, names[0], None) if names else AutoModelForCausalLM
     if kind is None:
         raise CheckpointError(

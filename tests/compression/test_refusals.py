@@ -125,6 +125,8 @@ CONFIGS = {
     "none": {"model_type": None},
     "of another model": {"model_type": "clip"},
     "of an unknown class": {"architectures": ["MineForCausalLM"]},
+    "of a number": {"architectures": [5]},
+    "of no list": {"architectures": {"LlamaForCausalLM": 1}},
     "of another type": {"hidden_size": "large"},
     "impossible": {"num_attention_heads": 0},
     "with remote code": {

@@ -1,7 +1,7 @@
 import json
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from deltacome.errors import CheckpointError, DeltaError, MismatchError
-from deltacome.evals.models import load_model
+from deltacome.evals.models import load_model, tuned_by
 from deltacome.evals.report import table
 from deltacome.evals.run import delta_tokenizer, evaluate, names, shared_tokenizer
 from deltacome.evals.tasks import Question, write_questions
@@ -275,3 +275,13 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"base: expected a language model"):
         load_model(folder, "cpu")
+
+
+@pytest.mark.parametrize("named", [5, {"a": 1}, [5], "LlavaForConditionalGeneration"])
+def test_a_delta_that_names_no_class(monkeypatch, named):
+    """Its configuration may say anything; what is run is then the base's class."""
+    runtime = SimpleNamespace(attach=lambda model, artifact: nullcontext(), base_for=None)
+    monkeypatch.setitem(sys.modules, "deltacome.runtime", runtime)
+    artifact = SimpleNamespace(json_file=lambda _: {"architectures": named})
+    with tuned_by(artifact, "base", "the base") as running:
+        assert running == "the base"

@@ -36,7 +36,7 @@ def load_model(
     name, revision = split_name(source, None, CheckpointError)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        sees = _sees(config.architectures or [])
+        sees = _sees(config.architectures)
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         how = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         how |= {"trust_remote_code": False}  # None would prompt, and run the code on a yes
@@ -82,7 +82,7 @@ def tuned_by(artifact: Artifact, base: str | Path, model: Any) -> Iterator[Any]:
     """
     from deltacome.runtime import attach, base_for
 
-    named = (artifact.json_file(TUNED_CONFIG_FILE) or {}).get("architectures") or []
+    named: Any = (artifact.json_file(TUNED_CONFIG_FILE) or {}).get("architectures")
     if _sees(named) and named[0] != type(model).__name__:
         dense: Any = base_for(base, artifact, dtype=model.dtype)
         model = dense.to(model.device).eval()
@@ -90,9 +90,7 @@ def tuned_by(artifact: Artifact, base: str | Path, model: Any) -> Iterator[Any]:
         yield model
 
 
-def _sees(architectures: list[str]) -> bool:
-    """Whether a configuration is that of a vision-language model."""
-    return (
-        bool(architectures)
-        and architectures[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    )
+def _sees(architectures: Any) -> bool:
+    """Whether a configuration's `architectures`, which may be anything, name a vision-language model."""
+    named = architectures[:1] if isinstance(architectures, list) else []
+    return any(name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() for name in named)
