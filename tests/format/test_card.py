@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from deltacome.errors import MismatchError
+from deltacome.errors import ArtifactError, MismatchError
 from deltacome.format.artifact import Artifact
 from deltacome.format.card import model_card
 
@@ -163,10 +163,14 @@ def test_the_base_is_made_a_model_of_the_tuned_class(artifact, monkeypatch, conf
         ([1, 2], "eval --json"),
         ({"models": [1]}, "eval --json"),
         ({"task": "x", "models": [{"name": "d", "artifact": None}]}, "got KeyError\\('n'\\)"),
+        (
+            {"task": "x", "n": 1, "models": [{"name": "base", "score": "high"}, {"name": "d"}]},
+            "eval",
+        ),
     ],
 )
 def test_scores_of_something_else(artifact, result, reason):
-    for row in result["models"] if "task" in result else ():
+    for row in result["models"][-1:] if "task" in result else ():
         row |= {"artifact": artifact.digest, "score": 0.5}
     with pytest.raises(MismatchError, match=reason):
         model_card(artifact, scores=[result])
@@ -185,6 +189,12 @@ def test_own_words_stay(artifact):
     (artifact.path / "README.md").write_text(str(model_card(artifact)) + "Lost.\n")
     assert "Lost" not in str(artifact.generate_model_card())
     assert "org/name" in artifact.generate_model_card(name="org/name").text
+
+
+def test_own_words_that_cannot_be_read(artifact):
+    (artifact.path / "README.md").write_bytes("# Café\n".encode("latin-1"))
+    with pytest.raises(ArtifactError, match=r"README\.md: not valid UTF-8"):
+        artifact.generate_model_card()
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,20 @@ def test_save_and_push(hub, artifact, tmp_path):
     assert Artifact.from_pretrained("org/name").digest == artifact.digest
 
 
+def test_save_and_push_with_scores(hub, artifact, tmp_path):
+    row = {"name": "mine", "artifact": artifact.digest, "score": 0.5}
+    scores = [{"task": "sums", "n": 3, "models": [row]}]
+    artifact.save_pretrained(
+        tmp_path / "new",
+        model_card_kwargs={"scores": scores},
+        push_to_hub=True,
+        repo_id="org/name",
+    )
+    pushed = next(reversed(hub.repos["org/name"].commits.values()))["README.md"].decode()
+    for card in (pushed, (tmp_path / "new" / "README.md").read_text()):
+        assert "| sums | exact match, 3 questions | – | – | 0.5 |" in card
+
+
 def test_names(tmp_path, monkeypatch):
     assert split_name("org/name@refs/pr/1", None, DeltaError) == ("org/name", "refs/pr/1")
     assert split_name("gpt2", "v1", DeltaError) == ("gpt2", "v1")

@@ -140,6 +140,7 @@ class Artifact(ModelHubMixin):
         if not kwargs.pop("push_to_hub", False):
             return None
         name = kwargs.pop("repo_id", None) or Path(save_directory).name
+        kwargs.setdefault("scores", (model_card_kwargs or {}).get("scores", ()))
         return self.push_to_hub(name, **kwargs)
 
     def push_to_hub(
@@ -184,11 +185,17 @@ class Artifact(ModelHubMixin):
         Args:
             name: the name that readers use for the artifact; by default, the folder they are in.
             scores: as `push_to_hub` takes them.
+
+        Raises:
+            ArtifactError: that README.md cannot be read.
+            MismatchError: as `push_to_hub`.
         """
         card = model_card(self, name, scores)
         file = self.path / CARD_FILE
         if file.is_file():
-            own = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+            with _reading(file):
+                text = _text(file, file.read_bytes())
+            own = ModelCard(text, ignore_metadata_errors=True)
             if MARK not in own.text:
                 said = {key: value for key, value in vars(card.data).items() if value is not None}
                 said["tags"] = list(dict.fromkeys([*(own.data.get("tags") or []), *said["tags"]]))

@@ -56,7 +56,8 @@ def model_card(
     linked = bool(name_of_hub and not name_of_hub["revision"] and COMMIT.fullmatch(revision or ""))
     try:
         figures = [figure for result in scores for figure in _figures(artifact, result)]
-    except (KeyError, TypeError, AttributeError) as error:
+        table = _scores(figures)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MismatchError(
             f"scores: expected what `deltacome eval --json` prints, got {error!r}"
         ) from error
@@ -75,7 +76,7 @@ def model_card(
             *_heading(artifact, name, called),
             *_sizes(artifact),
             *_errors(artifact),
-            *_scores(figures),
+            *table,
             *_usage(artifact, name or ".", base if linked else "BASE"),
         ]
     )
