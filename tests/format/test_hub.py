@@ -201,6 +201,12 @@ def test_save_and_push_with_scores(hub, artifact, tmp_path):
         assert "| sums | exact match, 3 questions | – | – | 0.5 |" in card
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "no name " * 50, "a\0b"])
+def test_a_name_that_no_file_can_have(hub, name):
+    with pytest.raises(ArtifactError):
+        Artifact.from_pretrained(name)
+
+
 def test_names(tmp_path, monkeypatch):
     assert split_name("org/name@refs/pr/1", None, DeltaError) == ("org/name", "refs/pr/1")
     assert split_name("gpt2", "v1", DeltaError) == ("gpt2", "v1")

@@ -223,6 +223,26 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     assert (theirs / "notes.txt").read_text() == "mine"
 
 
+def test_a_file_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "out.partial").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.partial: expected what an earlier run left"):
+        ArtifactWriter(tmp_path / "out", RUN, resume=True)
+    assert (tmp_path / "out.partial").read_text() == "mine"
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(OutputError, match=r"cannot be written: .*too long"):
+        ArtifactWriter(tmp_path / ("x" * 300), RUN, resume=False)
+
+
+def test_a_link_to_nothing_is_in_the_way(tmp_path):
+    """A folder cannot be renamed over it, which would be noticed after all the work."""
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(OutputError, match="exists already"):
+        ArtifactWriter(tmp_path / "out", RUN, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_folder_that_one_is_in_exists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="exists already"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def report(
             f"report: needs its drawing packages (pip install 'deltacome[report]'): {error}"
         ) from error
     # Folders in the Hub's cache are named by commit.
-    name = None if Path(artifact).is_dir() else artifact
+    name = None if os.path.isdir(artifact) else artifact
     opened = Artifact.from_pretrained(artifact)
     write_report(opened, output, name=name, scores=scores or [], png=png)
     if as_json:

@@ -33,10 +33,10 @@ def check_output(output: Path, *, resume: bool = False) -> None:
     Raises:
         OutputError: it exists, or there is an unfinished compression that is not to be continued.
     """
-    if output.exists():
+    if os.path.lexists(output):  # a link to nothing too: no folder can be renamed over it
         raise OutputError(f"{output}: the output exists already; remove it or name another")
     partial = partial_of(output)
-    if not resume and (partial / RUN_FILE).exists():
+    if not resume and os.path.exists(partial / RUN_FILE):
         raise OutputError(
             f"{partial}: holds an unfinished run of compress; continue it with --resume or remove it"
         )
@@ -51,7 +51,9 @@ def claim(output: Path, *, resume: bool = False) -> IO[str]:
     check_output(output, resume=True)  # a run found there may be another process's: see below
     partial = partial_of(output)
     file = partial / "lock"
-    if partial.exists() and not file.exists() and any(partial.iterdir()):
+    if os.path.isfile(partial) or (
+        os.path.isdir(partial) and not file.exists() and any(partial.iterdir())
+    ):
         raise OutputError(
             f"{partial}: expected what an earlier run left, or nothing; got other files"
         )
@@ -72,7 +74,7 @@ def claim(output: Path, *, resume: bool = False) -> IO[str]:
     try:
         check_output(output, resume=resume)
     except OutputError:
-        if output.exists():  # it appeared since the check above
+        if os.path.lexists(output):  # it appeared since the check above
             release(output, stream)
         stream.close()
         raise

@@ -6,6 +6,7 @@ go to the Hub's cache, where the next call finds them. Transport, cache and logi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,9 +33,9 @@ def split_name(
         refused: the error to raise, which depends on what the caller is looking for.
     """
     text = str(name_or_path)
-    if Path(text).is_dir():
+    if os.path.isdir(text):  # Path's own raises where the text is too long for a name
         return text, revision
-    if Path(text).is_file():
+    if os.path.isfile(text):
         what = " (GGUF is not read: give the checkpoint that it was made from)"
         raise refused(
             f"{text}: expected a folder, got a file{what if text.endswith('.gguf') else ''}"
@@ -62,7 +63,7 @@ def fetch_folder(
         download: further arguments of `huggingface_hub.snapshot_download`: token, cache_dir, …
     """
     name, revision = split_name(name_or_path, revision, refused)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
 
