@@ -74,6 +74,11 @@ def test_what_is_written_is_read(tmp_path):
     ("bad", "said"),
     [
         ("{not json", "invalid JSON"),
+        pytest.param("[" * 100_000, "invalid JSON", id="deep"),
+        pytest.param('{"prompt": %s}' % ("1" * 5000), "invalid JSON", id="long"),
+        pytest.param(
+            '{"prompt": "p", "answer": "a", "image": "%s"}' % ("x" * 300), "found none", id="name"
+        ),
         ('["prompt", "answer"]', "list"),
         ('{"prompt": "p"}', "answer = None"),
         ('{"prompt": 3, "answer": "a"}', "prompt = 3"),
@@ -86,6 +91,11 @@ def test_malformed_line_is_named(tmp_path, bad, said):
         load_questions(str(path), 1, 0)
     assert f"{path}:3" in str(caught.value)
     assert said in str(caught.value)
+
+
+def test_a_text_that_is_no_name_of_a_task():
+    with pytest.raises(DeltaError, match="expected a data set of reasoning-gym or the path"):
+        load_questions("What is one plus one? " * 20, 1, 0)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

@@ -108,6 +108,9 @@ def test_tasks_of_the_harness(tmp_path):
         '{"task": "t", "n": 1, "models": [{"name": "base", "score": NaN}]}',
         '{"task": "t", "n": 1, "models": [{"name": "x", "artifact": "a", "method": "m", "bytes": 1, '
         '"ratio": -1}]}',
+        '{"task": "t", "n": 1e999, "models": [{"name": "base", "score": 0.5}]}',
+        '{"task": "t", "n": 1, "models": [{"name": "x", "artifact": "a", "method": "m", "bytes": 1e999, '
+        '"ratio": 2}]}',
         '{"models": [{"name": "x", "results": {"t": {}}}]}',
         "[" * 100_000,
     ],

@@ -6,6 +6,7 @@ download. It is an extra (`pip install deltacome[evals]`) and imported only when
 
 import difflib
 import json
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def load_questions(
     """
     if n < 1:
         raise DeltaError(f"task {task}: expected at least 1 question, got n = {n}")
-    if task.endswith((".jsonl", ".json")) or Path(task).is_file():
+    if task.endswith((".jsonl", ".json")) or os.path.isfile(task):
         if args:
             raise DeltaError(f"task {task}: a file takes no task arguments, got {args}")
         questions = read_questions(Path(task))
@@ -75,7 +76,7 @@ def _parse(line: str, path: Path, number: int) -> Question:
     wanted = 'an object with the strings "prompt" and "answer"'
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DeltaError(f"{where}: expected {wanted}, got invalid JSON ({error})") from error
     if not isinstance(record, dict):
         raise DeltaError(f"{where}: expected {wanted}, got {type(record).__name__}")
@@ -91,7 +92,7 @@ def _pictures(record: dict[str, Any], path: Path, where: str) -> Iterator[Path]:
     for name in given_in(record):
         if not isinstance(name, str):
             raise PictureError(f"{where}: expected the path of a picture, got {name!r:.80}")
-        if not (file := path.parent / name).is_file():
+        if not os.path.isfile(file := path.parent / name):
             raise PictureError(f"{where}: expected a picture at {file}, found none")
         yield file
 

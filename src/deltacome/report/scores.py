@@ -97,7 +97,10 @@ def _read(file: Path) -> list[Exam]:
         return [replace(exam, task=exam.task + _how(document)) for exam in exams]
     except OSError as error:
         raise DeltaError(f"{file}: cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, IndexError, AttributeError),
+        *(RecursionError, OverflowError),
+    ) as error:
         raise DeltaError(
             f"{file}: expected what deltacome eval --json prints, got something else "
             f"({type(error).__name__}: {error})"
