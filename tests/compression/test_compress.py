@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -228,13 +229,25 @@ def changed(pair, folder, change, dtype=torch.bfloat16):
 def test_identical_models(pairs, tmp_path):
     base, _ = pairs["llama"]
     twin = copy_of(base, tmp_path / "twin")
-    artifact = run((base, twin), tmp_path / "a", calibration="none")
+    with pytest.warns(UserWarning, match="every tensor equals that of"):
+        artifact = run((base, twin), tmp_path / "a", calibration="none")
     assert {record.kind for record in artifact.manifest.records.values()} == {"same"}
     assert artifact.ratio() > 16
     assert artifact.manifest.nominal_ratio() is None
     merged = merge(base, artifact, tmp_path / "merged")
     for name, tensor in weights_of(merged).items():
         assert torch.equal(tensor, weights_of(base)[name])
+
+
+def test_a_fine_tune_of_matrices_alone_is_not_taken_for_the_base(pairs, tmp_path):
+    """As a merged LoRA is: no norm changed, so nothing is stored exactly."""
+    original = weights_of(pairs["llama"][0])
+    norms = {name: w for name, w in original.items() if w.ndim == 1}
+    pair = changed(pairs["llama"], tmp_path, lambda w: w | norms)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        artifact = run(pair, tmp_path / "a", ratio=8, calibration="none")
+    assert {record.kind for record in artifact.manifest.records.values()} == {"bands", "same"}
 
 
 def test_what_did_not_change_is_not_stored(pairs, sources, tmp_path):

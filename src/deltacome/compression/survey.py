@@ -122,7 +122,7 @@ def survey(
                     far.append(pair.name)
         records[pair.name] = record
         report(Progress("survey", done, len(found.pairs), pair.name))
-    if all(record.kind == "same" for record in records.values()):
+    if not matrices and all(record.kind == "same" for record in records.values()):
         warnings.warn(f"{tuned.path}: every tensor equals that of {base.path}", stacklevel=2)
     if far and len(far) > len(matrices) / 2:
         raise MismatchError(
