@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny_pairs import SMALL, copy_of, make_tokenizer, rewrite, tree, weights_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deltacome import Adaptive, DeltaCome, DeltaError, PrinMix, compress
+from deltacome import Adaptive, BitDelta, DeltaCome, DeltaError, LowRank, PrinMix, compress
 from deltacome.compression.calibration import check_length
 from deltacome.errors import (
     CalibrationError,
@@ -232,6 +232,18 @@ def test_a_tensor_that_only_the_base_has(refused, pair):
 def test_a_tensor_that_the_tuned_model_lacks(refused, pair):
     spoil(pair[1], **{K_PROJ: None})
     refused(*pair, MismatchError, rf"1 parameters of LlamaForCausalLM .*{K_PROJ}")
+
+
+@pytest.mark.parametrize("value", [1e20, -3e38])
+@pytest.mark.parametrize("method", [BitDelta(), LowRank(), PrinMix()])
+def test_a_delta_too_large_for_its_squares(refused, pair, method, value):
+    """As one damaged bit of an exponent makes it: finite, and no method can compress it."""
+    weight = weights_of(pair[1])[K_PROJ]
+    weight[2, 3] = value
+    spoil(pair[1], **{K_PROJ: weight})
+    ratio = method.default_ratio and 4
+    match = r"k_proj\.weight: expected a difference .* float32, got one of up to"
+    refused(*pair, CheckpointError, match, method=method, ratio=ratio)
 
 
 # --- plans ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from deltacome.arch.checkpoint import Checkpoint, check_finite, full_digest, sam
 from deltacome.arch.layout import Layout, find_layout
 from deltacome.arch.pairing import HasTensors, Pair, pair_tensors
 from deltacome.compression.run import Progress
-from deltacome.errors import MismatchError, UnsupportedError
+from deltacome.errors import CheckpointError, MismatchError, UnsupportedError
 from deltacome.format.manifest import Record
 from deltacome.format.tensors import DTYPES, dtype_name
 from deltacome.skeleton import (
@@ -94,7 +94,8 @@ def survey(
         names of the matrices that are to be compressed.
 
     Raises:
-        CheckpointError: a tensor cannot be read, or holds NaN or Inf.
+        CheckpointError: a tensor cannot be read, holds NaN or Inf, or differs from the base's by so much
+            that squares overflow.
         MismatchError: most of the changed matrices differ by more than the base's own size; or the tuned
             configuration ties what the weights hold apart.
     """
@@ -104,11 +105,11 @@ def survey(
     for done, pair in enumerate(found.pairs, 1):
         target, tuned_tensor = found.where[pair.name], tuned.read(pair.name)
         check_finite(pair.name, tuned_tensor, "tuned model")
-        base_tensor, same, distance = None, False, 0.0
+        base_tensor, same, moved, size = None, False, 0.0, 0.0
         if pair.base_name is not None:
             base_tensor = base.read(pair.base_name)
             check_finite(pair.base_name, base_tensor, "base")
-            same, distance = _compare(base_tensor, tuned_tensor)
+            same, moved, size = _compare(base_tensor, tuned_tensor)
         record = account(pair, dtype_name(tuned_tensor.dtype), found.layout, target, same)
         if base_tensor is not None:
             record = replace(
@@ -117,8 +118,10 @@ def survey(
                 base_digest=full_digest(base_tensor),
             )
             if packable(record, found.layout, target) and not same:
+                if not math.isfinite(moved):
+                    _refuse_overflow(pair.name, base_tensor, tuned_tensor)
                 matrices.add(pair.name)
-                if distance > 1:
+                if moved > size:
                     far.append(pair.name)
         records[pair.name] = record
         report(Progress("survey", done, len(found.pairs), pair.name))
@@ -196,14 +199,28 @@ def packable(record: Record, layout: Layout, target: Target) -> bool:
     )
 
 
-def _compare(base: torch.Tensor, tuned: torch.Tensor) -> tuple[bool, float]:
-    """Whether the common rows hold the same numbers, and ‖tuned − base‖ / ‖base‖ over them.
+def _refuse_overflow(name: str, base: torch.Tensor, tuned: torch.Tensor) -> None:
+    """Refuses a delta that no method can work with: one damaged bit of an exponent makes one.
+
+    Raises:
+        CheckpointError: names the tensor and the largest difference.
+    """
+    rows = min(len(base), len(tuned))
+    largest = float((tuned[:rows].float() - base[:rows].float()).abs().max())
+    raise CheckpointError(
+        f"{name}: expected a difference to the base whose squares fit float32, got one of up to "
+        f"{largest:g}: is a checkpoint damaged?"
+    )
+
+
+def _compare(base: torch.Tensor, tuned: torch.Tensor) -> tuple[bool, float, float]:
+    """Whether the common rows hold the same numbers; ‖tuned − base‖² and ‖base‖² over them.
 
     A base of a wider dtype that merely rounds to the tuned value is not the same. Rows are taken by the
     thousand: three copies of an embedding in float32 would be the memory peak of the whole run.
     """
     if not base.ndim:
-        return bool(base.double() == tuned.double()), 0.0
+        return bool(base.double() == tuned.double()), 0.0, 0.0
     same, moved, size = True, 0.0, 0.0
     rows = min(len(base), len(tuned))
     for before, after in zip(base[:rows].split(CHUNK), tuned[:rows].split(CHUNK), strict=True):
@@ -214,4 +231,4 @@ def _compare(base: torch.Tensor, tuned: torch.Tensor) -> tuple[bool, float]:
         if before.is_floating_point():
             size += float(before.float().square().sum(dtype=torch.float64))
             moved += float((after.float() - before.float()).square().sum(dtype=torch.float64))
-    return same, math.sqrt(moved / size) if size else (math.inf if moved else 0.0)
+    return same, moved, size
