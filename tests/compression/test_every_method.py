@@ -328,6 +328,14 @@ def test_a_gram_that_no_plan_can_be_made_of_is_named(pairs, text, tmp_path, monk
         run(pairs["llama-tied"], tmp_path / "a", "adaptive-start", text)
 
 
+@pytest.mark.parametrize("rate", [30.0, 1e30])
+def test_scales_that_overflow_are_refused(pairs, text, rate, tmp_path):
+    method = BitDelta(distill=5, rate=rate)
+    with pytest.raises(CalibrationError, match=r"distillation: after step \d of 5 .* not finite"):
+        compress(*pairs["small"], tmp_path / "a", method=method, calibration=text, **QUICK)
+    assert not (tmp_path / "a").exists()
+
+
 def test_nothing_is_distilled_where_nothing_changed(pairs, text, tmp_path):
     base, _ = pairs["llama-tied"]
     artifact = compress(

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deltacome.compression.answers import First
-from deltacome.errors import CheckpointError
+from deltacome.errors import CalibrationError, CheckpointError
 from deltacome.format.codec import BandTensors, Packed, SignTensors
 from deltacome.rows import Row, alike, collate, model_inputs, token_shares
 
@@ -100,6 +100,7 @@ def distill(
         All terms, with the scalars that were found.
 
     Raises:
+        CalibrationError: scalars that were found are not finite.
         CheckpointError: the tuned model lacks a parameter.
     """
     model = load().to(device).eval().requires_grad_(False)
@@ -137,6 +138,11 @@ def distill(
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / steps)
         optimizer.step()
+        if not all(torch.isfinite(part).all() for w in weights.values() for part in w.scalars()):
+            raise CalibrationError(
+                f"distillation: after step {step + 1} of {steps} scalars are not finite: compress with a "
+                "lower rate, passes of another dtype, or distill 0"
+            )
         on_step(step + 1, steps)
     found = {name: weight.packed() for name, weight in weights.items()}
     del model, tuned, weights
@@ -161,23 +167,25 @@ class _Weight:
     def __call__(self) -> Tensor:
         """The weight as the model holds it."""
         value_OI = self._base_OI
-        for (scalars, make), log in self._logs():
-            value_OI = value_OI + make(scalars * log.exp()).to(value_OI.dtype)
+        for (_, make), scalars in zip(self._parts, self.scalars(), strict=True):
+            value_OI = value_OI + make(scalars).to(value_OI.dtype)
         value_OI = torch.cat([value_OI, self._rest]) if len(self._rest) else value_OI
         return value_OI.T if self._term.transposed else value_OI
 
     def packed(self) -> Packed:
         """The terms with the scalars that were found."""
         packed = self._term.packed
-        found = [(scalars * log.exp()).detach().cpu() for (scalars, _), log in self._logs()]
+        found = [scalars.detach().cpu() for scalars in self.scalars()]
         bands, signs = packed.bands, packed.signs
         if bands:
             parts = found[0].split([len(band.s) for band in bands])
             bands = [replace(band, s=s) for band, s in zip(bands, parts, strict=True)]
         return Packed(bands, signs and replace(signs, scale=found[-1]))
 
-    def _logs(self) -> Any:
-        return zip(self._parts, self.logs.split(self._sizes), strict=True)
+    def scalars(self) -> list[Tensor]:
+        """The scalars as they are now, those of bands before those of signs."""
+        logs = self.logs.split(self._sizes)
+        return [start * log.exp() for (start, _), log in zip(self._parts, logs, strict=True)]
 
 
 def _of_bands(
