@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from deltacome.compression.calibration import Calibration
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.distill import SLOTS, Trained, distill, divergence, squared_distance
 from deltacome.compression.sensitivity import Weights
-from deltacome.errors import CalibrationError, CheckpointError, PlanError
+from deltacome.errors import ArtifactError, CalibrationError, CheckpointError, PlanError
 from deltacome.format.codec import Packed
 from deltacome.methods.template import parse_template
 from deltacome.rows import Row, alike
@@ -151,6 +152,16 @@ def test_a_kept_sweep_serves_other_ratios(pairs, artifacts, text, tmp_path, monk
     assert tree(again.path) == tree(other.path)
     run(pair, tmp_path / "seed", "adaptive-start", text, seed=1, **kept)
     assert len(list((tmp_path / "sweeps").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"x")])
+def test_a_kept_sweep_that_is_damaged_is_named(pairs, text, damage, tmp_path):
+    kept = {"sweeps": tmp_path / "sweeps", "ratio": 4}
+    run(pairs["small"], tmp_path / "a", "adaptive-start", text, **kept)
+    file = next(kept["sweeps"].glob("*/*down_proj*"))
+    damage(file)
+    with pytest.raises(ArtifactError, match=rf"{file.name}: cannot be read: .*; remove the folder"):
+        run(pairs["small"], tmp_path / "b", "adaptive-start", text, **kept)
 
 
 def test_a_kept_sweep_serves_no_other_rows(pairs, tmp_path, monkeypatch):

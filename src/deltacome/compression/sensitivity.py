@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -47,7 +48,7 @@ from torch.utils.hooks import RemovableHandle
 from deltacome.arch.layout import linears_of
 from deltacome.compression.answers import First
 from deltacome.compression.capture import Batch, Stream, drop_weights
-from deltacome.errors import UnsupportedError
+from deltacome.errors import ArtifactError, UnsupportedError
 from deltacome.numerics.gram import Gram
 from deltacome.rows import token_shares
 
@@ -123,8 +124,18 @@ def refuse_unreached(names: Collection[str]) -> None:
 
 
 def measured(folder: Path, name: str) -> Weights:
-    """What `keep` stored of a matrix."""
-    return Weights(**load_file(_file(folder, name)))
+    """What `keep` stored of a matrix.
+
+    Raises:
+        ArtifactError: it cannot be read any more.
+    """
+    file = _file(folder, name)
+    try:
+        return Weights(**load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{file}: cannot be read: {error}; remove the folder to measure anew"
+        ) from error
 
 
 def _file(folder: Path, name: str) -> Path:
