@@ -53,11 +53,11 @@ def make_plans(
             _check_fixed(manifest, plans, name, ratio)
         return plans
     target = manifest.tuned_nbytes() / ratio
-    around, plans = _total(manifest, {}), {}
+    around, plans = total_nbytes(manifest, {}), {}
     for _ in range(3):  # what surrounds the terms depends on them, by some digits
         plans = planner(target - around)
         # Never less than before: plans that leave matrices out need less, which the next would fill.
-        needed = max(around, _total(manifest, plans) - _terms_nbytes(matrices, plans))
+        needed = max(around, total_nbytes(manifest, plans) - _terms_nbytes(matrices, plans))
         if needed == around:  # equal bytes give equal plans, and a program may be solved for each
             break
         around = needed
@@ -79,7 +79,7 @@ def _terms_nbytes(matrices: Mapping[str, Matrix], plans: Mapping[str, Terms]) ->
     return sum(plan.nbytes(matrices[name].shape) for name, plan in plans.items())
 
 
-def _total(manifest: Manifest, plans: Mapping[str, Terms]) -> int:
+def total_nbytes(manifest: Manifest, plans: Mapping[str, Terms]) -> int:
     """Bytes on disk of the whole artifact."""
     planned = with_plans(manifest, plans)
     terms = sum(record.nbytes(planned.group_size) for record in planned.records.values())
@@ -88,11 +88,11 @@ def _total(manifest: Manifest, plans: Mapping[str, Terms]) -> int:
 
 def _exceeds(manifest: Manifest, plans: Mapping[str, Terms], ratio: float) -> bool:
     """Whether the artifact would be larger than the ratio allows."""
-    return _total(manifest, plans) > manifest.tuned_nbytes() / ratio * (1 + TOLERANCE)
+    return total_nbytes(manifest, plans) > manifest.tuned_nbytes() / ratio * (1 + TOLERANCE)
 
 
 def _check_fixed(manifest: Manifest, plans: Mapping[str, Terms], name: str, ratio: float) -> None:
-    got = manifest.tuned_nbytes() / _total(manifest, plans)
+    got = manifest.tuned_nbytes() / total_nbytes(manifest, plans)
     if abs(got / ratio - 1) > TOLERANCE:
         raise PlanError(
             f"{name}: with these options it gives a ratio of {got:.2f} on disk, expected {ratio:g} "
@@ -104,7 +104,7 @@ def _refusal(
     manifest: Manifest, matrices: Mapping[str, Matrix], least: Mapping[str, Terms], ratio: float
 ) -> str:
     """The table that shows why a ratio cannot be met."""
-    total, terms = _total(manifest, least), _terms_nbytes(matrices, least)
+    total, terms = total_nbytes(manifest, least), _terms_nbytes(matrices, least)
     exact = [record for record in manifest.records.values() if record.exact_rows]
     exact.sort(key=Record.nbytes, reverse=True)
     exact_nbytes = sum(record.nbytes() for record in exact)

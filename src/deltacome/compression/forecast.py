@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deltacome.arch.checkpoint import check_dense, check_finite, full_digest
 from deltacome.arch.layout import Layout
-from deltacome.compression.budget import make_plans
+from deltacome.compression.budget import make_plans, total_nbytes
 from deltacome.compression.calibration import check_length, check_source
 from deltacome.compression.survey import account, packable, pair_models
 from deltacome.errors import CheckpointError, PlanError
@@ -174,19 +174,20 @@ def _sizes(
 ) -> tuple[list[Size], float]:
     """What each ratio means in bytes, and roughly the largest that can be met."""
 
-    def met(ratio: float) -> bool:
+    def nbytes(ratio: float) -> int | None:
         try:
-            make_plans(manifest, DeltaCome(), matrices, ratio)
+            plans = make_plans(manifest, DeltaCome(), matrices, ratio)
         except PlanError:
-            return False
-        return True
+            return None
+        return total_nbytes(
+            manifest, plans
+        )  # all directions may need less than a small ratio allows
 
-    nbytes = manifest.tuned_nbytes()
-    sizes = [Size(ratio, int(nbytes / ratio) if met(ratio) else None) for ratio in ratios]
+    sizes = [Size(ratio, nbytes(ratio)) for ratio in ratios]
     low, high = 0.0, 12.0  # of the base-2 logarithm
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (middle, high) if met(2**middle) else (low, middle)
+        low, high = (low, middle) if nbytes(2**middle) is None else (middle, high)
     return sizes, 2**low
 
 
