@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_pairs import VOCAB, make_tokenizer, write_jsonl
+from tiny_pairs import VOCAB, copy_of, make_tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -324,6 +324,18 @@ def test_a_written_row_has_the_token_that_ends_it(ends, kept):
     """A list is the model's own; beside a single one the tokenizer's counts too."""
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends))
     assert written._until_end([5, 9, 7, 0, 0], model, SimpleNamespace(eos_token_id=9)) == kept
+
+
+def test_self_with_tokens_that_the_model_lacks(tuned, tmp_path):
+    """A padding token that was added without resizing the model, say: it is neither drawn nor read."""
+    folder = copy_of(tuned, tmp_path / "tuned")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"more{i}" for i in range(3000)])
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    rows = rows_of("self", folder, samples=8, seq_len=40)
+    assert len(rows) == 8
+    assert max(max(row) for row in rows) < VOCAB
 
 
 def test_self_without_a_template(plain, pairs):

@@ -356,6 +356,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model(refused, pair, tmp_path):
     refused(*pair, CalibrationError, match, calibration=str(tmp_path / "c.txt"))
 
 
+def test_a_template_with_tokens_that_the_model_lacks(refused, pair):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|user|>"])
+    tokenizer.save_pretrained(pair[1])
+    match = "calibration self: .* token 300, but the embedding has 300 rows"
+    refused(*pair, CalibrationError, match, calibration="self")
+
+
 def test_inputs_that_overflow(refused, pair, text):
     # Finite weights whose products are not finite: the error names the linear that these reach.
     weight = weights_of(pair[1])["model.layers.0.mlp.up_proj.weight"]

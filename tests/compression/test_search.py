@@ -29,6 +29,7 @@ from deltacome.errors import (
     PlanError,
 )
 from deltacome.methods.template import PRECISIONS, parse_template
+from deltacome.rows import Row
 
 BEST = (3, 0, 5)
 
@@ -110,6 +111,13 @@ def test_from_checkpoints(pairs, text):
         find_template(base, tuned, 4, source="none")
     with pytest.raises(MismatchError, match="is this a fine-tune of this base"):
         find_template(pairs["llama"][0], tuned, 4, **options)
+
+
+def test_tokens_that_the_model_lacks(pairs, tmp_path):
+    base, tuned = pairs["small"]
+    rows, match = [Row([1, 5, 300])], "gives token 300, but the embedding has 300 rows"
+    with pytest.raises(CalibrationError, match=match):
+        sample_linears(Checkpoint(base), Checkpoint(tuned), rows)
 
 
 def test_what_is_refused_before_text_is_written(pairs, tmp_path, monkeypatch):

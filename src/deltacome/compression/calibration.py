@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def check_source(source: str) -> None:
         )
     if (path.suffix in (".txt", ".jsonl")) != path.is_file():
         raise CalibrationError(f"calibration {source}: expected a .txt or .jsonl file, found none")
+
+
+def check_tokens(source: str, rows: Iterable[list[int]], size: int) -> None:
+    """Refuses rows with tokens that have no row in an embedding of that many.
+
+    Raises:
+        CalibrationError: names the largest.
+    """
+    largest = max(max(ids) for ids in rows)
+    if largest >= size:
+        raise CalibrationError(
+            f"calibration {source}: the tuned model's tokenizer gives token {largest}, but the embedding "
+            f"has {size} rows"
+        )
 
 
 def check_length(seq_len: int, tuned: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deltacome.compression.answers import answers_from
 from deltacome.compression.budget import make_plans
+from deltacome.compression.calibration import check_tokens
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.run import (
     Progress,
@@ -30,7 +31,7 @@ from deltacome.compression.run import (
     stream_of,
 )
 from deltacome.compression.sensitivity import Weights, keep, sweep
-from deltacome.errors import CalibrationError, naming
+from deltacome.errors import naming
 from deltacome.format.folder import disk_errors, write_atomic
 from deltacome.format.manifest import Manifest
 from deltacome.format.spec import Band
@@ -160,12 +161,7 @@ def _draw_rows(run: Run) -> list[Row]:
         on_step=lambda done, total: run.report(Progress("calibration", done, total)),
     )
     embedding = run.names[str(run.layout.embedding)]
-    largest, size = max(max(row.ids) for row in rows), run.records[embedding].shape[0]
-    if largest >= size:
-        raise CalibrationError(
-            f"calibration {source}: the tuned model's tokenizer gives token {largest}, "
-            f"but {embedding} has {size} rows"
-        )
+    check_tokens(source, (row.ids for row in rows), run.records[embedding].shape[0])
     if len(rows) < asked.samples:
         warnings.warn(
             f"calibration {source}: it gives {len(rows)} of {asked.samples} rows", stacklevel=2

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from deltacome.arch.checkpoint import Checkpoint, check_dense
-from deltacome.compression.calibration import Calibration, check_length
+from deltacome.compression.calibration import Calibration, check_length, check_tokens
 from deltacome.compression.capture import Stream, drop_weights
 from deltacome.compression.data import calibration_rows
 from deltacome.compression.run import Progress
@@ -111,6 +111,8 @@ def sample_linears(
         delta = tuned.read(weight).float() - base.read(before[weight] or weight).float()
         return (delta.T.contiguous() if transposed else delta).to(device)
 
+    embedding = tuned.tensors[stored[str(layout.embedding)]]
+    check_tokens("text", (row.ids for row in rows), embedding.shape[0])
     set_buffers(model, found.where, tuned.read)
     stream = Stream(model, layout, read, rows, device=device, dtype=dtype)
     names = list(layout.blocks)

@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig
 
 from deltacome.chats import chat_text
-from deltacome.compression.calibration import Calibration, positions_of
+from deltacome.compression.calibration import Calibration, check_tokens, positions_of
 from deltacome.skeleton import model_class, read_config
 
 _MARK = "USERTEXT"
@@ -45,7 +45,8 @@ def write_rows(
     model = _load(tuned, device)
     draw = random.Random(asked.seed)
     special = set(tokenizer.all_special_ids)
-    ordinary = [i for i in range(len(tokenizer)) if i not in special]
+    size = len(model.get_input_embeddings().weight)  # a tokenizer may have more tokens
+    ordinary = [i for i in range(min(len(tokenizer), size)) if i not in special]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     opening = _opening(tokenizer)
     chats = samples // 2 if opening else 0
@@ -141,8 +142,9 @@ def _continue(
     prompts = [prompt[: seq_len - 1] for prompt in prompts]
     longest = max(len(prompt) for prompt in prompts)
     shortest = min(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.full((len(prompts), longest), pad)
+    check_tokens("self", prompts, len(model.get_input_embeddings().weight))
+    # Nobody looks at padding. The tokenizer's own may have been added without a row for the model.
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
         ids[i, longest - len(prompt) :] = torch.tensor(prompt)
@@ -156,7 +158,7 @@ def _continue(
         top_p=1.0,
         # What the longest prompt gets beyond its row is dropped; there may be no position for it.
         max_new_tokens=min(seq_len - shortest, (positions_of(model.config) or math.inf) - longest),
-        pad_token_id=pad,
+        pad_token_id=0,
     )
     rows = []
     for prompt, full in zip(prompts, output.tolist(), strict=True):
