@@ -364,6 +364,12 @@ def test_a_template_with_tokens_that_the_model_lacks(refused, pair):
     refused(*pair, CalibrationError, match, calibration="self")
 
 
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_that_torch_does_not_take(refused, pair, text, seed):
+    for source in (text, "self"):
+        refused(*pair, CalibrationError, "seed: expected .* got", calibration=source, seed=seed)
+
+
 def test_inputs_that_overflow(refused, pair, text):
     # Finite weights whose products are not finite: the error names the linear that these reach.
     weight = weights_of(pair[1])["model.layers.0.mlp.up_proj.weight"]

@@ -28,12 +28,14 @@ class Calibration:
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuses less than a row of two tokens with CalibrationError."""
+        """Refuses less than a row of two tokens, and a seed beyond 64 bits, with CalibrationError."""
         for name, least in (("samples", 1), ("seq_len", 2)):
             if self.source != "none" and getattr(self, name) < least:
                 raise CalibrationError(
                     f"{name}: expected at least {least}, got {getattr(self, name)}"
                 )
+        if self.source != "none" and not -(1 << 63) <= self.seed < 1 << 64:  # what torch takes
+            raise CalibrationError(f"seed: expected a number of 64 bits, got {self.seed}")
 
     def options(self) -> dict[str, int]:
         """The options that choose rows of a source; empty without text, where they change nothing."""
