@@ -336,6 +336,11 @@ def test_self_with_tokens_that_the_model_lacks(tuned, tmp_path):
     rows = rows_of("self", folder, samples=8, seq_len=40)
     assert len(rows) == 8
     assert max(max(row) for row in rows) < VOCAB
+    asked = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "more2999"}])
+    with pytest.raises(
+        CalibrationError, match=r"c\.jsonl: the tuned model's tokenizer gives token"
+    ):
+        rows_of(asked, folder, seq_len=40)
 
 
 def test_self_without_a_template(plain, pairs):

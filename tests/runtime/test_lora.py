@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from artifact_helpers import PLAN, random_artifact, random_packed, write_artifact
-from runtime_helpers import assert_close, load, logits, make_base, some_ids
+from runtime_helpers import assert_close, load, logits, some_ids
 from safetensors.torch import load_file
 
 from deltacome.arch.checkpoint import Checkpoint, full_digest, sample_digest

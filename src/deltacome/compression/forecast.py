@@ -179,9 +179,8 @@ def _sizes(
             plans = make_plans(manifest, DeltaCome(), matrices, ratio)
         except PlanError:
             return None
-        return total_nbytes(
-            manifest, plans
-        )  # all directions may need less than a small ratio allows
+        # Not what the ratio allows: all directions together may need less.
+        return total_nbytes(manifest, plans)
 
     sizes = [Size(ratio, nbytes(ratio)) for ratio in ratios]
     low, high = 0.0, 12.0  # of the base-2 logarithm

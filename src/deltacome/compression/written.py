@@ -76,6 +76,7 @@ def write_answers(
 ) -> list[list[int]]:
     """Has the tuned model answer prompts, each shorter than a row; returns rows in their order."""
     model = _load(tuned, device)
+    check_tokens(asked.source, prompts, len(model.get_input_embeddings().weight))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
     rows: dict[int, list[int]] = {}
     with _seeded(asked.seed, device):
