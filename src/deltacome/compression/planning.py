@@ -169,7 +169,7 @@ def _draw_rows(run: Run) -> list[Row]:
     if source == "self" and isinstance(run.method, Adaptive):
         warnings.warn(
             "calibration self: adaptive keeps what its text shows, and text that the tuned model wrote "
-            "itself shows little: give questions with answers from its task, or use delta-come",
+            "itself shows little: give prompts of its task, which it answers itself, or use delta-come",
             stacklevel=2,
         )
     if picture_token(run.model) is not None and not any(row.seen for row in rows):
