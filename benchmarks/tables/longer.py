@@ -1,7 +1,7 @@
 """What a longer training does to every method: the usual fine-tune, and one of four times as many steps.
 
-A delta grows with its training and its spectrum flattens, so a short one flatters low-rank methods and
-small budgets. What the two deltas look like is printed with the table.
+Most tables have fine-tunes of few steps; a delta grows with its training. What the two deltas look like,
+their norms and how steeply their spectra fall, is printed with the table.
 """
 
 from __future__ import annotations
