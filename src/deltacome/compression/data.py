@@ -69,37 +69,25 @@ def calibration_rows(
         sees = any(isinstance(one, Seen) for one in drawn)
         processor = load_processor(tuned) if sees else None
         prompts = [one.ids for one in drawn if isinstance(one, Prompt)]
-        answered = iter(_answered(prompts, asked, tokenizer, tuned, device, on_step))
-        rows = []
+        answered = []
+        if prompts:
+            warnings.warn(
+                f"calibration {asked.source}: {len(prompts)} of its rows have no answer, and the tuned "
+                "model writes it",
+                stacklevel=2,
+            )
+            answered = write_answers(prompts, asked, tokenizer, tuned, device, on_step)
+        whole, rows = map(Row, answered), []
         for one in drawn:
             if isinstance(one, Seen):
                 one = _open(processor, one, asked.seq_len)
-            rows.append(next(answered) if isinstance(one, Prompt) else one)
+            rows.append(next(whole) if isinstance(one, Prompt) else one)
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise CalibrationError(
             f"calibration {asked.source}: expected text, got no row of two tokens"
         )
     return rows
-
-
-def _answered(
-    prompts: list[list[int]],
-    asked: Calibration,
-    tokenizer: Any,
-    tuned: Path,
-    device: str,
-    on_step: Callable[[int, int], None],
-) -> list[Row]:
-    """Rows of prompts with the tuned model's answers."""
-    if not prompts:
-        return []
-    warnings.warn(
-        f"calibration {asked.source}: {len(prompts)} of its rows have no answer, and the tuned model "
-        "writes it",
-        stacklevel=2,
-    )
-    return [Row(ids) for ids in write_answers(prompts, asked, tokenizer, tuned, device, on_step)]
 
 
 def _read_texts(asked: Calibration, tokenizer: Any) -> list[Text | Seen]:
