@@ -63,7 +63,7 @@ def lab(tables, tmp_path_factory):
 
 
 NAMES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
-NAMES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "longer", "rates")
+NAMES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "longer", "known", "rates")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,6 +116,9 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         )
         assert long > short  # the base is farther from a model that was trained longer
         assert sum("the delta of" in line for line in text.splitlines()) == 2
+    if name == "known":
+        kls = [line.split("|")[-3] for line in table[2:]]
+        assert len(kls) == len(set(kls)) == 10, kls  # the fresh text gives other deltas
     # Once more: everything is kept, so nothing is compressed, trained or measured.
     monkeypatch.setattr("deltacome.compress", None)
     monkeypatch.setattr(tables("lab"), "generate", None)

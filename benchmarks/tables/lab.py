@@ -116,7 +116,8 @@ class Lab:
         only_kept: see `wanted`.
         hides: strings that no question in the calibration text may contain.
         reads: `self` or `none`, as the command takes them, instead of the usual calibration text; or
-            `prompts`, the usual text with the tuned model's answers.
+            `prompts`, the usual text with the tuned model's answers; or `fresh`, with held-out questions
+            other than those asked.
     """
 
     def __init__(
@@ -196,14 +197,16 @@ class Lab:
             raise SystemExit(f"{folder}: expected the base's tensors, got {min(more)} too")
 
     def calibration(self, task: str, seed: int = 0) -> Path:
-        """File of rows: further questions of the task, never held-out ones, and general text."""
-        from tasks import TASKS, training
+        """File of rows: further questions of the task, none of those asked, and general text."""
+        from tasks import TASKS, held_out, training
 
         count = self.size.rows // 4
         wanted = self.size.rows - count
         # Taken from the same sequence of questions, however many are left out.
         made = training(TASKS[task], 1000 + seed, 0, 3 * wanted if self.hides else wanted)
         made = [q for q in made if not any(mark in q.prompt for mark in self.hides)][:wanted]
+        if self.reads == "fresh":
+            made = held_out(TASKS[task], self.size.questions + wanted)[self.size.questions :]
         answered = self.reads != "prompts"
         lines = [{"prompt": q.prompt} | ({"answer": q.answer} if answered else {}) for q in made]
         lines += [{"text": cut} for cut in general_text(count, self.size.row_tokens, seed)]
@@ -292,11 +295,7 @@ class Lab:
         """Score with interval, both KLs, also by row, and all answers."""
         tuned, size = self.dense(self.tenant(task)), self.size
         asked = [(q.prompt, q.answer) for q in self.questions(task)]
-        folder = self.tenant(task)
-        said = sorted([*folder.glob("*token*.json"), *folder.glob("*.jinja")])
-        how = [platform.python_version(), device(), *map(version, ("torch", "transformers"))]
-        how += [*map(_file_hash, said), *hashes_of(".", "evals", "format", "numerics")]
-        key = hash_of(variant.key, tuned.key, asked, size.kl_questions, *how)
+        key = hash_of(variant.key, tuned.key, asked, size.kl_questions, *self._how(task))
 
         def ask() -> dict[str, Any]:
             exam = self._exam(task)
@@ -315,6 +314,23 @@ class Lab:
         found = self.kept(f"measured/{task}-{key}", ask)
         return found | {"bytes": variant.nbytes, "ratio": variant.ratio, "nominal": variant.nominal}
 
+    def distances(
+        self, task: str, variant: Variant, questions: Sequence[Question]
+    ) -> list[tuple[float, int]]:
+        """KL to the tuned model on other questions than those asked, and tokens, for each."""
+        tuned, asked = self.dense(self.tenant(task)), [(q.prompt, q.answer) for q in questions]
+
+        def ask() -> list[tuple[float, int]]:
+            say(f"measuring {task}, {len(questions)} further questions")
+            with self.weights(tuned) as model:
+                rows = question_rows(self.tokenizer(task), questions)
+                reference = record(model, rows, batch_size=16)
+            with self.weights(variant) as model:
+                return by_row(model, reference)
+
+        key = hash_of(variant.key, tuned.key, asked, *self._how(task))
+        return [(nats, tokens) for nats, tokens in self.kept(f"distances/{task}-{key}", ask)]
+
     def cell(self, task: str, method: Method, ratio: float | None, seed: int = 0) -> dict[str, Any]:
         """Compress and measure; the first artifact of a method is compared with the packed runtime."""
         artifact = self.artifact(task, method, ratio, seed)
@@ -329,6 +345,13 @@ class Lab:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(made))
         return json.loads(file.read_text())
+
+    def _how(self, task: str) -> list[str]:
+        """Everything but weights and questions that a measurement depends on."""
+        folder = self.tenant(task)
+        said = sorted([*folder.glob("*token*.json"), *folder.glob("*.jinja")])
+        how = [platform.python_version(), device(), *map(version, ("torch", "transformers"))]
+        return [*how, *map(_file_hash, said), *hashes_of(".", "evals", "format", "numerics")]
 
     def questions(self, task: str) -> list[Question]:
         """The held-out questions of a tenant."""

@@ -21,7 +21,7 @@ from origin import origin
 from transformers.utils import logging
 
 TABLES = ("t2", "t3", "t5", "t6", "t8", "t9", "t10", "t11")
-TABLES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "longer", "rates")
+TABLES += ("goals", "vlm", "case", "ablation", "unseen", "texts", "longer", "known", "rates")
 HOUR = ("t3", "t8", "case")
 FILTERED = (
     "t3",
@@ -34,6 +34,7 @@ FILTERED = (
     "unseen",
     "texts",
     "longer",
+    "known",
     "rates",
 )
 """Tables that can show only those of their cells that exist."""

@@ -1,0 +1,78 @@
+"""KL on questions that the fine-tune was trained on, on others of their distribution, on held-out ones.
+
+A fine-tune is surest of what it was trained on, and calibration text is mostly of that kind, so a delta
+could be close there and farther elsewhere. None of the questions here is in the calibration text, except
+in the column that says so. Of the held-out questions, those that are asked are never in it; the rows
+called fresh have others of them for text.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import cells as md
+from lab import Lab, Variant
+from longer import TIMES
+from rows import RATIO
+
+from deltacome import Adaptive, DeltaCome
+from deltacome.evals.divergence import over_rows
+from deltacome.evals.tasks import Question
+from deltacome.methods.method import Method
+
+FURTHER = 2000
+"""Seed of the further questions; calibration text has 1000 and those after it."""
+
+
+def make(lab: Lab) -> str:
+    fit, task = lab.size.fit, lab.size.side[0]
+    rows, said = [], []
+    for where in (lab, lab.training(TIMES * lab.size.steps)):
+        fresh = where.reading("fresh", where.size.rows, where.size.row_tokens)
+        points: list[tuple[str, Lab, Method, float]] = [
+            (f"Delta-CoMe, 1/{RATIO:g}", where, DeltaCome(), RATIO),
+            (f"Delta-CoMe, 1/{RATIO:g}, fresh text", fresh, DeltaCome(), RATIO),
+            (f"adaptive, 1/{2 * RATIO:g}, not distilled", where, Adaptive(distill=0), 2 * RATIO),
+            (f"adaptive, 1/{2 * RATIO:g}", where, Adaptive(distill=fit), 2 * RATIO),
+            (f"adaptive, 1/{2 * RATIO:g}, fresh text", fresh, Adaptive(distill=fit), 2 * RATIO),
+        ]
+        sets = _questions(where, task)
+        for name, reader, method, ratio in points:
+            if reader.wanted(task, method, ratio):
+                cell = reader.cell(task, method, ratio)
+                variant = reader.packed(reader.artifact(task, method, ratio))
+                kls = [_kl(where, task, variant, some) for some in sets.values()]
+                steps = str(where.size.steps)
+                rows.append([steps, name, *kls, md.kl(cell, "task"), md.kl(cell, "text")])
+        sizes = ", ".join(f"{len(some)} {name}" for name, some in sets.items())
+        said.append(f"{where.size.steps} steps: {sizes}, {len(where.questions(task))} held out")
+    header = ["steps", f"{task}, KL", *sets, "held out", "text"]
+    lines = "\n".join(f"- {line}" for line in said)
+    title = "## Known questions: KL on what was trained on and on what was not"
+    return f"{title}\n\n{md.table(header, rows)}\n\n{lines}"
+
+
+def _questions(lab: Lab, task: str) -> dict[str, list[Question]]:
+    """Questions that are not held out, by what training and the calibration text have of them."""
+    from tasks import TASKS, training
+
+    said: dict[str, Any] = json.loads((lab.tenant(task) / "training.json").read_text())
+    steps = range(said["steps"])
+    trained = {
+        q.prompt for s in steps for q in training(TASKS[task], said["seed"], s, said["batch"])
+    }
+    lines = map(json.loads, lab.calibration(task).read_text().splitlines())
+    text = {line["prompt"]: line["answer"] for line in lines if "prompt" in line}
+    drawn = training(TASKS[task], FURTHER, 0, 3 * lab.size.questions)
+    further = [q for q in {q.prompt: q for q in drawn}.values() if q.prompt not in text]
+    further = further[: 2 * lab.size.questions]
+    return {
+        "in the usual text": [Question(*pair) for pair in text.items()][: lab.size.questions],
+        "trained on": [q for q in further if q.prompt in trained],
+        "not trained on": [q for q in further if q.prompt not in trained],
+    }
+
+
+def _kl(lab: Lab, task: str, variant: Variant, questions: list[Question]) -> str:
+    return md.nats(*over_rows(lab.distances(task, variant, questions))) if questions else "–"
