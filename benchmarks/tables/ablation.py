@@ -67,6 +67,11 @@ class WithoutSharing(Without):
         return plans
 
 
+def ungarbled() -> AbstractContextManager[Any]:
+    """The last step sees questions as they are asked, and no garbled ones."""
+    return patch("deltacome.compression.polish.garbled", lambda *args: [])
+
+
 def make(lab: Lab) -> str:
     task = lab.size.side[0]
     once = patch("deltacome.methods.adaptive.CUT", 1.0)
@@ -74,10 +79,12 @@ def make(lab: Lab) -> str:
     undivided = patch("deltacome.compression.sensitivity.LIFT", 1.0)
     own = patch("deltacome.compression.sensitivity.TEMPERATURE", 1.0)
     trusted = patch("deltacome.methods.adaptive.ALIKE", 0.0)
+    as_asked = Without(distill=lab.size.fit, part="garbled")
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
         "Delta-CoMe, distilled too": (DeltaCome(distill=lab.size.fit), nullcontext()),
         "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
+        "adaptive, no question garbled": (as_asked, ungarbled()),
         "less distillation": (Adaptive(distill=0), nullcontext()),
         "… and that sure tokens are lifted": (Without(part="division"), undivided),
         "… and that answers are softened": (Without(part="temperature"), own),

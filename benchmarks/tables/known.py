@@ -1,17 +1,18 @@
 """KL on questions that the fine-tune was trained on, on others of their distribution, on held-out ones.
 
 A fine-tune is surest of what it was trained on, and calibration text is mostly of that kind, so a delta
-could be close there and farther elsewhere. None of the questions here is in the calibration text, except
-in the column that says so. Of the held-out questions, those that are asked are never in it; the rows
-called fresh have others of them for text.
+can be close there and farther elsewhere. Only the questions of the first column are in the calibration
+text.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import cells as md
+from ablation import Without, ungarbled
 from lab import Lab, Variant
 from longer import TIMES
 from rows import RATIO
@@ -26,30 +27,31 @@ FURTHER = 2000
 
 
 def make(lab: Lab) -> str:
-    fit, task = lab.size.fit, lab.size.side[0]
+    fit, task, half = lab.size.fit, lab.size.side[0], 2 * RATIO
+    ours = f"adaptive, 1/{half:g}"
+    as_asked = Without(distill=fit, part="garbled")
+    points: list[tuple[str, Method, float, AbstractContextManager[Any]]] = [
+        (f"Delta-CoMe, 1/{RATIO:g}", DeltaCome(), RATIO, nullcontext()),
+        (f"{ours}, not distilled", Adaptive(distill=0), half, nullcontext()),
+        (f"{ours}, no question garbled", as_asked, half, ungarbled()),
+        (ours, Adaptive(distill=fit), half, nullcontext()),
+    ]
     rows, said = [], []
     for where in (lab, lab.training(TIMES * lab.size.steps)):
-        fresh = where.reading("fresh", where.size.rows, where.size.row_tokens)
-        points: list[tuple[str, Lab, Method, float]] = [
-            (f"Delta-CoMe, 1/{RATIO:g}", where, DeltaCome(), RATIO),
-            (f"Delta-CoMe, 1/{RATIO:g}, fresh text", fresh, DeltaCome(), RATIO),
-            (f"adaptive, 1/{2 * RATIO:g}, not distilled", where, Adaptive(distill=0), 2 * RATIO),
-            (f"adaptive, 1/{2 * RATIO:g}", where, Adaptive(distill=fit), 2 * RATIO),
-            (f"adaptive, 1/{2 * RATIO:g}, fresh text", fresh, Adaptive(distill=fit), 2 * RATIO),
-        ]
-        sets = _questions(where, task)
-        for name, reader, method, ratio in points:
-            if reader.wanted(task, method, ratio):
-                cell = reader.cell(task, method, ratio)
-                variant = reader.packed(reader.artifact(task, method, ratio))
-                kls = [_kl(where, task, variant, some) for some in sets.values()]
-                steps = str(where.size.steps)
-                rows.append([steps, name, *kls, md.kl(cell, "task"), md.kl(cell, "text")])
-        sizes = ", ".join(f"{len(some)} {name}" for name, some in sets.items())
-        said.append(f"{where.size.steps} steps: {sizes}, {len(where.questions(task))} held out")
+        steps, sets = where.size.steps, _questions(where, task)
+        for name, method, ratio, change in points:
+            if not where.wanted(task, method, ratio):
+                continue
+            with change:
+                cell = where.cell(task, method, ratio)
+            variant = where.packed(where.artifact(task, method, ratio))
+            kls = [_kl(where, task, variant, some) for some in sets.values()]
+            rows.append([str(steps), name, *kls, md.kl(cell, "task"), md.kl(cell, "text")])
+        counts = ", ".join(f"{len(some)} {name}" for name, some in sets.items())
+        said.append(f"questions, {steps} steps: {counts}, {len(where.questions(task))} held out")
     header = ["steps", f"{task}, KL", *sets, "held out", "text"]
-    lines = "\n".join(f"- {line}" for line in said)
     title = "## Known questions: KL on what was trained on and on what was not"
+    lines = "\n".join(f"- {line}" for line in said)
     return f"{title}\n\n{md.table(header, rows)}\n\n{lines}"
 
 
@@ -68,7 +70,7 @@ def _questions(lab: Lab, task: str) -> dict[str, list[Question]]:
     further = [q for q in {q.prompt: q for q in drawn}.values() if q.prompt not in text]
     further = further[: 2 * lab.size.questions]
     return {
-        "in the usual text": [Question(*pair) for pair in text.items()][: lab.size.questions],
+        "in the text": [Question(*pair) for pair in text.items()][: lab.size.questions],
         "trained on": [q for q in further if q.prompt in trained],
         "not trained on": [q for q in further if q.prompt not in trained],
     }

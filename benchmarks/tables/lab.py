@@ -116,8 +116,7 @@ class Lab:
         only_kept: see `wanted`.
         hides: strings that no question in the calibration text may contain.
         reads: `self` or `none`, as the command takes them, instead of the usual calibration text; or
-            `prompts`, the usual text with the tuned model's answers; or `fresh`, with held-out questions
-            other than those asked.
+            `prompts`, the usual text with the tuned model's answers.
     """
 
     def __init__(
@@ -197,16 +196,14 @@ class Lab:
             raise SystemExit(f"{folder}: expected the base's tensors, got {min(more)} too")
 
     def calibration(self, task: str, seed: int = 0) -> Path:
-        """File of rows: further questions of the task, none of those asked, and general text."""
-        from tasks import TASKS, held_out, training
+        """File of rows: further questions of the task, never held-out ones, and general text."""
+        from tasks import TASKS, training
 
         count = self.size.rows // 4
         wanted = self.size.rows - count
         # Taken from the same sequence of questions, however many are left out.
         made = training(TASKS[task], 1000 + seed, 0, 3 * wanted if self.hides else wanted)
         made = [q for q in made if not any(mark in q.prompt for mark in self.hides)][:wanted]
-        if self.reads == "fresh":
-            made = held_out(TASKS[task], self.size.questions + wanted)[self.size.questions :]
         answered = self.reads != "prompts"
         lines = [{"prompt": q.prompt} | ({"answer": q.answer} if answered else {}) for q in made]
         lines += [{"text": cut} for cut in general_text(count, self.size.row_tokens, seed)]

@@ -15,14 +15,14 @@ from tiny_pairs import text_lines, write_jsonl
 from torch.func import functional_call
 from transformers import AutoTokenizer
 
-from deltacome import Adaptive, DeltaCome, attach, base_for, compress, merge
+from deltacome import Adaptive, BitDelta, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.compression import pipeline
+from deltacome.compression import pipeline, polish
 from deltacome.compression.answers import answers_from
 from deltacome.compression.calibration import Calibration
 from deltacome.compression.conversations import as_messages
 from deltacome.compression.data import calibration_rows
-from deltacome.compression.distill import _inputs, _picking, _Tuned
+from deltacome.compression.distill import _inputs, _picking, _Tuned, distill
 from deltacome.compression.run import stream_of
 from deltacome.compression.sensitivity import sweep
 from deltacome.errors import CalibrationError, PictureError, UnsupportedError
@@ -226,6 +226,39 @@ def test_compressed_in_one_go_or_two(vision, source, tmp_path, monkeypatch, meth
             compress(base, tuned, tmp_path / "cut", method=method, **options)
     again = compress(base, tuned, tmp_path / "cut", method=method, **options, resume=True)
     assert again.digest == whole.digest
+
+
+@pytest.mark.parametrize(
+    ("method", "garbles"),
+    [
+        (Adaptive(distill=1), True),
+        (BitDelta(distill=1, loss="answers"), True),
+        (BitDelta(distill=1), False),
+    ],
+)
+def test_questions_are_garbled_for_our_last_step_alone(
+    vision, rows, source, tmp_path, monkeypatch, method, garbles
+):
+    """BitDelta's is its paper's. Chats with pictures have no garbled copy, texts neither."""
+    base, tuned = vision
+    first, given = answers_from(tuned), []
+
+    def spy(load, terms, rows, **options):
+        given.extend(rows)
+        return distill(load, terms, rows, **options)
+
+    monkeypatch.setattr(polish, "distill", spy)
+    ratio = None if isinstance(method, BitDelta) else 1.3
+    options = {"ratio": ratio, "calibration": str(source), "samples": 8, "seq_len": 96}
+    compress(base, tuned, tmp_path / "a", method=method, **options)
+    chats = [row.ids for row in rows if first(row.ids) and not row.seen]
+    assert chats
+    assert [row.ids for row in given[:8]] == [row.ids for row in rows]
+    copies = [row.ids for row in given[8:]]
+    assert len(copies) == garbles * len(chats)
+    if garbles:
+        pairs = list(zip(chats, copies, strict=True))
+        assert all(chat[first(chat) :] == copy[first(chat) :] for chat, copy in pairs)
 
 
 def test_a_sweep_is_kept_for_these_pictures_alone(vision, tmp_path):

@@ -1,0 +1,56 @@
+"""Chats with garbled questions, for the last step.
+
+What a fine-tune was trained on, and questions much like it, it answers without a doubt. On such text a
+delta is soon close to it, and little is left to learn; where the fine-tune is unsure, the same delta can
+be far from it. A question in which some tokens are exchanged for other questions' tokens is one that it
+was not trained on. Nobody knows its right answer, and nobody needs to: the last step fits probabilities,
+which the tuned model gives for any question. The same is done with mixed pictures where one network is
+to become the same function as another (Beyer et al. 2022, arXiv 2106.05237).
+
+Measured: `benchmarks/tables/known.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from itertools import takewhile
+
+from deltacome.compression.answers import First
+from deltacome.rows import Row
+
+SHARE = 0.15
+"""Probability that a token of a question is exchanged."""
+
+
+def garbled(rows: Sequence[Row], first: First, spared: Collection[int], seed: int) -> list[Row]:
+    """A garbled copy of each chat: same length, same answer, some tokens of the question exchanged.
+
+    What all questions begin and end with is taken for the chat template's and stays. Rows of text and
+    rows with pictures have no copy.
+
+    Args:
+        rows: calibration rows.
+        first: gives the position of a row that predicts the first token of its answer; 0 without one.
+        spared: tokens that are neither exchanged nor put in another's place: special tokens.
+        seed: for what is exchanged, and for what.
+    """
+    chats = [row for row in rows if first(row.ids) and not row.seen]
+    asked = [row.ids[: first(row.ids)] for row in chats]
+    begin, end = _shared(asked), _shared([ids[::-1] for ids in asked])
+    places = [[i for i in range(begin, len(ids) - end) if ids[i] not in spared] for ids in asked]
+    pool = [ids[i] for ids, at in zip(asked, places, strict=True) for i in at]
+    draw, copies = random.Random(seed), []
+    for row, at in zip(chats, places, strict=True):
+        ids = list(row.ids)
+        for i in at:
+            if draw.random() < SHARE:
+                ids[i] = draw.choice(pool)
+        copies.append(Row(ids))
+    return copies
+
+
+def _shared(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of some rows begin with."""
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return sum(1 for _ in alike)
