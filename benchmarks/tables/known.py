@@ -66,11 +66,10 @@ def _questions(lab: Lab, task: str) -> dict[str, list[Question]]:
     }
     lines = map(json.loads, lab.calibration(task).read_text().splitlines())
     text = {line["prompt"]: line["answer"] for line in lines if "prompt" in line}
-    drawn = training(TASKS[task], FURTHER, 0, 3 * lab.size.questions)
+    drawn = training(TASKS[task], FURTHER, 0, 2 * lab.size.questions)
     further = [q for q in {q.prompt: q for q in drawn}.values() if q.prompt not in text]
-    further = further[: 2 * lab.size.questions]
     return {
-        "in the text": [Question(*pair) for pair in text.items()][: lab.size.questions],
+        "in the text": [Question(*pair) for pair in text.items()][: lab.size.questions // 2],
         "trained on": [q for q in further if q.prompt in trained],
         "not trained on": [q for q in further if q.prompt not in trained],
     }

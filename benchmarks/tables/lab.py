@@ -35,7 +35,14 @@ import deltacome
 from deltacome import Adaptive, Artifact, attach
 from deltacome.arch.checkpoint import Checkpoint
 from deltacome.compression import sensitivity
-from deltacome.evals.divergence import by_row, over_rows, question_rows, record, text_rows
+from deltacome.evals.divergence import (
+    Reference,
+    by_row,
+    over_rows,
+    question_rows,
+    record,
+    text_rows,
+)
 from deltacome.evals.models import load_model
 from deltacome.evals.prompts import answer_ids
 from deltacome.evals.run import Exam, shared_tokenizer
@@ -132,6 +139,7 @@ class Lab:
         self.base, self.work, self.size, self.given = base, work, size, tenants
         self.only_kept, self.hides, self.reads = only_kept, hides, reads
         self._exams: dict[str, Exam] = {}
+        self._references: dict[str, Reference] = {}
         self._threads: set[int] = set()
         self._agreement: dict[str, float] = {}
 
@@ -319,13 +327,15 @@ class Lab:
 
         def ask() -> list[tuple[float, int]]:
             say(f"measuring {task}, {len(questions)} further questions")
-            with self.weights(tuned) as model:
-                rows = question_rows(self.tokenizer(task), questions)
-                reference = record(model, rows, batch_size=16)
+            if said not in self._references:
+                with self.weights(tuned) as model:
+                    rows = question_rows(self.tokenizer(task), questions)
+                    self._references[said] = record(model, rows, batch_size=16)
             with self.weights(variant) as model:
-                return by_row(model, reference)
+                return by_row(model, self._references[said])
 
-        key = hash_of(variant.key, tuned.key, asked, *self._how(task))
+        said = hash_of(tuned.key, asked, *self._how(task))
+        key = hash_of(variant.key, said)
         return [(nats, tokens) for nats, tokens in self.kept(f"distances/{task}-{key}", ask)]
 
     def cell(self, task: str, method: Method, ratio: float | None, seed: int = 0) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_special_tokens_are_not_put_elsewhere():
 
 def test_texts_pictures_and_questions_that_are_all_alike():
     text, seen = Row([5, 6, 7, 8]), Row(chats(1)[0].ids, {"pixel_values": torch.zeros(1, 3)})
+    assert garbled([text, *chats(2), seen], first, set(), 0)[::3] == [text, seen]
     assert garbled([text, seen], first, set(), 0) == []
-    assert garbled([], first, set(), 0) == []
     alone = chats(1)
     assert [copy.ids for copy in garbled(alone, first, set(), 0)] == [alone[0].ids]
