@@ -79,7 +79,7 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         monkeypatch.setattr("deltacome.compression.search.GENERATIONS", 1)
     if name == "unseen":
         monkeypatch.setattr(tables(name), "MARKS", ("four",))
-    if name == "longer":
+    if name in ("longer", "known"):
         longer = _farther(lab.base, lab.given["tiny"], tmp_path / "longer")
         monkeypatch.setitem(lab.given, "tiny-longer", longer)
     if name in ("ablation", "unseen", "texts", "longer"):
@@ -117,7 +117,8 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         assert long > short  # the base is farther from a model that was trained longer
         assert sum("the delta of" in line for line in text.splitlines()) == 2
     if name == "known":
-        assert [line.split("|")[1].strip() for line in table[2:]] == ["2"] * 4 + ["8"] * 4
+        assert "A training of 8 steps. Questions: " in text
+        assert len(table) == 6
     # Once more: everything is kept, so nothing is compressed, trained or measured.
     monkeypatch.setattr("deltacome.compress", None)
     monkeypatch.setattr(tables("lab"), "generate", None)

@@ -1,8 +1,8 @@
 """KL on questions that the fine-tune was trained on, on others of their distribution, on held-out ones.
 
-A fine-tune is surest of what it was trained on, and calibration text is mostly of that kind, so a delta
-can be close there and farther elsewhere. Only the questions of the first column are in the calibration
-text.
+A fine-tune is surest of what it was trained on, the more the longer that took (here as in `longer`), and
+calibration text is of that kind, so a delta can be close there and farther elsewhere. Only the questions
+of the first column are in the calibration text.
 """
 
 from __future__ import annotations
@@ -36,23 +36,22 @@ def make(lab: Lab) -> str:
         (f"{ours}, no question garbled", as_asked, half, ungarbled()),
         (ours, Adaptive(distill=fit), half, nullcontext()),
     ]
-    rows, said = [], []
-    for where in (lab, lab.training(TIMES * lab.size.steps)):
-        steps, sets = where.size.steps, _questions(where, task)
-        for name, method, ratio, change in points:
-            if not where.wanted(task, method, ratio):
-                continue
-            with change:
-                cell = where.cell(task, method, ratio)
-            variant = where.packed(where.artifact(task, method, ratio))
-            kls = [_kl(where, task, variant, some) for some in sets.values()]
-            rows.append([str(steps), name, *kls, md.kl(cell, "task"), md.kl(cell, "text")])
-        counts = ", ".join(f"{len(some)} {name}" for name, some in sets.items())
-        said.append(f"questions, {steps} steps: {counts}, {len(where.questions(task))} held out")
-    header = ["steps", f"{task}, KL", *sets, "held out", "text"]
+    where = lab.training(TIMES * lab.size.steps)
+    rows, sets = [], _questions(where, task)
+    for name, method, ratio, change in points:
+        if not where.wanted(task, method, ratio):
+            continue
+        with change:
+            cell = where.cell(task, method, ratio)
+        variant = where.packed(where.artifact(task, method, ratio))
+        kls = [_kl(where, task, variant, some) for some in sets.values()]
+        rows.append([name, *kls, md.kl(cell, "task"), md.kl(cell, "text")])
+    header = [f"{task}, KL", *sets, "held out", "text"]
+    counts = ", ".join(f"{len(some)} {name}" for name, some in sets.items())
+    held = f"{len(where.questions(task))} held out"
     title = "## Known questions: KL on what was trained on and on what was not"
-    lines = "\n".join(f"- {line}" for line in said)
-    return f"{title}\n\n{md.table(header, rows)}\n\n{lines}"
+    said = f"A training of {where.size.steps} steps. Questions: {counts}, {held}."
+    return f"{title}\n\n{md.table(header, rows)}\n\n{said}"
 
 
 def _questions(lab: Lab, task: str) -> dict[str, list[Question]]:
