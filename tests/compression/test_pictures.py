@@ -252,14 +252,13 @@ def test_questions_are_garbled_for_our_last_step_alone(
     options = {"ratio": ratio, "calibration": str(source), "samples": 8, "seq_len": 96}
     compress(base, tuned, tmp_path / "a", method=method, **options)
     assert [row.ids for row in given[:8]] == [row.ids for row in rows]
-    copies = given[8:]
-    assert len(copies) == garbles * 8
-    chats = [i for i, row in enumerate(rows) if first(row.ids) and not row.seen]
+    copies, chats = given[8:], [row for row in rows if first(row.ids) and not row.seen]
     assert 0 < len(chats) < 8
-    for i, copy in enumerate(copies):
-        start = first(given[i].ids) if i in chats else 0
-        assert copy.ids[start:] == given[i].ids[start:]
-        assert copy.seen is given[i].seen or i in chats
+    assert len(copies) == garbles * len(chats)
+    for row, copy in zip(chats if garbles else [], copies, strict=True):
+        start = first(row.ids)
+        assert (len(copy), copy.ids[start:]) == (len(row), row.ids[start:])
+        assert not copy.seen
 
 
 def test_a_sweep_is_kept_for_these_pictures_alone(vision, tmp_path):

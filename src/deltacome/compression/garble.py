@@ -26,31 +26,26 @@ SHARE = 0.15
 def garbled(rows: Sequence[Row], first: First, spared: Collection[int], seed: int) -> list[Row]:
     """A garbled copy of each chat: same length, same answer, some tokens of the question exchanged.
 
-    What all questions begin and end with is taken for the chat template's and stays. Rows of text, and
-    rows with pictures, are returned as they are: in a text everything counts, and is a question and an
-    answer at once. Without a single chat nothing is returned.
+    What all questions begin and end with is taken for the chat template's and stays. Texts, and rows with
+    pictures, have no copy: in a text everything counts, and is a question and an answer at once.
 
     Args:
-        rows: calibration rows, each once.
+        rows: calibration rows.
         first: gives the position of a row that predicts the first token of its answer; 0 without one.
         spared: tokens that are neither exchanged nor put in another's place: special tokens.
         seed: for what is exchanged, and for what.
     """
-    chats = [row for row in rows if first(row.ids) and not row.seen]
-    if not chats:
-        return []
-    asked = [row.ids[: first(row.ids)] for row in chats]
+    chats = [list(row.ids) for row in rows if first(row.ids) and not row.seen]
+    asked = [ids[: first(ids)] for ids in chats]
     begin, end = _shared(asked), _shared([ids[::-1] for ids in asked])
     places = [[i for i in range(begin, len(ids) - end) if ids[i] not in spared] for ids in asked]
     pool = [ids[i] for ids, at in zip(asked, places, strict=True) for i in at]
-    draw, copies = random.Random(seed), dict(zip(rows, rows, strict=True))
-    for row, at in zip(chats, places, strict=True):
-        ids = list(row.ids)
+    draw = random.Random(seed)
+    for ids, at in zip(chats, places, strict=True):
         for i in at:
             if draw.random() < SHARE:
                 ids[i] = draw.choice(pool)
-        copies[row] = Row(ids)
-    return list(copies.values())
+    return [Row(ids) for ids in chats]
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
