@@ -6,8 +6,8 @@ leaving one out costs; its own worth is the difference of the first two rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -67,9 +67,16 @@ class WithoutSharing(Without):
         return plans
 
 
-def ungarbled() -> AbstractContextManager[Any]:
-    """The last step sees questions as they are asked, and no garbled ones."""
-    return patch("deltacome.compression.polish.garbled", lambda *args: [])
+@contextmanager
+def ungarbled(last: bool = True) -> Iterator[None]:
+    """The sweep sees questions as they are asked, and no garbled ones; and so does the last step."""
+    with ExitStack() as changes:
+        swept = patch("deltacome.compression.planning.half_garbled", lambda rows, *args: rows)
+        changes.enter_context(swept)
+        if last:
+            none = patch("deltacome.compression.polish.garbled", lambda *args: [])
+            changes.enter_context(none)
+        yield
 
 
 def make(lab: Lab) -> str:
@@ -80,10 +87,12 @@ def make(lab: Lab) -> str:
     own = patch("deltacome.compression.sensitivity.TEMPERATURE", 1.0)
     trusted = patch("deltacome.methods.adaptive.ALIKE", 0.0)
     as_asked = Without(distill=lab.size.fit, part="garbled")
+    late = Without(distill=lab.size.fit, part="garbled in the sweep")
     found: dict[str, tuple[Method, AbstractContextManager[Any]]] = {
         "Delta-CoMe": (DeltaCome(), nullcontext()),
         "Delta-CoMe, distilled too": (DeltaCome(distill=lab.size.fit), nullcontext()),
         "adaptive": (Adaptive(distill=lab.size.fit), nullcontext()),
+        "adaptive, questions garbled in the last step only": (late, ungarbled(last=False)),
         "adaptive, no question garbled": (as_asked, ungarbled()),
         "less distillation": (Adaptive(distill=0), nullcontext()),
         "… and that sure tokens are lifted": (Without(part="division"), undivided),

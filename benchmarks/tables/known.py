@@ -30,10 +30,12 @@ def make(lab: Lab) -> str:
     fit, task, half = lab.size.fit, lab.size.side[0], 2 * RATIO
     ours = f"adaptive, 1/{half:g}"
     as_asked = Without(distill=fit, part="garbled")
+    late = Without(distill=fit, part="garbled in the sweep")
     points: list[tuple[str, Method, float, AbstractContextManager[Any]]] = [
         (f"Delta-CoMe, 1/{RATIO:g}", DeltaCome(), RATIO, nullcontext()),
         (f"{ours}, not distilled", Adaptive(distill=0), half, nullcontext()),
         (f"{ours}, no question garbled", as_asked, half, ungarbled()),
+        (f"{ours}, garbled in the last step only", late, half, ungarbled(last=False)),
         (ours, Adaptive(distill=fit), half, nullcontext()),
     ]
     where = lab.training(TIMES * lab.size.steps)

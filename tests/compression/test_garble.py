@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from deltacome.compression.garble import SHARE, garbled
+from deltacome.compression.garble import SHARE, garbled, half_garbled
 from deltacome.rows import Row
 
 OPENING, ANSWER, SPECIAL = [1, 2], [3, 4], 9
@@ -64,3 +64,24 @@ def test_texts_and_pictures_have_no_copy_and_questions_that_are_all_alike_stay()
     assert garbled([text, seen], first, set(), 0) == []
     alone = chats(1)
     assert [copy.ids for copy in garbled(alone, first, set(), 0)] == [alone[0].ids]
+
+
+def test_every_second_chat_is_garbled_in_its_place():
+    rows = [Row([5, 6, 7, 8]), *chats(4), Row([5, 6, 7]), *chats(3)]
+    found = half_garbled(rows, first, {SPECIAL}, 0)
+    copies = garbled(rows, first, {SPECIAL}, 0)
+    assert [row.ids for row in found] == [
+        row.ids
+        for row in (
+            rows[0],
+            copies[0],
+            rows[2],
+            copies[2],
+            *rows[4:6],
+            copies[4],
+            rows[7],
+            copies[6],
+        )
+    ]
+    texts = [Row([5, 6, 7, 8])]
+    assert half_garbled(texts, first, {SPECIAL}, 0) == texts

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from deltacome import Adaptive, BitDelta, DeltaCome, attach, base_for, compress, merge
 from deltacome.arch.checkpoint import Checkpoint
-from deltacome.compression import pipeline, polish
+from deltacome.compression import pipeline, planning, polish
 from deltacome.compression.answers import answers_from
 from deltacome.compression.calibration import Calibration
 from deltacome.compression.conversations import as_messages
@@ -259,6 +259,35 @@ def test_questions_are_garbled_for_our_last_step_alone(
         start = first(row.ids)
         assert (len(copy), copy.ids[start:]) == (len(row), row.ids[start:])
         assert not copy.seen
+
+
+@pytest.mark.filterwarnings("ignore:.* takes pictures, and none of")
+def test_the_sweep_sees_half_of_the_chats_garbled_and_the_last_step_a_copy_of_each(
+    vision, tmp_path, monkeypatch
+):
+    words = text_lines(8)
+    lines = [{"prompt": word, "answer": str(i)} for i, word in enumerate(words)]
+    chats = write_jsonl(tmp_path / "chats.jsonl", lines)
+    swept, given = [], []
+    spies = [(planning, "stream_of", swept, stream_of), (polish, "distill", given, distill)]
+    for module, name, seen, real in spies:
+
+        def spy(one, two, *rest, seen=seen, real=real, **options):
+            seen.extend(next(x for x in (two, *rest) if isinstance(x, list)))
+            return real(one, two, *rest, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    options = {"calibration": str(chats), "samples": 8, "seq_len": 96, "ratio": 1.3}
+    compress(*vision, tmp_path / "a", method=Adaptive(distill=1), **options)
+    plain, copies = ([row.ids for row in some] for some in (given[:8], given[8:]))
+    found = [row.ids for row in swept]
+    assert found[1::2] == plain[1::2]
+    assert len(copies) == 8
+    differ = [
+        sum(a != b for a, b in zip(*some, strict=True))
+        for some in ((found[::2], plain[::2]), (copies, plain), (found[::2], copies[::2]))
+    ]
+    assert min(differ) > 0  # the two steps garble in different ways
 
 
 def test_a_sweep_is_kept_for_these_pictures_alone(vision, tmp_path):

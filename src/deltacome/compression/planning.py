@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltacome.compression.answers import answers_from
+from deltacome.compression.answers import First, answers_from
 from deltacome.compression.budget import make_plans
 from deltacome.compression.calibration import check_tokens
 from deltacome.compression.data import calibration_rows
+from deltacome.compression.garble import half_garbled, special_tokens
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -59,13 +60,16 @@ def plan_terms(
     if isinstance(method, Adaptive) and not file.exists():
         _check_least(run, manifest, ratio)
     if isinstance(method, Adaptive) and (rows := kept_rows(run, writer)) is not None:
+        first, spared = answers_from(run.tuned.path), special_tokens(run.tuned.path)
+        # Another seed than the last step's, which should not only see what the sweep saw.
+        rows = half_garbled(rows, first, spared, run.calibration.seed + 1)
         if sweep_folder:  # other machines write other rows, and a file only names its pictures
             sweep_folder = sweep_folder.with_name(f"{sweep_folder.name}-{_rows_hash(rows)}")
         run.weights = sweep_folder or writer.partial / "sweep"
         if not run.weights.exists():
             for killed in writer.partial.glob("sweep.*"):  # of this run, and as large as a model
                 shutil.rmtree(killed)
-            _sweep(run, method, run.weights, rows)
+            _sweep(run, method, run.weights, rows, first)
     if not file.exists():
 
         def matrix(name: str) -> Matrix:
@@ -98,7 +102,7 @@ def _check_least(run: Run, manifest: Manifest, ratio: float | None) -> None:
     make_plans(manifest, run.method, least, ratio)
 
 
-def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row]) -> None:
+def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row], first: First) -> None:
     """Measures what an error in each matrix costs, by a sweep through the tuned model.
 
     Raises:
@@ -112,7 +116,7 @@ def _sweep(run: Run, method: Adaptive, folder: Path, rows: list[Row]) -> None:
         seed=run.calibration.seed,
         diagonal=method.diagonal,
         tied=run.tied,
-        first=answers_from(run.tuned.path),
+        first=first,
         on_step=lambda: run.report(Progress("sweep", next(steps), total)),
     )
     with disk_errors(folder):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltacome.compression.answers import answers_from
 from deltacome.compression.distill import Trained, distill, divergence, squared_distance
-from deltacome.compression.garble import garbled
+from deltacome.compression.garble import garbled, special_tokens
 from deltacome.compression.run import (
     Progress,
     Run,
@@ -21,13 +21,12 @@ from deltacome.compression.run import (
     stored_delta,
     stored_terms,
 )
-from deltacome.errors import CalibrationError, CheckpointError
+from deltacome.errors import CheckpointError
 from deltacome.format.manifest import Record
 from deltacome.format.writer import ArtifactWriter, Unit
 from deltacome.methods.bitdelta import BitDelta
 from deltacome.numerics.gram import relative_error
 from deltacome.rows import Row
-from deltacome.skeleton import load_tokenizer
 
 
 def distill_terms(
@@ -50,8 +49,8 @@ def distill_terms(
         how = {"loss": squared_distance, "rate": rate, "batch": 4}
     else:
         first = answers_from(run.tuned.path)
-        special = load_tokenizer(run.tuned.path, refused=CalibrationError).all_special_ids
-        rows = [*rows, *garbled(rows, first, special, run.calibration.seed)]
+        spared = special_tokens(run.tuned.path)
+        rows = [*rows, *garbled(rows, first, spared, run.calibration.seed)]
         how = {"loss": divergence, "rate": rate, "batch": 16, "first": first}
 
     twin = _tied_twin(run, records, entries)

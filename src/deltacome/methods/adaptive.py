@@ -12,8 +12,9 @@ How it differs from Delta-CoMe (arXiv 2406.08903):
 - V is quantised by GPTQ against C, as in Delta-CoMe. U is then refitted to the rounded V
   (`numerics.refit`, as PrinMix does) and quantised by GPTQ against G, along the outputs: after weighting,
   directions hardly disturb each other, while outputs do.
-- The singular values are distilled at the end (`compression.distill` explains why), with garbled
-  questions among the others (`compression.garble`).
+- The singular values are distilled at the end (`compression.distill` explains why).
+- Half of the chats that C and G are measured on have garbled questions, and so has a copy of each in the
+  distillation (`compression.garble`).
 
 Without calibration, and with `distill=0`, there is no C and no G, only a plain SVD with one price for all
 matrices.
