@@ -118,7 +118,7 @@ def test_a_table(tables, lab, name, tmp_path, monkeypatch):
         assert sum("the delta of" in line for line in text.splitlines()) == 2
     if name == "known":
         assert "A training of 8 steps. Questions: " in text
-        assert len(table) == 6
+        assert len(table) == 7
     # Once more: everything is kept, so nothing is compressed, trained or measured.
     monkeypatch.setattr("deltacome.compress", None)
     monkeypatch.setattr(tables("lab"), "generate", None)

@@ -168,7 +168,7 @@ def test_a_kept_sweep_serves_no_other_rows(pairs, tmp_path, monkeypatch):
     """What `self` writes depends on the machine, and nothing else shows that."""
     folders = []
 
-    def note(run, method, folder, rows):
+    def note(run, method, folder, *text):
         folders.append(folder.name)
         raise KeyboardInterrupt
 
