@@ -7,7 +7,7 @@ leaving one out costs; its own worth is the difference of the first two rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -69,13 +69,10 @@ class WithoutSharing(Without):
 
 @contextmanager
 def ungarbled(last: bool = True) -> Iterator[None]:
-    """The sweep sees questions as they are asked, and no garbled ones; and so does the last step."""
-    with ExitStack() as changes:
-        swept = patch("deltacome.compression.planning.half_garbled", lambda rows, *args: rows)
-        changes.enter_context(swept)
-        if last:
-            none = patch("deltacome.compression.polish.garbled", lambda *args: [])
-            changes.enter_context(none)
+    """The sweep, and if asked the last step, see questions as they are asked and no garbled ones."""
+    swept = patch("deltacome.compression.planning.half_garbled", lambda rows, *args: rows)
+    none = patch("deltacome.compression.polish.garbled", lambda *args: [])
+    with swept, none if last else nullcontext():
         yield
 
 
